@@ -45,6 +45,7 @@ $(BIN)/python:
 
 # A stamp is younger than what it was made from, so that installing happens once and again when a version changes.
 $(VENV)/.engine: pyproject.toml constraints.txt | $(BIN)/python
+	@echo 'installing into $(VENV): about 3 GB of wheels the first time, a few minutes'
 	$(PIP_INSTALL) --editable '.[engine]'
 	@touch $@
 

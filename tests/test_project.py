@@ -16,7 +16,18 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 CORE = ("stages", "subnet", "sampling", "losses", "inputs", "batchnorm", "passes", "methods")
 # numpy is missing here because torch imports it by itself where it is installed.
-EXTRAS = {"accelerate", "matplotlib", "rich", "safetensors", "sklearn", "timm", "torchvision", "transformers", "tyro", "yaml"}
+EXTRAS = {
+    "accelerate",
+    "matplotlib",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "timm",
+    "torchvision",
+    "transformers",
+    "tyro",
+    "yaml",
+}
 
 
 def relative(path: Path) -> str:
