@@ -1,0 +1,96 @@
+"""Train residual networks so that their subnets stop loafing: ST, ST++ and GKT with exact prefix sharing."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Names are imported on first use, so that `unloaf --help` needs no torch and
+# `import unloaf` neither timm nor torchvision.
+_HOMES = {
+    "stages": ["NoResidualBlocksError", "Stage", "find_stages"],
+    "subnet": ["Subnet", "active_subnet"],
+    "sampling": [
+        "ExponentialDecaySampler",
+        "InterStageSampler",
+        "OrderedSampler",
+        "RawSampler",
+        "StochasticSampler",
+        "enumerate_subnets",
+    ],
+    "losses": ["direction_kl_loss", "kl_loss"],
+    "inputs": ["SmallerInputs"],
+    "batchnorm": ["recalibrate_bn"],
+    "methods": [
+        "CommonTraining",
+        "GroupKnowledgeTraining",
+        "StepOutput",
+        "StimulativeTraining",
+        "StochasticDepth",
+        "stimulative_plus",
+    ],
+    "analysis.subnets": ["SubnetRow", "evaluate_subnets"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # the same names again, for type checkers
+    "CommonTraining",
+    "ExponentialDecaySampler",
+    "GroupKnowledgeTraining",
+    "InterStageSampler",
+    "NoResidualBlocksError",
+    "OrderedSampler",
+    "RawSampler",
+    "SmallerInputs",
+    "Stage",
+    "StepOutput",
+    "StimulativeTraining",
+    "StochasticDepth",
+    "StochasticSampler",
+    "Subnet",
+    "SubnetRow",
+    "active_subnet",
+    "direction_kl_loss",
+    "enumerate_subnets",
+    "evaluate_subnets",
+    "find_stages",
+    "kl_loss",
+    "recalibrate_bn",
+    "stimulative_plus",
+]
+
+if TYPE_CHECKING:
+    from unloaf.analysis.subnets import SubnetRow, evaluate_subnets
+    from unloaf.batchnorm import recalibrate_bn
+    from unloaf.inputs import SmallerInputs
+    from unloaf.losses import direction_kl_loss, kl_loss
+    from unloaf.methods import (
+        CommonTraining,
+        GroupKnowledgeTraining,
+        StepOutput,
+        StimulativeTraining,
+        StochasticDepth,
+        stimulative_plus,
+    )
+    from unloaf.sampling import (
+        ExponentialDecaySampler,
+        InterStageSampler,
+        OrderedSampler,
+        RawSampler,
+        StochasticSampler,
+        enumerate_subnets,
+    )
+    from unloaf.stages import NoResidualBlocksError, Stage, find_stages
+    from unloaf.subnet import Subnet, active_subnet
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'unloaf' has no attribute {name!r}")
+    value = getattr(import_module(f"unloaf.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,86 @@
+"""Batch-norm statistics of a subnet: left alone in training, re-estimated before it is judged or exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unloaf.stages import call_model
+
+
+def tracking_norms(model: nn.Module) -> list[nn.Module]:
+    """The modules that keep running statistics: batch norms of torch and timm, SyncBatchNorm, instance norms that do."""
+    return [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Passes inside normalise with their batch's statistics, as in training, but leave the running ones alone.
+
+    With ``track_running_stats`` off, torch's batch norms use the batch and touch no buffer; ``momentum=0`` would still
+    count the batch. Modules in eval mode keep using their running statistics.
+    """
+    norms = [module for module in tracking_norms(model) if module.training]
+    try:
+        for module in norms:
+            module.__dict__["track_running_stats"] = False
+        yield
+    finally:
+        for module in norms:
+            module.__dict__["track_running_stats"] = True
+
+
+def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Re-estimate the running statistics of all batch norms: the plain average over the given batches.
+
+    Call it inside `active_subnet`, on a copy, to judge or export a subnet. Only batch norms run in training mode, and
+    no gradient is computed.
+
+    Args:
+        model: changed in place: ``running_mean``, ``running_var``, ``num_batches_tracked``.
+        batches: inputs, or ``(inputs, ...)`` tuples as loaders yield them; on the model's device.
+
+    Returns:
+        The number of batches used; 0, with nothing changed, for a model without batch norm.
+
+    Raises:
+        ValueError: no batch was given though the model has batch norms.
+
+    >>> import torch, unloaf
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, affine=False)).eval()
+    >>> unloaf.recalibrate_bn(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+    2
+    >>> model[0].running_mean
+    tensor([4.])
+    """
+    norms = tracking_norms(model)
+    if not norms:
+        return 0
+    flags = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms]
+    model.eval()
+    count = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if count == 0:
+                    for norm in norms:
+                        norm.reset_running_stats()  # type: ignore[operator]
+                        norm.momentum = None  # type: ignore[assignment]
+                        norm.train()
+                call_model(model, batch if isinstance(batch, (Tensor, dict)) else batch[0])
+                count += 1
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, training in flags:
+            module.training = training
+    if count == 0:
+        raise ValueError(
+            "no batch was given to re-estimate batch-norm statistics from; give at least one, better 2,000 images"
+        )
+    return count

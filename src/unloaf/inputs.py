@@ -1,0 +1,119 @@
+"""Random smaller inputs for subnets: each sees the main network's batch at a smaller side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unloaf.stages import call_model, evaluating, inner_module
+
+
+@dataclass(frozen=True)
+class SmallerInputs:
+    """Draws the side at which subnets see the batch: uniform over the integers from ``min_ratio`` of the full side up.
+
+    Args:
+        min_ratio: in (0, 1]; the smallest side is ``int(min_ratio * side)``.
+        per: "subnet", a side for each subnet, as in the paper; "step", one side for all subnets of a step, so that they
+            share their prefixes.
+        sides: draw from these sides only (pixels), for models that take some sizes and not others.
+
+    Raises:
+        ValueError: a ratio outside (0, 1], an unknown ``per``, a side that is not positive.
+
+    Source: Ye et al. 2023 (ST++), random smaller inputs. The resize always starts from the main network's input.
+
+    >>> from unloaf import SmallerInputs
+    >>> sides = SmallerInputs().candidates(224)
+    >>> sides[0], sides[-1], len(sides)
+    (96, 224, 129)
+    """
+
+    min_ratio: float = 0.43
+    per: Literal["subnet", "step"] = "subnet"
+    sides: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_ratio <= 1:
+            raise ValueError(f"min_ratio is {self.min_ratio}; give a ratio above 0 and up to 1")
+        if self.per not in ("subnet", "step"):
+            raise ValueError(f"per is {self.per!r}; give 'subnet' (a side for each) or 'step' (one side for all)")
+        if self.sides is not None and (not self.sides or min(self.sides) < 1):
+            raise ValueError(f"sides is {self.sides}; give one or more positive numbers of pixels")
+
+    def candidates(self, side: int) -> Sequence[int]:
+        """The sides that are drawn from for a batch of this (full) side, in pixels."""
+        if self.sides is None:
+            return range(max(1, int(self.min_ratio * side)), side + 1)
+        if max(self.sides) > side:
+            raise ValueError(f"sides names {max(self.sides)}, but the batch has side {side}; give sides up to {side}")
+        return self.sides
+
+    def draw(self, side: int, generator: torch.Generator) -> int:
+        """A side in pixels; all randomness comes from the generator."""
+        candidates = self.candidates(side)
+        return candidates[int(torch.randint(len(candidates), (1,), generator=generator))]
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """The batch, bilinearly resized so that its shorter side is ``side`` pixels; itself if that is its side already.
+
+    Args:
+        images: (batch, channels, height, width).
+        side: pixels.
+
+    >>> import torch
+    >>> from unloaf.inputs import resize
+    >>> resize(torch.zeros(2, 3, 32, 64), 16).shape
+    torch.Size([2, 3, 16, 32])
+    """
+    height, width = images.shape[-2:]
+    full = min(height, width)
+    if side == full:
+        return images
+    return F.interpolate(images, size=(round(height * side / full), round(width * side / full)), mode="bilinear")
+
+
+def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[int]) -> None:
+    """Raise ValueError unless the model runs at all sides that would be drawn; the message lists the legal ones.
+
+    Three sides decide for a network that takes any size: models that do not (patches, windows, position tables) reject
+    one of two neighbouring sides.
+
+    Args:
+        model: the network; run in eval mode on noise, one image.
+        inputs: the rule.
+        input_shape: shape of one example, (channels, height, width).
+    """
+    if len(input_shape) != 3:
+        raise ValueError(
+            f"smaller inputs need images (channels, height, width), but an example has shape {tuple(input_shape)}"
+        )
+    side = min(input_shape[1:])
+    sides = inputs.candidates(side)
+    probes = sides if inputs.sides is not None else sorted({sides[0], sides[min(1, len(sides) - 1)], sides[-2:][0]})
+    with evaluating(model):
+        if all(_runs_at(model, input_shape, s) for s in probes):
+            return
+        legal = [s for s in range(sides[0] if inputs.sides is None else 1, side + 1) if _runs_at(model, input_shape, s)]
+    listed = ", ".join(map(str, legal)) or "none"
+    raise ValueError(
+        f"{type(inner_module(model)).__name__} cannot take all inputs of sides {min(sides)} to {max(sides)}; "
+        f"legal sides up to {side}: {listed}. Give SmallerInputs(sides=(...)) out of these, or build the model for varying sizes "
+        "(timm: dynamic_img_size=True)"
+    )
+
+
+def _runs_at(model: nn.Module, input_shape: Sequence[int], side: int) -> bool:
+    parameter = next(model.parameters())
+    images = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+    try:
+        call_model(inner_module(model), resize(images, side))
+    except Exception:  # whatever a model raises at a size it was not built for
+        return False
+    return True

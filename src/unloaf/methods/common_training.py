@@ -1,0 +1,36 @@
+"""Common training: the baseline of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from unloaf.methods.step import Criterion, SinglePassTraining
+from unloaf.passes import logits_of
+from unloaf.stages import call_model
+from unloaf.subnet import Subnet
+
+
+class CommonTraining(SinglePassTraining):
+    """Train the main network alone on the labels.
+
+    Args:
+        model: any network.
+        criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
+
+    >>> import torch, unloaf
+    >>> method = unloaf.CommonTraining(torch.nn.Linear(4, 3))
+    >>> out = method.backward(torch.randn(8, 4), torch.arange(8) % 3)
+    >>> list(out.terms), out.subnets
+    (['main'], ())
+    """
+
+    def __init__(self, model: nn.Module, *, criterion: Criterion | None = None) -> None:
+        super().__init__(model, criterion=criterion)
+
+    def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
+        if subnets:
+            raise ValueError(f"common training runs no subnets, but {len(subnets)} are given; leave subnets out")
+        return logits_of(call_model(self.model, x)), ()

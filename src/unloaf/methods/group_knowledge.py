@@ -1,0 +1,100 @@
+"""Group knowledge based training (GKT): nested subnets, each group taught by the group above it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from unloaf.losses import kl_loss
+from unloaf.methods.step import Criterion, SubnetTraining, check_count
+from unloaf.methods.stimulative import Distance
+from unloaf.passes import SubnetPass
+from unloaf.sampling import ExponentialDecaySampler, Sampler, sample_chains
+from unloaf.stages import Stage
+from unloaf.subnet import Subnet
+
+
+class GroupKnowledgeTraining(SubnetTraining):
+    """Chains of nested subnets; the subnet of group g learns from the knowledge of group g - 1.
+
+    Each of ``loops`` chains samples ``groups`` subnets, each inside the one before. Group 0 is the main network. The
+    knowledge of a group is the logits of its subnet in the first loop and a running average over the loops after that:
+    ``K[g] = ema * K[g] + (1 - ema) * z``, without gradient.
+
+    Args:
+        model: the network, possibly wrapped by DistributedDataParallel.
+        stages: from `find_stages`.
+        groups: subnets per chain.
+        loops: chains per step.
+        ema: in [0, 1), weight of a group's earlier knowledge.
+        sampler: the rule that draws a subnet inside its parent; default `ExponentialDecaySampler(base=0.5)`.
+        subnet_loss: from (student logits, teacher logits) to a loss of shape ().
+        subnet_weight: 0 or above.
+        criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
+        seed: of the draws.
+
+    Raises:
+        ValueError: an argument out of range, stages of another model.
+
+    Source: our reading of Tang et al. 2023 (GKT), abstract and figure 3; no code was published.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(num_classes=10), torch.randn(2, 3, 64, 64)
+    >>> method = unloaf.GroupKnowledgeTraining(model, unloaf.find_stages(model, x), groups=2, loops=1)
+    >>> out = method.backward(x, torch.tensor([1, 7]))
+    >>> list(out.terms), out.subnets[1] <= out.subnets[0]
+    (['main', 'loop0_group1', 'loop0_group2'], True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        *,
+        groups: int = 3,
+        loops: int = 2,
+        ema: float = 0.5,
+        sampler: Sampler | None = None,
+        subnet_loss: Distance = kl_loss,
+        subnet_weight: float = 1.0,
+        criterion: Criterion | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, stages, criterion=criterion, subnet_weight=subnet_weight, seed=seed)
+        self.groups, self.loops = check_count("groups", groups), check_count("loops", loops)
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema is {ema}; give a number from 0 (the latest subnet alone) to below 1")
+        self.ema, self.subnet_loss = ema, subnet_loss
+        self.sampler = sampler if sampler is not None else ExponentialDecaySampler()
+        sample_chains(self.sampler, self.stages, groups=1, chains=1, seed=seed, step=0)  # a space that does not fit
+
+    def _passes(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
+        count = self.groups * self.loops
+        if subnets is None:
+            draw = {"groups": self.groups, "chains": self.loops, "seed": self.seed, "step": self.step}
+            subnets = sample_chains(self.sampler, self.stages, **draw)
+        if len(subnets) != count:
+            raise ValueError(
+                f"{len(subnets)} subnets are given for {self.loops} loops of {self.groups} groups; give {count}"
+            )
+        return [SubnetPass(subnet, needs=self._teachers(index)) for index, subnet in enumerate(subnets)]
+
+    def _teachers(self, index: int) -> tuple[int, ...]:
+        """The passes whose logits make up the teacher of this one: the group above, in all loops so far."""
+        group = index % self.groups
+        return tuple(range(group - 1, index, self.groups)) if group else ()
+
+    def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        teacher = main
+        for loop, position in enumerate(self._teachers(index)):
+            logits = known[position]
+            assert logits is not None  # asked for in SubnetPass.needs
+            teacher = logits if loop == 0 else self.ema * teacher + (1 - self.ema) * logits
+        return self.subnet_loss(student, teacher)
+
+    def _term_name(self, index: int) -> str:
+        loop, group = divmod(index, self.groups)
+        return f"loop{loop}_group{group + 1}"

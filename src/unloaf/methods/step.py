@@ -1,0 +1,222 @@
+"""What every training method is: a model, a criterion, and one step that turns a batch into gradients."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unloaf.passes import SubnetPass, lean_backward, one_graph
+from unloaf.stages import Stage, inner_module
+from unloaf.subnet import Subnet, check_stages
+
+Criterion = Callable[[Tensor, Any], Tensor]
+
+
+class StepOutput(NamedTuple):
+    """What a step returns.
+
+    Attributes:
+        loss: the sum of all terms, shape (); carries the graph after ``method(x, y)``, detached after ``backward``.
+        logits: of the main network, detached, (batch, ..., classes).
+        terms: each loss term by name ("main", "subnet0", ...), as it enters the sum, detached, shape ().
+        subnets: the subnets that were trained, in the order of the terms.
+
+    >>> from unloaf import StepOutput
+    >>> StepOutput._fields
+    ('loss', 'logits', 'terms', 'subnets')
+    """
+
+    loss: Tensor
+    logits: Tensor
+    terms: dict[str, Tensor]
+    subnets: tuple[Subnet, ...]
+
+
+class TrainingMethod(ABC):
+    """One training step of a method, for any training loop. It knows no device, optimizer or file.
+
+    ``backward(x, y)`` adds to ``.grad`` (lean in memory); ``method(x, y).loss.backward()`` gives the same gradients for
+    loops that own the backward pass. Draws depend on (seed, step) alone; ``step`` counts the steps made.
+    """
+
+    def __init__(self, model: nn.Module, *, criterion: Criterion | None = None, seed: int = 0) -> None:
+        self.model = model
+        self.criterion: Criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        self.seed = seed
+        self.step = 0
+
+    def __call__(self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None) -> StepOutput:
+        """See `forward`."""
+        return self.forward(x, y, subnets)
+
+    def forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None) -> StepOutput:
+        """All passes of the step in one autograd graph: the caller calls ``out.loss.backward()``.
+
+        Args:
+            x: a batch, as the model takes it.
+            y: targets for the criterion: class indices or soft labels.
+            subnets: train these instead of drawing.
+        """
+        self._check_batch(x, y)
+        out = self._forward(x, y, subnets)
+        self.step += 1
+        return out
+
+    def backward(
+        self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None, *, loss_scale: float | Tensor = 1.0
+    ) -> StepOutput:
+        """Add the gradients of the step to ``.grad``; peak memory is about that of the main network's graph.
+
+        Args:
+            x: a batch, as the model takes it.
+            y: targets for the criterion: class indices or soft labels.
+            subnets: train these instead of drawing.
+            loss_scale: multiplies the gradients of all terms, not the returned losses: ``1 / n`` to accumulate over n
+                batches, ``scaler.get_scale()`` with a gradient scaler.
+        """
+        self._check_batch(x, y)
+        out = self._backward(x, y, subnets, loss_scale)
+        self.step += 1
+        return out
+
+    def state_dict(self) -> dict[str, int]:
+        """All that a resumed run needs to draw on: numbers only. The model's own state is not part of it."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where the state was taken."""
+        if set(state) != {"seed", "step"}:
+            raise ValueError(
+                f"state has the keys {sorted(state)}; give a {type(self).__name__}.state_dict(): seed, step"
+            )
+        self.seed, self.step = state["seed"], state["step"]
+
+    @abstractmethod
+    def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput: ...
+
+    @abstractmethod
+    def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput: ...
+
+    def _main_loss(self, logits: Tensor, y: Any) -> Tensor:
+        if logits.ndim < 2 or logits.shape[-1] < 2:
+            raise ValueError(f"the model's logits have shape {tuple(logits.shape)}; training needs at least 2 classes")
+        loss = self.criterion(logits, y)
+        if loss.ndim:
+            raise ValueError(
+                f"the criterion returned shape {tuple(loss.shape)}; it must return one number (reduction='mean')"
+            )
+        return loss
+
+    def _check_batch(self, x: Any, y: Any) -> None:
+        """All that can be told before a pass is: a batch refused here has changed nothing."""
+        batch = next((v for v in x.values() if isinstance(v, Tensor)), None) if isinstance(x, Mapping) else x
+        if not isinstance(batch, Tensor):
+            raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
+        model = inner_module(self.model)
+        devices = {parameter.device for parameter in model.parameters()}
+        if devices and batch.device not in devices:
+            where = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"the batch is on {batch.device}, the model on {where}; move the batch: x.to({where!r})")
+        if isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
+            raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
+        if len(batch) == 1 and _normalises_over_the_batch(model):
+            raise ValueError(
+                "the batch has 1 example, but batch norm needs at least 2 in training mode; "
+                "give larger batches (DataLoader(..., drop_last=True) for the last one) or put the norms in eval mode"
+            )
+
+
+def _normalises_over_the_batch(model: nn.Module) -> bool:
+    # torch's base class of BatchNorm1d to 3d and SyncBatchNorm; timm's fused norms derive from it too
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, batch_norm) and module.training for module in model.modules())
+
+
+class SinglePassTraining(TrainingMethod):
+    """A method whose step is one pass, trained on the labels."""
+
+    @abstractmethod
+    def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
+        """The logits of the pass, and the subnet that was run if it was not the main network."""
+
+    def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
+        logits, trained = self._logits(x, subnets)
+        loss = self._main_loss(logits, y)
+        return StepOutput(loss, logits.detach(), {"main": loss.detach()}, trained)
+
+    def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
+        out = self._forward(x, y, subnets)
+        with torch.autocast(out.loss.device.type, enabled=False):
+            (out.loss * scale).backward()
+        return out._replace(loss=out.loss.detach())
+
+
+class SubnetTraining(TrainingMethod):
+    """A method that trains the main network on the labels and subnets on what other passes know."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        *,
+        criterion: Criterion | None,
+        subnet_weight: float,
+        seed: int,
+    ) -> None:
+        super().__init__(model, criterion=criterion, seed=seed)
+        check_stages(model, stages)
+        if not (math.isfinite(subnet_weight) and subnet_weight >= 0):
+            raise ValueError(f"subnet_weight is {subnet_weight}; give a finite number, 0 or above")
+        self.stages, self.subnet_weight = tuple(stages), subnet_weight
+
+    @abstractmethod
+    def _passes(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
+        """The passes of the current step: drawn, or with the given subnets."""
+
+    @abstractmethod
+    def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """The unweighted loss of one pass, from its logits and the detached logits of others."""
+
+    def _term_name(self, index: int) -> str:
+        return f"subnet{index}"
+
+    def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
+        passes = self._passes(x, subnets)
+        main, logits = one_graph(self.model, self.stages, x, passes)
+        known, teacher = [z.detach() for z in logits], main.detach()
+        losses = [self.subnet_weight * self._subnet_loss(i, z, teacher, known) for i, z in enumerate(logits)]
+        main_loss = self._main_loss(main, y)
+        total = torch.stack([main_loss, *losses]).sum()
+        return self._output(passes, total, teacher, main_loss.detach(), [loss.detach() for loss in losses])
+
+    def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
+        passes = self._passes(x, subnets)
+        step = lean_backward(
+            self.model,
+            self.stages,
+            x,
+            passes,
+            main_loss=lambda logits: self._main_loss(logits, y),
+            subnet_loss=lambda *args: self.subnet_weight * self._subnet_loss(*args),
+            scale=scale,
+        )
+        total = torch.stack([step.main_loss, *step.subnet_losses]).sum()
+        return self._output(passes, total, step.logits, step.main_loss, step.subnet_losses)
+
+    def _output(
+        self, passes: Sequence[SubnetPass], total: Tensor, logits: Tensor, main_loss: Tensor, losses: Sequence[Tensor]
+    ) -> StepOutput:
+        terms = {"main": main_loss} | {self._term_name(i): loss for i, loss in enumerate(losses)}
+        return StepOutput(total, logits, terms, tuple(request.subnet for request in passes))
+
+
+def check_count(name: str, value: int) -> int:
+    """A whole number of at least 1, or ValueError."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
+    return value

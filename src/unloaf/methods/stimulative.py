@@ -1,0 +1,169 @@
+"""Stimulative training (ST) and its extended form ST++: one class, options on or off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from unloaf.inputs import SmallerInputs, check_sides
+from unloaf.losses import Norm, direction, direction_kl_loss, kl_loss, resolve_amplitude
+from unloaf.methods.step import Criterion, SubnetTraining, check_count
+from unloaf.passes import SubnetPass
+from unloaf.sampling import InterStageSampler, OrderedSampler, Sampler, draw_generator
+from unloaf.stages import Stage
+from unloaf.subnet import Subnet
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+class StimulativeTraining(SubnetTraining):
+    """Each step trains the main network on the labels and sampled subnets on the main network's prediction.
+
+    ``L = criterion(z_main, y) + subnet_weight * sum_i subnet_loss(z_i, z_main)``, no gradient through the teacher.
+
+    Args:
+        model: the network, possibly wrapped by DistributedDataParallel.
+        stages: from `find_stages`.
+        sampler: the rule that draws subnets; default `OrderedSampler`.
+        num_subnets: subnets per step; their losses are summed.
+        subnet_loss: from (student logits, teacher logits) to a loss of shape ().
+        subnet_inputs: `SmallerInputs`, or None for the main network's input.
+        subnet_weight: 0 or above.
+        criterion: from (logits, targets) to a loss of shape (); default cross-entropy, which also takes soft labels.
+        seed: of the draws.
+
+    Raises:
+        ValueError: an argument out of range, stages of another model, sides the model cannot take.
+
+    Source: Ye et al. 2022 (ST), equation 2; Ye et al. 2023 (ST++) for the options.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(num_classes=10), torch.randn(2, 3, 64, 64)
+    >>> method = unloaf.StimulativeTraining(model, unloaf.find_stages(model, x))
+    >>> out = method.backward(x, torch.tensor([1, 7]))
+    >>> list(out.terms), out.logits.shape
+    (['main', 'subnet0'], torch.Size([2, 10]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        *,
+        sampler: Sampler | None = None,
+        num_subnets: int = 1,
+        subnet_loss: Distance = kl_loss,
+        subnet_inputs: SmallerInputs | None = None,
+        subnet_weight: float = 1.0,
+        criterion: Criterion | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, stages, criterion=criterion, subnet_weight=subnet_weight, seed=seed)
+        self.sampler = sampler if sampler is not None else OrderedSampler()
+        self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
+        self.num_subnets = check_count("num_subnets", num_subnets)
+        self.subnet_loss, self.subnet_inputs = subnet_loss, subnet_inputs
+        shape = self.stages[0].input_shape if self.stages else None
+        if subnet_inputs is not None and shape is not None:
+            check_sides(model, subnet_inputs, shape)
+
+    def _passes(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
+        if subnets is None:
+            subnets = [self._draw(index) for index in range(self.num_subnets)]
+        return [SubnetPass(subnet, self._side(x, index)) for index, subnet in enumerate(subnets)]
+
+    def _draw(self, index: int) -> Subnet:
+        return self.sampler.sample(self.stages, draw_generator(self.seed, self.step, index))
+
+    def _side(self, x: Any, index: int) -> int | None:
+        """The side of one subnet's input; None for the full one, whose prefix is the main network's."""
+        if self.subnet_inputs is None:
+            return None
+        if not isinstance(x, Tensor) or x.ndim != 4:
+            raise ValueError("smaller inputs need x as images (batch, channels, height, width); set subnet_inputs=None")
+        full = min(x.shape[-2:])
+        draw = 0 if self.subnet_inputs.per == "step" else index
+        side = self.subnet_inputs.draw(full, draw_generator(self.seed, self.step, draw, purpose="side"))
+        return None if side == full else side
+
+    def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        return self.subnet_loss(student, main)
+
+
+def stimulative_plus(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    *,
+    sampler: Sampler | None = None,
+    num_subnets: int = 6,
+    subnet_inputs: SmallerInputs | None = SmallerInputs(),  # noqa: B008  a frozen value
+    amplitude: float | Literal["auto"] = "auto",
+    norm: Norm = "layer_norm",
+    eps: float = 1e-7,
+    main_logits: Literal["direction", "raw"] = "direction",
+    subnet_weight: float = 1.0,
+    criterion: Criterion | None = None,
+    seed: int = 0,
+) -> StimulativeTraining:
+    """ST++: `StimulativeTraining` with KL-, several subnets, random smaller inputs and inter-stage sampling.
+
+    Args:
+        model: the network.
+        stages: from `find_stages`.
+        sampler: default `InterStageSampler`.
+        num_subnets: subnets per step, 6 in the paper.
+        subnet_inputs: default `SmallerInputs()`; None for a model that takes one size only.
+        amplitude: of the directions, see `direction_kl_loss`; the published runs used 1 on 1,000 classes.
+        norm: "layer_norm" (published runs) or "l2" (text of the paper).
+        eps: of the norm.
+        main_logits: what the criterion sees, the direction of the logits (published runs) or the raw logits.
+        subnet_weight: 0 or above.
+        criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
+        seed: of the draws.
+
+    Raises:
+        ValueError: as `StimulativeTraining`.
+
+    Source: Ye et al. 2023 (ST++), section 3.3.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(num_classes=10), torch.randn(2, 3, 64, 64)
+    >>> method = unloaf.stimulative_plus(model, unloaf.find_stages(model, x), num_subnets=2)
+    >>> list(method.backward(x, torch.tensor([1, 7])).terms)
+    ['main', 'subnet0', 'subnet1']
+    """
+    if main_logits not in ("direction", "raw"):
+        raise ValueError(f"main_logits is {main_logits!r}; give 'direction' or 'raw'")
+    criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+    return StimulativeTraining(
+        model,
+        stages,
+        sampler=sampler if sampler is not None else InterStageSampler(),
+        num_subnets=num_subnets,
+        subnet_loss=partial(direction_kl_loss, amplitude=amplitude, norm=norm, eps=eps),
+        subnet_inputs=subnet_inputs,
+        subnet_weight=subnet_weight,
+        criterion=DirectionCriterion(criterion, amplitude, norm, eps) if main_logits == "direction" else criterion,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class DirectionCriterion:
+    """A criterion on the direction of the logits, scaled as in `direction_kl_loss`."""
+
+    criterion: Criterion
+    amplitude: float | Literal["auto"] = "auto"
+    norm: Norm = "layer_norm"
+    eps: float = 1e-7
+
+    def __call__(self, logits: Tensor, y: Any) -> Tensor:
+        """The criterion of (amplitude * direction(logits), y)."""
+        scale = resolve_amplitude(self.amplitude, logits.shape[-1], self.norm)
+        return self.criterion(scale * direction(logits, norm=self.norm, eps=self.eps), y)

@@ -1,0 +1,61 @@
+"""Stochastic depth: each step trains one random subnet on the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from unloaf.methods.step import Criterion, SinglePassTraining
+from unloaf.passes import logits_of
+from unloaf.sampling import StochasticSampler, draw_generator
+from unloaf.stages import Stage, call_model
+from unloaf.subnet import Subnet, active_subnet, check_stages
+
+
+class StochasticDepth(SinglePassTraining):
+    """Skip each block with a probability that grows linearly with depth; the network is judged at full depth.
+
+    One draw serves the whole batch, so that skipping saves time. Surviving branches are not rescaled: an activation may
+    follow the sum inside the block. For per-example, rescaled drop paths use the model's own option
+    (``timm.create_model(..., drop_path_rate=...)``) with `CommonTraining`.
+
+    Args:
+        model: any network.
+        stages: from `find_stages`.
+        final_survival: survival probability of the last block, in (0, 1].
+        criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
+        seed: of the draws.
+
+    Source: Huang et al. 2016.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(num_classes=10), torch.randn(2, 3, 64, 64)
+    >>> method = unloaf.StochasticDepth(model, unloaf.find_stages(model, x), final_survival=0.5)
+    >>> out = method.backward(x, torch.tensor([1, 7]))
+    >>> list(out.terms), len(out.subnets)
+    (['main'], 1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        *,
+        final_survival: float = 0.8,
+        criterion: Criterion | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, criterion=criterion, seed=seed)
+        check_stages(model, stages)
+        self.stages, self.sampler = tuple(stages), StochasticSampler(final_survival=final_survival)
+
+    def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
+        if subnets is not None and len(subnets) != 1:
+            raise ValueError(f"stochastic depth trains 1 subnet a step, but {len(subnets)} are given; give one")
+        drawn = self.sampler.sample(self.stages, draw_generator(self.seed, self.step, 0))
+        subnet = subnets[0] if subnets is not None else drawn
+        with active_subnet(self.model, self.stages, subnet):
+            return logits_of(call_model(self.model, x)), (subnet,)

@@ -1,0 +1,17 @@
+"""Run the main network and its subnets with exact prefix sharing: no block is applied twice to the same activation.
+
+The subnets of a step are arranged as a trie over the sequences of blocks they apply. The model itself is called once
+for each distinct subnet; on a *replay* a module that was called in the same state before (the same blocks applied so
+far to the same input) returns its recorded output instead of computing it. That works on any model, whatever lies
+between the blocks, and gives the gradients of separate passes.
+
+Two ways to use it: `lean_backward` keeps one suffix alive at a time, each starting from detached leaves whose gradients
+are handed back, and ends with one backward through the main graph; `one_graph` leaves everything in one autograd graph.
+"""
+
+from unloaf.passes.lean import LeanStep, lean_backward
+from unloaf.passes.one_graph import one_graph
+from unloaf.passes.plan import SubnetPass
+from unloaf.passes.replay import logits_of
+
+__all__ = ["LeanStep", "SubnetPass", "lean_backward", "logits_of", "one_graph"]

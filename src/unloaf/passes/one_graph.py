@@ -1,0 +1,44 @@
+"""All passes in one autograd graph, for training loops that own the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from unloaf.batchnorm import frozen_statistics
+from unloaf.passes.plan import SubnetPass
+from unloaf.passes.replay import Session
+from unloaf.stages import Stage
+
+
+def one_graph(
+    model: nn.Module, stages: Sequence[Stage], inputs: Any, passes: Sequence[SubnetPass]
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits of the main network and of each request, all in one autograd graph, prefixes shared.
+
+    For training loops that own the backward pass. Peak memory is the sum over all distinct suffixes; see
+    `lean_backward`.
+
+    Returns:
+        ``(main_logits, [subnet_logits, ...])``, each (batch, ..., classes).
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> from unloaf.passes import SubnetPass, one_graph
+    >>> model, x = resnet18(num_classes=5), torch.randn(2, 3, 64, 64)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> main, [subnet] = one_graph(model, stages, x, [SubnetPass(unloaf.Subnet.from_depths(stages, (2, 2, 1, 1)))])
+    >>> main.shape, subnet.shape
+    (torch.Size([2, 5]), torch.Size([2, 5]))
+    """
+    session = Session(model, stages, inputs, passes, detach=False)
+    logits: dict[int, Tensor] = {}
+    with session.open():
+        main = session.forward(session.plan.main)
+        with frozen_statistics(session.inner):
+            for run in session.plan.runs:
+                output = main if run is session.plan.main else session.forward(run)
+                logits |= dict.fromkeys(run.requests, output)
+    return main, [logits[index] for index in range(len(passes))]

@@ -1,0 +1,176 @@
+"""Calls of the model that compute what is new and replay what was computed before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from unloaf.inputs import resize
+from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
+from unloaf.stages import Stage, call_model, first_tensor, inner_module
+from unloaf.subnet import branches, check_stages, check_subnet, replaced_forwards
+
+
+class Session:
+    """Runs the passes of a plan through the model, recording and replaying."""
+
+    def __init__(
+        self, model: nn.Module, stages: Sequence[Stage], inputs: Any, passes: Sequence[SubnetPass], *, detach: bool
+    ) -> None:
+        self.model, self.inner = getattr(model, "_orig_mod", model), inner_module(model)
+        self.inputs, self.detach = inputs, detach
+        for request in passes:
+            check_subnet(stages, request.subnet)
+        blocks = check_stages(self.inner, stages)
+        self.plan = Plan(stages, passes)
+        self.run = self.plan.main
+        self.state = self.plan.roots[None]
+        self.calls: Counter[tuple[State, str]] = Counter()
+        branch: dict[str, Callable[..., Any]] = {}
+        for subnet in {request.subnet for request in passes}:
+            branch |= branches(self.inner, stages, subnet)
+        self._replacements: dict[nn.Module, Callable[..., Any]] = {
+            module: _BlockForward(self, path, module.forward, branch.get(path)) for path, module in blocks.items()
+        }
+        for path, module in _between_blocks(self.inner, blocks):
+            self._replacements.setdefault(module, _ModuleForward(self, path, module.forward))
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        with replaced_forwards(self._replacements):
+            yield
+
+    def forward(self, run: Run) -> Tensor:
+        """Call the model as this run; its logits."""
+        self.run, self.state = run, self.plan.roots[run.side]
+        self.calls.clear()
+        model = self.model if run is self.plan.main else self.inner
+        inputs = self.inputs if run.side is None else resize(self.inputs, run.side)
+        run.logits = logits_of(call_model(model, inputs))
+        if self.state is not run.end:
+            raise ValueError(
+                f"{type(self.inner).__name__} did not call its blocks once each in the order of its stages; "
+                "find the stages again on this model"
+            )
+        return run.logits
+
+    def remember_or(
+        self, key: tuple[str, int], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The recorded output of this call in this state, or else a computed one, recorded if a later run needs it."""
+        state, run = self.state, self.run
+        record = state.records.get(key)
+        if record is not None and record.intact():
+            return self._hand_out(record)
+        value = forward(*args, **kwargs)
+        tensors = _tensors(value)
+        if state.visits > 1 and tensors:
+            record = Record(value, tensors, [t._version for t in tensors], [None] * len(tensors))
+            state.records[key] = record
+            run.records.append(record)
+        return value
+
+    def _hand_out(self, record: Record) -> Any:
+        given = {}
+        for index, tensor in enumerate(record.tensors):
+            output = tensor
+            if self.detach and tensor.requires_grad:
+                output = tensor.detach().requires_grad_()
+                self.run.leaves.append((record, index, output))
+            # At the branch the next module really reads it, and may write to it in place; before, nobody computes.
+            given[id(tensor)] = output.clone() if self.state is self.run.branch else output
+        if isinstance(record.value, Tensor):
+            return given[id(record.value)]
+        return type(record.value)(given.get(id(item), item) for item in record.value)
+
+    def release(self, run: Run) -> None:
+        """Forget a finished run: its graph and all it recorded."""
+        own = set(run.records)
+        states = [self.plan.roots[run.side]]
+        for step in run.modes.items():
+            states.append(states[-1].following[step])
+        for state in states:
+            state.records = {key: record for key, record in state.records.items() if record not in own}
+        run.records, run.leaves, run.logits = [], [], None
+        run.done = True
+
+
+class _BlockForward:
+    """Stands in for a block's forward during a step: skip, replay or run, as the current run says."""
+
+    unloaf_replaces_forward = True
+
+    def __init__(
+        self, session: Session, path: str, forward: Callable[..., Any], branch: Callable[..., Any] | None
+    ) -> None:
+        self.session, self.path, self.whole, self.branch = session, path, forward, branch
+
+    def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        mode = session.run.modes.get(self.path)
+        if mode is None:
+            return first_tensor(args, kwargs)
+        following = session.state.following.get((self.path, mode))
+        if following is None:
+            raise ValueError(f"block {self.path!r} was called out of the order of its stages; find the stages again")
+        session.state = following
+        if mode == "block":
+            return session.remember_or(("", 0), self.whole, args, kwargs)
+        assert self.branch is not None
+        return session.remember_or(("", 0), self.branch, (block, *args), kwargs)
+
+
+class _ModuleForward:
+    """Stands in for the forward of a module before, between or behind the blocks."""
+
+    unloaf_replaces_forward = True
+
+    def __init__(self, session: Session, path: str, forward: Callable[..., Any]) -> None:
+        self.session, self.path, self.forward = session, path, forward
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        session = self.session
+        where = (session.state, self.path)
+        session.calls[where] += 1
+        return session.remember_or((self.path, session.calls[where]), self.forward, args, kwargs)
+
+
+def _between_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that neither are, hold, nor belong to a block."""
+    holders = {"", *(path.rpartition(".")[0] for path in blocks)}
+    holders |= {parent[:i] for parent in holders for i, letter in enumerate(parent) if letter == "."}
+
+    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            if inner in holders or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                if inner not in blocks:
+                    yield from walk(inner, child)
+            elif inner not in blocks and not isinstance(child, nn.Identity):
+                yield inner, child
+
+    return walk("", model)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of an output that can be recorded: a tensor, or a plain tuple or list that holds some."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, Tensor)] if type(value) in (tuple, list) else []
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: the output itself, its ``logits`` attribute (transformers) or ``["logits"]``."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__}; "
+            "it must return its logits as a tensor, or an output with .logits"
+        )
+    return logits
