@@ -1,0 +1,121 @@
+"""Trained runs in, rows of a comparison out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from unloaf.analysis.subnets import SubnetRow
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One method at one seed.
+
+    `subnets` are judged on the same images for every method, the main network is among them.
+    `cost` is the measured time of a step, `flops` its least possible arithmetic, both
+    relative to common training.
+    """
+
+    label: str
+    seed: int
+    subnets: tuple[SubnetRow, ...]
+    cost: float
+    flops: float
+
+    @property
+    def main(self) -> SubnetRow:
+        """The main network."""
+        return max(self.subnets, key=lambda row: sum(row.depths))
+
+    @property
+    def proper_subnets(self) -> tuple[SubnetRow, ...]:
+        """All subnets but the main network."""
+        return tuple(row for row in self.subnets if row != self.main)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation (n - 1) over n seeds; the deviation of a single seed is None.
+
+    >>> str(Spread.of([97.0, 98.0, 99.0])), str(Spread.of([98.0]))
+    ('98.0 ± 1.0', '98.0')
+    """
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of these values, at least one."""
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), sd, len(values))
+
+    def __str__(self) -> str:
+        return self.text(digits=1)
+
+    def text(self, *, digits: int) -> str:
+        """The mean, and the deviation where there is one."""
+        mean = f"{self.mean:.{digits}f}"
+        return mean if self.sd is None else f"{mean} ± {self.sd:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A line of the table: accuracies in percent, costs relative to common training."""
+
+    label: str
+    main_top1: Spread
+    mean_top1: Spread
+    worst_top1: Spread
+    cost: Spread
+    flops: Spread
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """Accuracy in percent of the subnets that keep the same number of blocks, over all seeds."""
+
+    blocks: int
+    mean_top1: float
+    lowest_top1: float
+    highest_top1: float
+
+
+def method_rows(runs: Sequence[MethodRun]) -> list[MethodRow]:
+    """One row for each method, over its seeds, in the order in which the methods first appear."""
+    return [_method_row(label, group) for label, group in _by_label(runs).items()]
+
+
+def _method_row(label: str, group: Sequence[MethodRun]) -> MethodRow:
+    tops = [[row.top1 for row in run.proper_subnets] for run in group]
+    return MethodRow(
+        label=label,
+        main_top1=Spread.of([run.main.top1 for run in group]),
+        mean_top1=Spread.of([statistics.fmean(top) for top in tops]),
+        worst_top1=Spread.of([min(top) for top in tops]),
+        cost=Spread.of([run.cost for run in group]),
+        flops=Spread.of([run.flops for run in group]),
+    )
+
+
+def size_rows(runs: Sequence[MethodRun]) -> dict[str, list[SizeRow]]:
+    """Per method, one row for each number of blocks kept, smallest first."""
+    return {label: _size_rows(group) for label, group in _by_label(runs).items()}
+
+
+def _size_rows(group: Sequence[MethodRun]) -> list[SizeRow]:
+    tops: dict[int, list[float]] = {}
+    for run in group:
+        for row in run.subnets:
+            tops.setdefault(sum(row.depths), []).append(row.top1)
+    return [SizeRow(blocks, statistics.fmean(top), min(top), max(top)) for blocks, top in sorted(tops.items())]
+
+
+def _by_label(runs: Sequence[MethodRun]) -> dict[str, list[MethodRun]]:
+    groups: dict[str, list[MethodRun]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups

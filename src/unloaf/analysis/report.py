@@ -1,0 +1,117 @@
+"""A comparison as one self-contained web page. Takes rows, returns text; reads no file and no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from unloaf.analysis.comparison import MethodRow
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0; background: #fbfbfa; color: #1d1d1f;
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.2rem 1.1rem 3rem; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.12rem; margin: 2.4rem 0 .6rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+.lead { font-size: 1.08rem; color: #3a3a3d; }
+.note { color: #5f5f66; font-size: .9rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .42rem .9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e5e2; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+thead th { font-weight: 600; font-size: .86rem; color: #55555c; vertical-align: bottom; border-bottom: 1.5px solid #9a9a9a; }
+.results { width: 100%; }
+.results td:first-child { font-weight: 600; }
+.settings { font-size: .88rem; }
+.settings td:first-child, .facts td:first-child { color: #55555c; }
+.facts td { text-align: left; white-space: normal; font-size: .88rem; vertical-align: top; overflow-wrap: anywhere; }
+figure { margin: 1rem 0 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1rem; }
+figure > div { background: #fff; border: 1px solid #e8e8e5; border-radius: 10px; padding: .9rem .7rem .5rem; min-width: 0; }
+figure h3 { margin: 0 .3rem .3rem; font-size: .95rem; font-weight: 600; }
+svg { width: 100%; height: auto; display: block; }
+svg text { font-family: inherit !important; }
+figcaption { grid-column: 1 / -1; color: #5f5f66; font-size: .9rem; max-width: 46rem; }
+code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media print { body { background: #fff; } }
+"""
+
+
+def comparison_report(
+    *,
+    title: str,
+    lead: str,
+    rows: Sequence[MethodRow],
+    pictures: Mapping[str, str],
+    caption: str,
+    explanation: Sequence[str],
+    settings: Mapping[str, Mapping[str, str]],
+    facts: Mapping[str, str],
+) -> str:
+    """The page, HTML: heading, table, pictures, how to read them, settings, where it was measured.
+
+    Args:
+        title: heading of the page.
+        lead: the result in one or two sentences.
+        rows: lines of the table.
+        pictures: heading to SVG.
+        caption: what the pictures show.
+        explanation: paragraphs that say how to read table and pictures.
+        settings: per method, setting to value.
+        facts: name to value: command, hardware, versions, seeds.
+    """
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title>",
+            f"<style>{_STYLE}</style></head><body><main>",
+            f"<h1>{escape(title)}</h1>",
+            f'<p class="lead">{escape(lead)}</p>',
+            _results(rows),
+            _figure(pictures, caption),
+            "<h2>How to read this</h2>",
+            *(f"<p>{escape(paragraph)}</p>" for paragraph in explanation),
+            "<h2>Settings</h2>",
+            _settings(settings),
+            "<h2>Where it was measured</h2>",
+            _facts(facts),
+            "</main></body></html>",
+            "",
+        ]
+    )
+
+
+def _results(rows: Sequence[MethodRow]) -> str:
+    heads = ("method", "main network<br>top-1, %", "mean subnet<br>top-1, %", "worst subnet<br>top-1, %",
+             "measured cost<br>of a step", "its FLOPs<br>limit")  # fmt: skip
+    head = "".join(f'<th scope="col">{text}</th>' for text in heads)
+    return _table("results", head, [_result(row) for row in rows])
+
+
+def _result(row: MethodRow) -> list[str]:
+    tops = (row.main_top1, row.mean_top1, row.worst_top1)
+    return [row.label, *map(str, tops), f"{row.cost.text(digits=2)} ×", f"{row.flops.text(digits=2)} ×"]
+
+
+def _figure(pictures: Mapping[str, str], caption: str) -> str:
+    boxes = "".join(f"<div><h3>{escape(head)}</h3>{svg}</div>" for head, svg in pictures.items())
+    return f"<figure>{boxes}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _settings(settings: Mapping[str, Mapping[str, str]]) -> str:
+    names = list(dict.fromkeys(name for values in settings.values() for name in values))
+    head = '<th scope="col">setting</th>' + "".join(f'<th scope="col">{escape(label)}</th>' for label in settings)
+    return _table("settings", head, [[name, *(v.get(name, "–") for v in settings.values())] for name in names])
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return _table("facts", "", [[name, value] for name, value in facts.items()])
+
+
+def _table(kind: str, head: str, lines: Sequence[Sequence[str]]) -> str:
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    top = f"<thead><tr>{head}</tr></thead>" if head else ""
+    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'

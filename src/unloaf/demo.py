@@ -1,0 +1,285 @@
+"""`unloaf demo`: one small network, trained by every method, and what became of the networks inside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from unloaf.analysis.comparison import MethodRow, MethodRun, method_rows, size_rows
+from unloaf.analysis.plots import accuracy_over_size
+from unloaf.analysis.report import comparison_report
+from unloaf.analysis.subnets import SubnetRow, evaluate_subnets
+from unloaf.engine.config import Config
+from unloaf.engine.data import Data, EvalBatches, load_data
+from unloaf.engine.fit import StepRow, Training, prepare, train_epoch
+from unloaf.engine.record import environment
+from unloaf.engine.train import show_progress
+from unloaf.recipes import digits
+
+_RECIPES: dict[str, Callable[[], Config]] = {
+    "common training": digits.common,
+    "stochastic depth": digits.stochastic_depth,
+    "ST": digits.stimulative,
+    "ST++": digits.stimulative_plus,
+    "GKT": digits.group_knowledge,
+}
+_BASELINE = "common training"
+_JUDGE_BATCH = 450  # images; few passes for each of the many subnets
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found: the lines of its table and the page it wrote."""
+
+    rows: tuple[MethodRow, ...]
+    report: Path
+
+
+def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, console: Console) -> DemoResult:
+    """Trains, judges all ordered subnets on the test images, writes report.html, results.json and results.csv.
+
+    Args:
+        output: folder of the three files, made when it is missing; older ones are replaced.
+        seeds: repeat with seeds 0, 1, ...
+        epochs: another number of epochs than the recipes'.
+        console: shows the progress.
+
+    Raises:
+        ValueError: an argument is out of range or the folder cannot be written.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds {seeds}: give at least 1")
+    configs = {label: _recipe(recipe, epochs=epochs) for label, recipe in _RECIPES.items()}
+    folder = _folder(Path(output))
+    data = load_data(configs[_BASELINE].dataset)
+    runs: list[MethodRun] = []
+    for seed in range(seeds):
+        seeded = {label: replace(config, seed=seed) for label, config in configs.items()}
+        runs += compare(seeded, data=data, split="test", console=console)
+    rows = method_rows(runs)
+    facts = _facts(environment(), data, seeds=seeds)
+    _write_results(folder, configs, runs, facts)
+    (folder / "report.html").write_text(_report(configs, runs, rows, data=data, facts=facts), encoding="utf-8")
+    return DemoResult(tuple(rows), folder / "report.html")
+
+
+def _recipe(recipe: Callable[[], Config], *, epochs: int | None) -> Config:
+    config = recipe()
+    if epochs is None:
+        return config
+    return replace(config, epochs=epochs, warmup_epochs=max(0, min(config.warmup_epochs, epochs - 1)))
+
+
+def _folder(path: Path) -> Path:
+    """Made now: a folder that cannot be written is better known before the training than after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "report.html").write_text("", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error.strerror}; give another --output") from error
+    return path
+
+
+def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: Console) -> list[MethodRun]:
+    """Trains all configurations, an epoch of each in turn, and judges all their ordered subnets.
+
+    In turn, so that whatever else the machine does slows all of them alike: the measured costs
+    are the median over the epochs of the ratio to the baseline's epoch. The runs share nothing
+    but the images; each is the run that `unloaf train` makes of its configuration.
+
+    Args:
+        configs: label to configuration, common training among them.
+        data: the images of all of them.
+        split: the images that judge: "val" to choose settings, "test" for a result.
+        console: shows the progress.
+    """
+    trainings = {label: prepare(config, data=data) for label, config in configs.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in configs}
+    draws: dict[str, list[StepRow]] = {label: [] for label in configs}
+    seed = configs[_BASELINE].seed
+    with show_progress(console, total=sum(config.epochs for config in configs.values()), label=f"seed {seed}") as show:
+        for epoch in range(1, max(config.epochs for config in configs.values()) + 1):
+            for label, training in trainings.items():
+                if epoch <= training.config.epochs:
+                    row = train_epoch(training, epoch, on_step=draws[label].append)
+                    seconds[label].append(row.seconds / row.steps)
+                    show(f"{label}, epoch {epoch}")
+    return [
+        MethodRun(
+            label=label,
+            seed=seed,
+            subnets=judge(training, split=split),
+            cost=_median_ratio(seconds[label], seconds[_BASELINE]),
+            flops=_flops_limit(training, draws[label]),
+        )
+        for label, training in trainings.items()
+    ]
+
+
+def _median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
+    return statistics.median(mine / common for mine, common in zip(seconds, baseline, strict=False))
+
+
+def _flops_limit(training: Training, draws: Sequence[StepRow]) -> float:
+    """Mean over the first steps of the arithmetic of exactly what they drew, relative to common training."""
+    raise NotImplementedError
+
+
+def judge(training: Training, *, split: str) -> tuple[SubnetRow, ...]:
+    """Accuracy of all ordered subnets, each with batch-norm statistics re-estimated on the training images."""
+    data = training.data
+    images = EvalBatches(getattr(data, split), data.normalise, _JUDGE_BATCH, training.device)
+    calibration = EvalBatches(data.train, data.normalise, _JUDGE_BATCH, training.device)
+    return tuple(evaluate_subnets(training.model, training.stages, images, calibration=calibration))
+
+
+def table(rows: Sequence[MethodRow]) -> Table:
+    """The result for the terminal: accuracies in percent, costs relative to common training."""
+    result = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    heads = (
+        "method",
+        "main\ntop-1 %",
+        "mean subnet\ntop-1 %",
+        "worst subnet\ntop-1 %",
+        "cost of\na step",
+        "FLOPs\nlimit",
+    )
+    for index, head in enumerate(heads):
+        result.add_column(head, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        tops = map(str, (row.main_top1, row.mean_top1, row.worst_top1))
+        result.add_row(row.label, *tops, f"{row.cost.text(digits=2)}x", f"{row.flops.text(digits=2)}x")
+    return result
+
+
+def _report(
+    configs: Mapping[str, Config],
+    runs: Sequence[MethodRun],
+    rows: Sequence[MethodRow],
+    *,
+    data: Data,
+    facts: Mapping[str, str],
+) -> str:
+    sizes = size_rows(runs)
+    # The baseline's mean leaves the picture where it leaves the field of the others.
+    others = [size.mean_top1 for label, lines in sizes.items() if label != _BASELINE for size in lines]
+    return comparison_report(
+        title="The networks inside a network",
+        lead=_lead(rows),
+        rows=rows,
+        pictures={
+            "All subnets": accuracy_over_size(sizes, runs),
+            "The upper part, enlarged": accuracy_over_size(sizes, runs, lowest=_round_down(min(others)), legend=False),
+        },
+        caption=(
+            f"Accuracy on {len(data.test)} test images. A dot is one subnet at one seed; a line joins the means of the "
+            "subnets that keep equally many blocks. The right end is the main network itself."
+        ),
+        explanation=_explanation(len(runs[0].proper_subnets)),
+        settings={label: _settings(config) for label, config in configs.items()},
+        facts=facts,
+    )
+
+
+def _round_down(top1: float) -> float:
+    return min(95.0, 5 * (top1 // 5))
+
+
+def _lead(rows: Sequence[MethodRow]) -> str:
+    common, *others = rows
+    best = max(others, key=lambda row: row.mean_top1.mean)
+    return (
+        f"A residual network contains smaller networks that share its weights. After {common.label} the mean subnet "
+        f"reaches {common.mean_top1} % and the worst one {common.worst_top1} %; after {best.label} they reach "
+        f"{best.mean_top1} % and {best.worst_top1} %, and the main network {best.main_top1} % "
+        f"(common: {common.main_top1} %)."
+    )
+
+
+def _explanation(subnets: int) -> list[str]:
+    return [
+        f"Every method trains the same network, from the same weights, on the same images. Then all {subnets} ordered "
+        "subnets are cut out of it, none of them trained further: a subnet keeps the first blocks of each stage. Their "
+        "batch-norm statistics are re-estimated on the training images. Where a line falls to the left, the subnets "
+        "loaf: they lean on the blocks that were removed. A flat line is a network whose every part does its work.",
+        "The measured cost is the time of a training step relative to common training, the median over epochs that "
+        "were trained in turn. The FLOPs limit is the arithmetic of the very same steps when no block is computed "
+        "twice. The gap between the two is overhead, large here because the network is tiny.",
+        "The settings were chosen on the validation images, with the same number of tries for each method; the test "
+        "images were used for this page only. With ±, numbers are mean and standard deviation over seeds.",
+    ]
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """What a reader needs to know of a configuration; the whole of it is in results.json."""
+    shown = {
+        "model": f"{config.model}, width {config.width}",
+        "epochs": str(config.epochs),
+        "batch size": str(config.batch_size),
+        "optimizer": f"{config.opt}, momentum {config.momentum}",
+        "learning rate": f"{config.lr:g}, {config.sched}",
+        "warm-up, epochs": str(config.warmup_epochs),
+        "weight decay": f"{config.weight_decay:g}",
+    }
+    if config.method == "stochastic-depth":
+        shown["final survival"] = str(config.final_survival)
+    if config.num_subnets_or_default:
+        shown |= _subnet_settings(config)
+    return shown
+
+
+def _subnet_settings(config: Config) -> dict[str, str]:
+    defaults = {"st": ("ordered", "kl"), "st++": ("inter-stage", "kl-"), "gkt": ("exponential-decay", "kl")}
+    sampler, loss = defaults[config.method]
+    shown = {
+        "subnets per step": str(config.num_subnets_or_default),
+        "sampling": sampler if config.sampler == "auto" else config.sampler,
+        "subnet loss": loss if config.subnet_loss == "auto" else config.subnet_loss,
+        "weight of a subnet": f"{config.subnet_weight:g}",
+    }
+    if config.method == "st++":
+        shown |= {"KL- eps": f"{config.eps:g}", "smallest input": f"{config.min_ratio:g} of the side"}
+    if config.method == "gkt":
+        shown |= {"groups x loops": f"{config.groups} x {config.loops}", "ema": str(config.ema)}
+    return shown
+
+
+def _facts(environment: Mapping[str, Any], data: Data, *, seeds: int) -> dict[str, str]:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+    return {
+        "command": shlex.join(environment["command"]),
+        "images": f"{data.name}: {len(data.train)} to train, {len(data.val)} to validate, {len(data.test)} to test",
+        "seeds": ", ".join(map(str, range(seeds))),
+        "hardware": f"{environment['hardware']}, {environment['threads']} threads",
+        "versions": f"{versions}, python {environment['python']}",
+        "date": environment["started"],
+    }
+
+
+def _write_results(
+    folder: Path, configs: Mapping[str, Config], runs: Sequence[MethodRun], facts: Mapping[str, str]
+) -> None:
+    lines = [
+        (run.label, run.seed, row.subnet, row.params, row.top1, row.loss, run.cost, run.flops)
+        for run in runs
+        for row in run.subnets
+    ]
+    heads = ("method", "seed", "subnet", "params", "test_top1", "test_loss", "cost", "flops_limit")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([heads, *lines])
+    results = {
+        "facts": facts,
+        "configs": {label: asdict(config) for label, config in configs.items()},
+        "rows": [dict(zip(heads, [*line[:2], str(line[2]), *line[3:]], strict=True)) for line in lines],
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,130 @@
+"""Networks by name: the CIFAR ResNets, every timm model, every torchvision classifier."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from torch import nn
+
+from unloaf.engine.cifar_resnet import CifarResNet
+
+_DEEP_CIFAR = {"resnet18", "resnet50"}
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_chans: int = 3,
+    img_size: int | None = None,
+    width: int = 16,
+    pretrained: bool = False,
+) -> nn.Module:
+    """Builds a classifier; its weights come from torch's global generator.
+
+    Args:
+        name: "cifar/resnet20", "timm/resnet50", "tv/resnet50"; the family may be left out
+            when only one has the name.
+        num_classes: classes of the head.
+        in_chans: channels of an image.
+        img_size: side in pixels, for models that are built for one side (vision transformers).
+        width: channels of the first stage of cifar/resnet{6n+2}.
+        pretrained: load the published weights; the only case that uses the network.
+
+    Raises:
+        ValueError: no model, or more than one, has this name, or it cannot be built so.
+
+    >>> sum(p.numel() for p in build_model("cifar/resnet20", num_classes=10).parameters())
+    269722
+    """
+    family, bare = _resolve(name)
+    try:
+        if family == "cifar":
+            if pretrained:
+                raise ValueError("there are no published weights; leave out --pretrained")
+            return _cifar(bare, num_classes=num_classes, in_chans=in_chans, width=width)
+        if family == "timm":
+            return _timm(bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained)
+        return _torchvision(bare, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"model {family}/{bare}: {error}") from error
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    family, slash, bare = name.partition("/")
+    if slash and family in ("cifar", "timm", "tv"):
+        if bare in _names(family) or (family == "cifar" and _is_cifar(bare)):
+            return family, bare
+        raise ValueError(f"model {name!r}: no such {family} model{_suggest(bare, [family])}")
+    owners = [f for f in ("cifar", "timm", "tv") if name in _names(f) or (f == "cifar" and _is_cifar(name))]
+    if len(owners) == 1:
+        return owners[0], name
+    if owners:
+        raise ValueError(f"model {name!r} is more than one: give {' or '.join(f'{f}/{name}' for f in owners)}")
+    raise ValueError(f"model {name!r}: no such model{_suggest(name, ['cifar', 'timm', 'tv'])}")
+
+
+def _is_cifar(name: str) -> bool:
+    return name in _DEEP_CIFAR or (re.fullmatch(r"resnet\d{1,4}", name) is not None and (int(name[6:]) - 2) % 6 == 0)
+
+
+def _names(family: str) -> list[str]:
+    if family == "cifar":
+        return ["resnet20", "resnet32", "resnet56", "resnet110", "resnet18", "resnet50"]
+    if family == "timm":
+        import timm
+
+        return timm.list_models()
+    import torchvision.models
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _suggest(name: str, families: list[str]) -> str:
+    names = {f"{family}/{known}": known for family in families for known in _names(family)}
+    close = set(difflib.get_close_matches(name, names.values(), n=3))
+    matches = [full for full, known in names.items() if known in close]
+    return f"; did you mean {', '.join(matches[:5])}?" if matches else "; give cifar/NAME, timm/NAME or tv/NAME"
+
+
+def _cifar(name: str, *, num_classes: int, in_chans: int, width: int) -> nn.Module:
+    if name not in _DEEP_CIFAR:
+        return CifarResNet(int(name[6:]), num_classes=num_classes, in_chans=in_chans, width=width)
+    import torchvision.models
+
+    # The usual CIFAR stem (as in kuangliu/pytorch-cifar): a 3x3 convolution, no pooling.
+    model: Any = torchvision.models.get_model(name, num_classes=num_classes)
+    model.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _timm(name: str, *, num_classes: int, in_chans: int, img_size: int | None, pretrained: bool) -> nn.Module:
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    published = get_pretrained_cfg(name)
+    sized = {"img_size": img_size} if published is not None and published.fixed_input_size else {}
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **sized)
+
+
+def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
+    import torchvision.models
+
+    if in_chans != 3:
+        raise ValueError(f"takes images of 3 channels, not {in_chans}; give a timm/ or cifar/ model")
+    if not pretrained:
+        return torchvision.models.get_model(name, num_classes=num_classes)
+    model = torchvision.models.get_model(name, weights="DEFAULT")
+    _replace_head(model, num_classes)
+    return model
+
+
+def _replace_head(model: nn.Module, num_classes: int) -> None:
+    """Puts a new last linear layer in place; torchvision's published weights are for 1,000 classes."""
+    path, head = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, nn.Linear(head.in_features, num_classes))
