@@ -162,7 +162,7 @@ def _bench(words: list[str]) -> int:
 
 
 def _take_value(words: list[str], *flags: str) -> tuple[list[str], str | None]:
-    """The words without the flag, and its value; a configuration file must be read before the flags that override it."""
+    """The words without the flag, and its value: a configuration file is read before the flags that override it."""
     rest: list[str] = []
     value: str | None = None
     iterator = iter(words)

@@ -21,14 +21,17 @@ p { max-width: 46rem; margin: .5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e5e2; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { font-weight: 600; font-size: .86rem; color: #55555c; vertical-align: bottom; border-bottom: 1.5px solid #9a9a9a; }
+thead th { font-weight: 600; font-size: .86rem; color: #55555c; vertical-align: bottom;
+           border-bottom: 1.5px solid #9a9a9a; }
 .results { width: 100%; }
 .results td:first-child { font-weight: 600; }
 .settings { font-size: .88rem; }
 .settings td:first-child, .facts td:first-child { color: #55555c; }
 .facts td { text-align: left; white-space: normal; font-size: .88rem; vertical-align: top; overflow-wrap: anywhere; }
-figure { margin: 1rem 0 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); gap: 1rem; }
-figure > div { background: #fff; border: 1px solid #e8e8e5; border-radius: 10px; padding: .9rem .7rem .5rem; min-width: 0; }
+figure { margin: 1rem 0 0; display: grid; gap: 1rem;
+         grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); }
+figure > div { background: #fff; border: 1px solid #e8e8e5; border-radius: 10px; min-width: 0;
+               padding: .9rem .7rem .5rem; }
 figure h3 { margin: 0 .3rem .3rem; font-size: .95rem; font-weight: 600; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
