@@ -13,7 +13,7 @@ from unloaf.stages import call_model
 
 
 def tracking_norms(model: nn.Module) -> list[nn.Module]:
-    """The modules that keep running statistics: batch norms of torch and timm, SyncBatchNorm, instance norms that do."""
+    """The modules that keep running statistics: batch norms of torch and timm, instance norms that track them."""
     return [module for module in model.modules() if getattr(module, "track_running_stats", False)]
 
 

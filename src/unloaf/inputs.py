@@ -104,8 +104,8 @@ def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[i
     listed = ", ".join(map(str, legal)) or "none"
     raise ValueError(
         f"{type(inner_module(model)).__name__} cannot take all inputs of sides {min(sides)} to {max(sides)}; "
-        f"legal sides up to {side}: {listed}. Give SmallerInputs(sides=(...)) out of these, or build the model for varying sizes "
-        "(timm: dynamic_img_size=True)"
+        f"legal sides up to {side}: {listed}. Give SmallerInputs(sides=(...)) out of these, "
+        "or build the model for varying sizes (timm: dynamic_img_size=True)"
     )
 
 

@@ -167,7 +167,7 @@ class ExponentialDecaySampler(_DepthSampler):
     >>> from unloaf import ExponentialDecaySampler, Stage
     >>> stage = Stage("blocks", tuple("abcd"), (True,) * 4)
     >>> ExponentialDecaySampler(base=0.5).sample([stage], torch.Generator().manual_seed(0)).depths
-    (4,)
+    (3,)
     """
 
     base: float = 0.5
@@ -202,7 +202,7 @@ class StochasticSampler:
     >>> from unloaf import Stage, StochasticSampler
     >>> stage = Stage("blocks", tuple("abcd"), (True,) * 4)
     >>> str(StochasticSampler().sample([stage], torch.Generator().manual_seed(0)))
-    '2:0101'
+    '3:1011'
     """
 
     survival: float = 0.5
@@ -247,7 +247,7 @@ class RawSampler:
     >>> from unloaf import RawSampler, Stage
     >>> stage = Stage("blocks", tuple("abcd"), (True,) * 4, (True,) * 4)
     >>> str(RawSampler().sample([stage], torch.Generator().manual_seed(0)))
-    '2:b100'
+    '2:0b10'
     """
 
     def sample(self, stages: Sequence[Stage], generator: torch.Generator, parent: Subnet | None = None) -> Subnet:

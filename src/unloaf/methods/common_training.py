@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unloaf.methods.step import Criterion, SinglePassTraining
-from unloaf.passes import logits_of
+from unloaf.passes import SubnetPass, logits_of
 from unloaf.stages import call_model
 from unloaf.subnet import Subnet
 
@@ -29,6 +29,10 @@ class CommonTraining(SinglePassTraining):
 
     def __init__(self, model: nn.Module, *, criterion: Criterion | None = None) -> None:
         super().__init__(model, criterion=criterion)
+
+    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
+        """No pass beside the main one."""
+        return []
 
     def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
         if subnets:

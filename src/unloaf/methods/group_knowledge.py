@@ -71,11 +71,12 @@ class GroupKnowledgeTraining(SubnetTraining):
         self.sampler = sampler if sampler is not None else ExponentialDecaySampler()
         sample_chains(self.sampler, self.stages, groups=1, chains=1, seed=seed, step=0)  # a space that does not fit
 
-    def _passes(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
+    def _draw_subnets(self, step: int) -> list[Subnet]:
+        chains = {"groups": self.groups, "chains": self.loops, "seed": self.seed, "step": step}
+        return sample_chains(self.sampler, self.stages, **chains)
+
+    def _passes(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
         count = self.groups * self.loops
-        if subnets is None:
-            draw = {"groups": self.groups, "chains": self.loops, "seed": self.seed, "step": self.step}
-            subnets = sample_chains(self.sampler, self.stages, **draw)
         if len(subnets) != count:
             raise ValueError(
                 f"{len(subnets)} subnets are given for {self.loops} loops of {self.groups} groups; give {count}"

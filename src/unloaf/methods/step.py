@@ -44,6 +44,9 @@ class TrainingMethod(ABC):
     loops that own the backward pass. Draws depend on (seed, step) alone; ``step`` counts the steps made.
     """
 
+    trains_main = True
+    stages: tuple[Stage, ...] = ()
+
     def __init__(self, model: nn.Module, *, criterion: Criterion | None = None, seed: int = 0) -> None:
         self.model = model
         self.criterion: Criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
@@ -95,6 +98,10 @@ class TrainingMethod(ABC):
                 f"state has the keys {sorted(state)}; give a {type(self).__name__}.state_dict(): seed, step"
             )
         self.seed, self.step = state["seed"], state["step"]
+
+    @abstractmethod
+    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
+        """The passes beside the main one that a step draws, by default the next one, for a batch like x."""
 
     @abstractmethod
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput: ...
@@ -174,9 +181,21 @@ class SubnetTraining(TrainingMethod):
             raise ValueError(f"subnet_weight is {subnet_weight}; give a finite number, 0 or above")
         self.stages, self.subnet_weight = tuple(stages), subnet_weight
 
+    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
+        """The subnet passes of a step, by default the next one, for a batch like x."""
+        step = self.step if step is None else step
+        return self._passes(x, self._draw_subnets(step), step)
+
     @abstractmethod
-    def _passes(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
-        """The passes of the current step: drawn, or with the given subnets."""
+    def _draw_subnets(self, step: int) -> list[Subnet]:
+        """The subnets of a step: a pure function of (seed, step)."""
+
+    @abstractmethod
+    def _passes(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
+        """The passes that train these subnets."""
+
+    def _requested(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
+        return self.draw(x) if subnets is None else self._passes(x, subnets, self.step)
 
     @abstractmethod
     def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
@@ -186,7 +205,7 @@ class SubnetTraining(TrainingMethod):
         return f"subnet{index}"
 
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        passes = self._passes(x, subnets)
+        passes = self._requested(x, subnets)
         main, logits = one_graph(self.model, self.stages, x, passes)
         known, teacher = [z.detach() for z in logits], main.detach()
         losses = [self.subnet_weight * self._subnet_loss(i, z, teacher, known) for i, z in enumerate(logits)]
@@ -195,7 +214,7 @@ class SubnetTraining(TrainingMethod):
         return self._output(passes, total, teacher, main_loss.detach(), [loss.detach() for loss in losses])
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        passes = self._passes(x, subnets)
+        passes = self._requested(x, subnets)
         step = lean_backward(
             self.model,
             self.stages,

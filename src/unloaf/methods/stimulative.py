@@ -72,15 +72,14 @@ class StimulativeTraining(SubnetTraining):
         if subnet_inputs is not None and shape is not None:
             check_sides(model, subnet_inputs, shape)
 
-    def _passes(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
-        if subnets is None:
-            subnets = [self._draw(index) for index in range(self.num_subnets)]
-        return [SubnetPass(subnet, self._side(x, index)) for index, subnet in enumerate(subnets)]
+    def _draw_subnets(self, step: int) -> list[Subnet]:
+        generators = [draw_generator(self.seed, step, index) for index in range(self.num_subnets)]
+        return [self.sampler.sample(self.stages, generator) for generator in generators]
 
-    def _draw(self, index: int) -> Subnet:
-        return self.sampler.sample(self.stages, draw_generator(self.seed, self.step, index))
+    def _passes(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
+        return [SubnetPass(subnet, self._side(x, step, index)) for index, subnet in enumerate(subnets)]
 
-    def _side(self, x: Any, index: int) -> int | None:
+    def _side(self, x: Any, step: int, index: int) -> int | None:
         """The side of one subnet's input; None for the full one, whose prefix is the main network's."""
         if self.subnet_inputs is None:
             return None
@@ -88,7 +87,7 @@ class StimulativeTraining(SubnetTraining):
             raise ValueError("smaller inputs need x as images (batch, channels, height, width); set subnet_inputs=None")
         full = min(x.shape[-2:])
         draw = 0 if self.subnet_inputs.per == "step" else index
-        side = self.subnet_inputs.draw(full, draw_generator(self.seed, self.step, draw, purpose="side"))
+        side = self.subnet_inputs.draw(full, draw_generator(self.seed, step, draw, purpose="side"))
         return None if side == full else side
 
     def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unloaf.methods.step import Criterion, SinglePassTraining
-from unloaf.passes import logits_of
+from unloaf.passes import SubnetPass, logits_of
 from unloaf.sampling import StochasticSampler, draw_generator
 from unloaf.stages import Stage, call_model
 from unloaf.subnet import Subnet, active_subnet, check_stages
@@ -39,6 +39,8 @@ class StochasticDepth(SinglePassTraining):
     (['main'], 1)
     """
 
+    trains_main = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -52,10 +54,14 @@ class StochasticDepth(SinglePassTraining):
         check_stages(model, stages)
         self.stages, self.sampler = tuple(stages), StochasticSampler(final_survival=final_survival)
 
+    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
+        """The one pass of a step, by default the next one."""
+        generator = draw_generator(self.seed, self.step if step is None else step, 0)
+        return [SubnetPass(self.sampler.sample(self.stages, generator))]
+
     def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
         if subnets is not None and len(subnets) != 1:
             raise ValueError(f"stochastic depth trains 1 subnet a step, but {len(subnets)} are given; give one")
-        drawn = self.sampler.sample(self.stages, draw_generator(self.seed, self.step, 0))
-        subnet = subnets[0] if subnets is not None else drawn
+        subnet = self.draw(x)[0].subnet if subnets is None else subnets[0]
         with active_subnet(self.model, self.stages, subnet):
             return logits_of(call_model(self.model, x)), (subnet,)

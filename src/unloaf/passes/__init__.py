@@ -12,6 +12,6 @@ are handed back, and ends with one backward through the main graph; `one_graph` 
 from unloaf.passes.lean import LeanStep, lean_backward
 from unloaf.passes.one_graph import one_graph
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.replay import logits_of
+from unloaf.passes.replay import between_blocks, logits_of
 
-__all__ = ["LeanStep", "SubnetPass", "lean_backward", "logits_of", "one_graph"]
+__all__ = ["LeanStep", "SubnetPass", "between_blocks", "lean_backward", "logits_of", "one_graph"]

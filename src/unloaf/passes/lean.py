@@ -38,10 +38,10 @@ def lean_backward(
 ) -> LeanStep:
     """Add the gradient of ``main_loss + sum of subnet losses`` to ``.grad``, one suffix alive at a time.
 
-    Prefixes are shared. A suffix starts from detached leaves of recorded outputs, and its backward returns their gradients; they enter the
-    one backward through the main graph at the end. That backward alone runs through the model's wrapper, so under
-    DistributedDataParallel gradients are reduced once, and fires the parameters' hooks once. If anything raises,
-    ``.grad`` is as it was.
+    Prefixes are shared. A suffix starts from detached leaves of recorded outputs, and its backward returns their
+    gradients; they enter the one backward through the main graph at the end. That backward alone runs through the
+    model's wrapper, so under DistributedDataParallel gradients are reduced once, and parameters' hooks fire once. If
+    anything raises before it, ``.grad`` is as it was.
 
     Args:
         model: the network, possibly wrapped by DistributedDataParallel.

@@ -36,11 +36,12 @@ class Session:
         self._replacements: dict[nn.Module, Callable[..., Any]] = {
             module: _BlockForward(self, path, module.forward, branch.get(path)) for path, module in blocks.items()
         }
-        for path, module in _between_blocks(self.inner, blocks):
+        for path, module in between_blocks(self.inner, blocks):
             self._replacements.setdefault(module, _ModuleForward(self, path, module.forward))
 
     @contextmanager
     def open(self) -> Iterator[None]:
+        """Shadow the model's modules for the time of the passes."""
         with replaced_forwards(self._replacements):
             yield
 
@@ -139,7 +140,7 @@ class _ModuleForward:
         return session.remember_or((self.path, session.calls[where]), self.forward, args, kwargs)
 
 
-def _between_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def between_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules that neither are, hold, nor belong to a block."""
     holders = {"", *(path.rpartition(".")[0] for path in blocks)}
     holders |= {parent[:i] for parent in holders for i, letter in enumerate(parent) if letter == "."}

@@ -1,0 +1,145 @@
+"""The least arithmetic a step needs: each distinct block application once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from unloaf.inputs import resize
+from unloaf.methods import TrainingMethod
+from unloaf.passes import SubnetPass, between_blocks, logits_of
+from unloaf.stages import Stage, call_model, evaluating, inner_module
+from unloaf.subnet import Subnet, active_subnet, check_stages
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of one example in a step, forward and backward (a multiply-add counts as two).
+
+    Attributes:
+        common: of common training.
+        shared: with exact prefix sharing, the least possible.
+        separate: with a complete pass for each subnet.
+    """
+
+    common: float
+    shared: float
+    separate: float
+
+
+def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFlops:
+    """Mean `StepFlops` of a method over the draws of the given steps.
+
+    Args:
+        method: any; its step counter is left as it is.
+        x: a batch, of which the first example is used.
+        steps: which steps' draws to count, e.g. ``range(100)``.
+    """
+    count = _Counter(method.model, method.stages, x)
+    counted = [count(method.draw(x, step=step), main=method.trains_main) for step in steps]
+    return StepFlops(*(sum(column) / len(counted) for column in zip(*counted, strict=True)))
+
+
+def step_flops(model: nn.Module, stages: Sequence[Stage], x: Any, passes: Sequence[SubnetPass]) -> StepFlops:
+    """FLOPs of a step that trains the main network and these subnets.
+
+    Counted by torch's flop counter on forward passes of separate subnets, independently of the shared passes; a
+    backward costs twice its forward, but for the first layer, whose input needs no gradient.
+
+    Args:
+        model: any network with these stages; run in eval mode on the first example.
+        stages: from `find_stages`.
+        x: a batch, as the model takes it.
+        passes: the subnets and the sides of their inputs.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> from unloaf.analysis.flops import step_flops
+    >>> from unloaf.passes import SubnetPass
+    >>> model, x = resnet18(), torch.randn(1, 3, 64, 64)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> flops = step_flops(model, stages, x, [SubnetPass(unloaf.Subnet.from_depths(stages, (2, 2, 1, 2)))])
+    >>> round(flops.shared / flops.common, 2), round(flops.separate / flops.common, 2)
+    (1.23, 1.87)
+    """
+    return _Counter(model, stages, x)(passes, main=True)
+
+
+class _Counter:
+    """Forward FLOPs of passes, each counted once."""
+
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any) -> None:
+        self.model, self.stages = copy.deepcopy(inner_module(model)), stages
+        self.x: Any = {k: v[:1] for k, v in x.items()} if isinstance(x, dict) else x[:1]
+        self.blocks = check_stages(self.model, stages)
+        self.between = dict(between_blocks(self.model, self.blocks))
+        self.events = cache(self._events)
+        self.main = self.events(Subnet.full(stages), None)
+        forward = sum(flops for _, flops in self.main)
+        self.saved = 1 - self._forward_and_backward() / (3 * forward)  # share that the first layer's backward spares
+
+    def __call__(self, passes: Sequence[SubnetPass], *, main: bool) -> StepFlops:
+        seen: set[tuple[Any, ...]] = set()
+        common = 3 * sum(flops for _, flops in self.main) * (1 - self.saved)
+        shared = self._new(None, self.main, seen) if main else 0.0
+        separate = common if main else 0.0
+        for request in passes:
+            events = self.events(request.subnet, request.side)
+            shared += self._new(request.side, events, seen)
+            separate += self._new(request.side, events, set())
+        return StepFlops(common, shared, separate)
+
+    def _new(self, side: int | None, events: Sequence[tuple[str, int]], seen: set[tuple[Any, ...]]) -> float:
+        """FLOPs of what follows the longest prefix seen before."""
+        prefix: tuple[Any, ...] = (side,)
+        fresh = (side,) not in seen
+        seen.add(prefix)
+        total = 0
+        for path, flops in events:
+            prefix = (*prefix, path)
+            total += 0 if prefix in seen else flops
+            seen.add(prefix)
+        return 3 * total * ((1 - self.saved) if fresh else 1)
+
+    def _events(self, subnet: Subnet, side: int | None) -> tuple[tuple[str, int], ...]:
+        """Calls of blocks and of modules between them in a pass, with the FLOPs since the call before."""
+        events: list[tuple[str, int]] = []
+        kept = subnet.modes(self.stages)
+        with evaluating(self.model), FlopCounterMode(display=False) as counter:
+            counted = 0
+
+            def record(path: str) -> None:
+                nonlocal counted
+                total = counter.get_total_flops()
+                events.append((path, total - counted))
+                counted = total
+
+            paths = [path for path in self.blocks if path in kept]
+            hooked = self._hooked({p: self.blocks[p] for p in paths} | self.between, record)
+            with hooked, active_subnet(self.model, self.stages, subnet):
+                call_model(self.model, self.x if side is None else resize(self.x, side))
+            record("output")
+        return tuple(events)
+
+    @contextmanager
+    def _hooked(self, modules: dict[str, nn.Module], record: Any) -> Iterator[None]:
+        handles = [module.register_forward_hook(lambda *_, path=path: record(path)) for path, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _forward_and_backward(self) -> int:
+        with evaluating(self.model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            logits: Tensor = logits_of(call_model(self.model, self.x))
+            torch.autograd.grad(
+                logits.sum(), [p for p in self.model.parameters() if p.requires_grad], allow_unused=True
+            )
+            return counter.get_total_flops()

@@ -1,0 +1,146 @@
+"""How good is each subnet of a trained model: one row each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unloaf.batchnorm import recalibrate_bn, tracking_norms
+from unloaf.passes import logits_of
+from unloaf.sampling import draw_generator, enumerate_subnets
+from unloaf.stages import Stage, call_model, evaluating, inner_module
+from unloaf.subnet import Subnet, active_subnet, check_subnet
+
+
+@dataclass(frozen=True)
+class SubnetRow:
+    """A subnet judged.
+
+    Attributes:
+        subnet: which one; ``str(row.subnet)`` is its depths, "3-4-6-3".
+        depths: kept blocks per stage.
+        top1: accuracy in percent.
+        top5: share of examples whose target is among the five highest logits, in percent (100 with up to 5 classes).
+        loss: mean cross-entropy, in nats.
+        params: parameters of the subnet as a network of its own.
+
+    >>> from unloaf import Subnet, SubnetRow
+    >>> str(SubnetRow(Subnet(((True, True), (True, False))), (2, 1), 93.2, 99.8, 0.21, 272_474).subnet)
+    '2-1'
+    """
+
+    subnet: Subnet
+    depths: tuple[int, ...]
+    top1: float
+    top5: float
+    loss: float
+    params: int
+
+
+def evaluate_subnets(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    loader: Iterable[tuple[Any, Tensor]],
+    *,
+    subnets: Sequence[Subnet] | int | None = None,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+) -> list[SubnetRow]:
+    """Accuracy of subnets of a model; the model is left as it was.
+
+    Args:
+        model: a trained network.
+        stages: its stages.
+        loader: batches ``(x, y)`` with class indices y, (batch,) or as the logits' leading dimensions; iterated once per
+            subnet.
+        subnets: which ones; a number draws that many ordered ones, the main network among them; default: all ordered
+            subnets (`enumerate_subnets`).
+        calibration: batches of training inputs, ``x`` or ``(x, ...)``; before a subnet is judged, its batch-norm
+            statistics are re-estimated from them on a copy. Without, a subnet is judged with the main network's
+            statistics, which do not fit it. The main network always keeps its own.
+        seed: of the sample, if ``subnets`` is a number.
+
+    Returns:
+        One row per subnet, in the order given.
+
+    Raises:
+        ValueError: a subnet of another model, a number below 1, an empty loader.
+
+    Source: Ye et al. 2022 (ST) judge subnets after re-estimating batch-norm statistics.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(num_classes=10), torch.randn(4, 3, 32, 32)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> rows = unloaf.evaluate_subnets(model, stages, [(x, torch.arange(4))], subnets=2, calibration=[x])
+    >>> [row.depths for row in rows][0], rows[0].params > rows[1].params
+    ((2, 2, 2, 2), True)
+    """
+    chosen = _choose(stages, subnets, seed)
+    inner = inner_module(model)
+    batches = None if calibration is None or not tracking_norms(inner) else calibration
+    if batches is not None and iter(batches) is batches:
+        batches = list(batches)  # a generator would be spent after the first subnet
+    copied = copy.deepcopy(inner) if batches is not None else inner
+    rows = []
+    for subnet in chosen:
+        judged = inner if subnet == Subnet.full(stages) else copied
+        with active_subnet(judged, stages, subnet):
+            if judged is not inner and batches is not None:
+                recalibrate_bn(judged, (_to_device(batch, judged) for batch in batches))
+            rows.append(SubnetRow(subnet, subnet.depths, *_judge(judged, loader), count_params(inner, stages, subnet)))
+    return rows
+
+
+def count_params(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> int:
+    """Parameters of a subnet as a network of its own: all but those that belong to skipped blocks alone."""
+    kept = subnet.modes(stages)
+    skipped = tuple(f"{path}." for stage in stages for path in stage.blocks if path not in kept)
+    # Named with duplicates and counted once each: a tensor shared with a kept block stays.
+    used = {p: p.numel() for name, p in model.named_parameters(remove_duplicate=False) if not name.startswith(skipped)}
+    return sum(used.values())
+
+
+def _choose(stages: Sequence[Stage], subnets: Sequence[Subnet] | int | None, seed: int) -> list[Subnet]:
+    if subnets is None:
+        return enumerate_subnets(stages)
+    if isinstance(subnets, int):
+        if subnets < 1:
+            raise ValueError(f"subnets is {subnets}; give a number of at least 1, a list of subnets, or None for all")
+        everyone = enumerate_subnets(stages)
+        order = torch.randperm(len(everyone) - 1, generator=draw_generator(seed, 0, 0, purpose="evaluation"))
+        picked = sorted((order[: subnets - 1] + 1).tolist())
+        return [everyone[0], *(everyone[i] for i in picked)]
+    for subnet in subnets:
+        check_subnet(stages, subnet)
+    return list(subnets)
+
+
+def _to_device(batch: Any, model: nn.Module) -> Any:
+    device = next(model.parameters()).device
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return inputs.to(device)
+
+
+def _judge(model: nn.Module, loader: Iterable[tuple[Any, Tensor]]) -> tuple[float, float, float]:
+    """Top-1 and top-5 in percent, mean cross-entropy in nats."""
+    count, first, five, loss = 0, 0, 0, 0.0
+    with evaluating(model):
+        for x, y in loader:
+            x = _to_device(x, model)
+            logits = logits_of(call_model(model, x)).flatten(0, -2).float()
+            targets = y.to(logits.device).flatten()
+            best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
+            first += int(best[:, 0].sum())
+            five += int(best.sum())
+            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+            count += len(targets)
+    if not count:
+        raise ValueError("the loader yielded no example to judge on; give at least one batch (x, y)")
+    return 100 * first / count, 100 * five / count, loss / count
