@@ -57,7 +57,7 @@ def evaluate_subnets(
     Args:
         model: a trained network.
         stages: its stages.
-        loader: batches ``(x, y)`` with class indices y, (batch,) or as the logits' leading dimensions; iterated once per
+        loader: batches ``(x, y)`` with class indices y, (batch,) or the leading dimensions of the logits; iterated per
             subnet.
         subnets: which ones; a number draws that many ordered ones, the main network among them; default: all ordered
             subnets (`enumerate_subnets`).

@@ -88,7 +88,8 @@ class GroupKnowledgeTraining(SubnetTraining):
         group = index % self.groups
         return tuple(range(group - 1, index, self.groups)) if group else ()
 
-    def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+    def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """Distance to the knowledge of the group above."""
         teacher = main
         for loop, position in enumerate(self._teachers(index)):
             logits = known[position]

@@ -198,8 +198,8 @@ class SubnetTraining(TrainingMethod):
         return self.draw(x) if subnets is None else self._passes(x, subnets, self.step)
 
     @abstractmethod
-    def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
-        """The unweighted loss of one pass, from its logits and the detached logits of others."""
+    def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """The unweighted loss of a pass, from its logits and the detached logits of the passes known by then."""
 
     def _term_name(self, index: int) -> str:
         return f"subnet{index}"
@@ -208,7 +208,7 @@ class SubnetTraining(TrainingMethod):
         passes = self._requested(x, subnets)
         main, logits = one_graph(self.model, self.stages, x, passes)
         known, teacher = [z.detach() for z in logits], main.detach()
-        losses = [self.subnet_weight * self._subnet_loss(i, z, teacher, known) for i, z in enumerate(logits)]
+        losses = [self.subnet_weight * self.subnet_term(i, z, teacher, known) for i, z in enumerate(logits)]
         main_loss = self._main_loss(main, y)
         total = torch.stack([main_loss, *losses]).sum()
         return self._output(passes, total, teacher, main_loss.detach(), [loss.detach() for loss in losses])
@@ -221,7 +221,7 @@ class SubnetTraining(TrainingMethod):
             x,
             passes,
             main_loss=lambda logits: self._main_loss(logits, y),
-            subnet_loss=lambda *args: self.subnet_weight * self._subnet_loss(*args),
+            subnet_loss=lambda *args: self.subnet_weight * self.subnet_term(*args),
             scale=scale,
         )
         total = torch.stack([step.main_loss, *step.subnet_losses]).sum()

@@ -90,7 +90,8 @@ class StimulativeTraining(SubnetTraining):
         side = self.subnet_inputs.draw(full, draw_generator(self.seed, step, draw, purpose="side"))
         return None if side == full else side
 
-    def _subnet_loss(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+    def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """Distance to the main network's prediction."""
         return self.subnet_loss(student, main)
 
 
