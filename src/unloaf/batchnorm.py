@@ -22,16 +22,26 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Passes inside normalise with their batch's statistics, as in training, but leave the running ones alone.
 
     With ``track_running_stats`` off, torch's batch norms use the batch and touch no buffer; ``momentum=0`` would still
-    count the batch. Modules in eval mode keep using their running statistics.
+    count the batch. Its instance norms update their buffers whatever the flag says, and count nothing: there
+    ``momentum=0`` does it. Modules in eval mode keep using their running statistics.
     """
     norms = [module for module in tracking_norms(model) if module.training]
+    momenta = [(norm, norm.momentum) for norm in norms]
     try:
-        for module in norms:
-            module.__dict__["track_running_stats"] = False
+        for norm in norms:
+            norm.__dict__["track_running_stats"] = False
+            if not _averages_without_momentum(norm):
+                norm.momentum = 0.0  # type: ignore[assignment]
         yield
     finally:
-        for module in norms:
-            module.__dict__["track_running_stats"] = True
+        for norm, momentum in momenta:
+            norm.__dict__["track_running_stats"] = True
+            norm.momentum = momentum
+
+
+def _averages_without_momentum(norm: nn.Module) -> bool:
+    """Whether ``momentum=None`` means a plain average, as in torch's batch norms; its instance norms take it for 0."""
+    return not isinstance(norm, nn.modules.instancenorm._InstanceNorm)
 
 
 def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
@@ -70,8 +80,10 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
                 if count == 0:
                     for norm in norms:
                         norm.reset_running_stats()  # type: ignore[operator]
-                        norm.momentum = None  # type: ignore[assignment]
                         norm.train()
+                for norm in norms:
+                    momentum = None if _averages_without_momentum(norm) else 1 / (count + 1)
+                    norm.momentum = momentum  # type: ignore[assignment]
                 call_model(model, batch if isinstance(batch, (Tensor, dict)) else batch[0])
                 count += 1
     finally:

@@ -1,0 +1,226 @@
+"""Running statistics: re-estimated as plain averages, left alone by subnet passes."""
+
+import contextlib
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import unloaf
+from toy_networks import ToyNetwork
+from unloaf.batchnorm import frozen_statistics
+
+
+def batches(count=3, shape=(4, 2)):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) * (i + 1) + i for i in range(count)]
+
+
+def statistics(model):
+    return {key: value.clone() for key, value in model.state_dict().items() if "running" in key or "tracked" in key}
+
+
+def equal(one, another):
+    return one.keys() == another.keys() and all(torch.equal(one[key], another[key]) for key in one)
+
+
+# --- recalibrate_bn
+
+
+def test_means_are_averages_of_batch_means():
+    norm, data = nn.BatchNorm1d(2), batches()
+    unloaf.recalibrate_bn(nn.Sequential(norm), data)
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean(0) for x in data]).mean(0))
+
+
+def test_variances_are_averages_of_unbiased_batch_variances():
+    norm, data = nn.BatchNorm1d(2), batches()
+    unloaf.recalibrate_bn(nn.Sequential(norm), data)
+    torch.testing.assert_close(norm.running_var, torch.stack([x.var(0, unbiased=True) for x in data]).mean(0))
+
+
+def test_earlier_statistics_are_forgotten():
+    norm, data = nn.BatchNorm1d(2), batches()
+    norm.running_mean.fill_(1e6)
+    unloaf.recalibrate_bn(nn.Sequential(norm), data)
+    assert float(norm.running_mean.max()) < 100
+
+
+def test_batches_are_counted():
+    norm = nn.BatchNorm1d(2)
+    norm.num_batches_tracked.fill_(77)
+    assert unloaf.recalibrate_bn(nn.Sequential(norm), iter(batches(5))) == 5
+    assert int(norm.num_batches_tracked) == 5
+
+
+def test_a_later_norm_sees_what_an_earlier_one_makes_of_the_batch():
+    model, data = nn.Sequential(nn.BatchNorm1d(2), nn.Tanh(), nn.BatchNorm1d(2)), batches()
+    unloaf.recalibrate_bn(model, data)
+    seen = [torch.tanh((x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()).mean(0) for x in data]
+    torch.testing.assert_close(model[2].running_mean, torch.stack(seen).mean(0))
+
+
+def test_dropout_is_off():
+    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(2)).train()
+    data = batches()
+    unloaf.recalibrate_bn(model, data)
+    torch.testing.assert_close(model[1].running_mean, torch.stack([x.mean(0) for x in data]).mean(0))
+
+
+def test_tuples_of_a_loader_are_unpacked():
+    one, another = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    unloaf.recalibrate_bn(nn.Sequential(one), batches())
+    unloaf.recalibrate_bn(nn.Sequential(another), [(x, torch.zeros(4)) for x in batches()])
+    assert torch.equal(one.running_mean, another.running_mean)
+
+
+def test_tracking_instance_norms_are_re_estimated_too():
+    norm, data = nn.InstanceNorm1d(2, track_running_stats=True), batches(shape=(4, 2, 5))
+    unloaf.recalibrate_bn(nn.Sequential(norm), data)
+    torch.testing.assert_close(norm.running_mean, torch.stack([x.mean((0, 2)) for x in data]).mean(0))
+
+
+def test_inside_a_subnet_its_own_activations_count():
+    model = ToyNetwork(norm=True)
+    x = torch.randn(8, 4)
+    stages = unloaf.find_stages(model, x)
+    with unloaf.active_subnet(model, stages, unloaf.Subnet(((True, False, True), (True, True, True)))):
+        unloaf.recalibrate_bn(model, [x])
+    norm = copy.deepcopy(model.first[0]).train()
+    torch.testing.assert_close(model.first[2].norm.running_mean, model.first[2].inner(norm(x)).mean(0))
+
+
+def fails_at_second(data):
+    yield data[0]
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("source", [batches, lambda: fails_at_second(batches())], ids=["done", "failed"])
+def test_training_flags_and_momenta_are_restored(source):
+    model = nn.Sequential(nn.BatchNorm1d(2, momentum=0.3), nn.Dropout(), nn.BatchNorm1d(2, momentum=None)).train()
+    model[2].eval()
+    with contextlib.suppress(ZeroDivisionError):
+        unloaf.recalibrate_bn(model, source())
+    assert [module.training for module in model] == [True, True, False]
+    assert [model[0].momentum, model[2].momentum] == [0.3, None]
+
+
+def test_no_gradient_is_computed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    seen = []
+    model.register_forward_hook(lambda _, args, out: seen.append(out.requires_grad))
+    unloaf.recalibrate_bn(model, batches(1))
+    assert seen == [False]
+
+
+def test_parameters_are_left_alone():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    unloaf.recalibrate_bn(model, batches())
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(2), nn.BatchNorm1d(2, track_running_stats=False)])
+def test_a_model_without_running_statistics_uses_no_batch(norm):
+    assert unloaf.recalibrate_bn(nn.Sequential(norm), batches()) == 0
+
+
+def test_no_batch_is_refused_and_changes_nothing():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model(batches()[0])
+    before = statistics(model)
+    with pytest.raises(ValueError, match=r"no batch was given.*at least one"):
+        unloaf.recalibrate_bn(model, [])
+    assert equal(statistics(model), before)
+
+
+# --- frozen_statistics
+
+NORMS = {
+    "batch": (lambda: nn.BatchNorm1d(2), (4, 2)),
+    "batch, cumulative": (lambda: nn.BatchNorm1d(2, momentum=None), (4, 2)),
+    "timm": (lambda: timm.layers.BatchNormAct2d(2), (4, 2, 3, 3)),
+    "instance": (lambda: nn.InstanceNorm1d(2, track_running_stats=True), (4, 2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_frozen_statistics_stay_bit_equal(name):
+    build, shape = NORMS[name]
+    norm = build().train()
+    norm(torch.randn(shape))
+    before = statistics(norm)
+    with frozen_statistics(norm):
+        norm(torch.randn(shape))
+    assert equal(statistics(norm), before)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_frozen_passes_use_the_statistics_of_the_batch(name):
+    build, shape = NORMS[name]
+    norm, x = build().train(), torch.randn(shape) * 3 + 5
+    with frozen_statistics(norm):
+        frozen = norm(x)
+    torch.testing.assert_close(frozen, build().train()(x), rtol=0, atol=0)
+
+
+def test_frozen_passes_in_eval_mode_use_running_statistics():
+    norm = nn.BatchNorm1d(2).eval()
+    with frozen_statistics(norm):
+        y = norm(torch.full((4, 2), 5.0))
+    torch.testing.assert_close(y, torch.full((4, 2), 5.0 / (1 + 1e-5) ** 0.5))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_statistics_move_again_after_an_exception(name):
+    build, shape = NORMS[name]
+    norm = build().train()
+    before = statistics(norm), copy.copy(norm.__dict__)
+    with pytest.raises(ZeroDivisionError), frozen_statistics(norm):
+        raise ZeroDivisionError
+    assert norm.__dict__ == before[1]
+    norm(torch.randn(shape) + 5)
+    assert not equal(statistics(norm), before[0])
+
+
+# --- a training run
+
+
+def small_resnet():
+    torch.manual_seed(0)
+    options = {"channels": (64, 8, 8, 8), "zero_init_last": False}
+    return timm.create_model("resnet18", num_classes=5, layers=(2, 3, 2, 1), **options)
+
+
+@pytest.fixture
+def _one_thread():
+    """Threads that wait for each other on a busy machine make these many small operations ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("one_graph", [False, True], ids=["lean", "one graph"])
+def test_running_statistics_after_20_steps_are_those_of_the_main_passes_alone(one_graph):
+    model, twin = small_resnet(), small_resnet()
+    stages = unloaf.find_stages(model, torch.randn(2, 3, 16, 16))
+    method = unloaf.stimulative_plus(model, stages, num_subnets=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(20):
+        x, y = torch.randn(4, 3, 16, 16), torch.randint(5, (4,))
+        with torch.no_grad():  # the twin sees the weights of this step, and its main pass alone
+            for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+            twin.train()(x)
+        optimizer.zero_grad()
+        if one_graph:
+            method(x, y).loss.backward()
+        else:
+            method.backward(x, y)
+        optimizer.step()
+    assert int(model.bn1.num_batches_tracked) == 20
+    assert equal(statistics(model), statistics(twin))
