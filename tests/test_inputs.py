@@ -1,0 +1,216 @@
+"""Smaller inputs: which sides are drawn, what a subnet sees, and models that cannot take them."""
+
+from collections import Counter
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import unloaf
+from toy_networks import Block
+from unloaf import SmallerInputs
+from unloaf.inputs import resize
+from unloaf.sampling import draw_generator
+
+# --- the rule
+
+
+@pytest.mark.parametrize(("side", "smallest"), [(224, 96), (200, 86), (32, 13)])
+def test_sides_range_from_the_published_smallest_to_the_full(side, smallest):
+    assert list(SmallerInputs().candidates(side)) == list(range(smallest, side + 1))
+
+
+def test_sides_can_be_listed():
+    assert tuple(SmallerInputs(sides=(16, 32)).candidates(32)) == (16, 32)
+
+
+@pytest.mark.parametrize("rule", [SmallerInputs(), SmallerInputs(sides=(8, 12, 20))])
+def test_sides_are_drawn_uniformly(rule):
+    candidates, count = rule.candidates(20), 3000
+    counts = Counter(rule.draw(20, draw_generator(0, step, 0)) for step in range(count))
+    assert set(counts) == set(candidates)
+    expected = count / len(candidates)
+    statistic = sum((counts[side] - expected) ** 2 / expected for side in candidates)
+    freedom = torch.tensor((len(candidates) - 1) / 2)
+    assert float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2))) > 1e-4
+
+
+@given(st.floats(0.01, 1), st.integers(1, 512), st.integers(0, 2**40))
+def test_every_drawn_side_lies_in_the_range(ratio, side, seed):
+    assert max(1, int(ratio * side)) <= SmallerInputs(ratio).draw(side, draw_generator(seed, 0, 0)) <= side
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_ratio": 0.0}, r"min_ratio is 0.0.*above 0 and up to 1"),
+        ({"min_ratio": 1.2}, r"min_ratio is 1.2"),
+        ({"min_ratio": float("nan")}, r"min_ratio is nan"),
+        ({"per": "epoch"}, r"per is 'epoch'.*'subnet'.*'step'"),
+        ({"sides": ()}, r"sides is \(\)"),
+        ({"sides": (0, 8)}, r"sides is \(0, 8\).*positive"),
+    ],
+)
+def test_a_rule_out_of_range_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SmallerInputs(**options)
+
+
+def test_a_listed_side_above_the_batch_is_refused():
+    with pytest.raises(ValueError, match=r"64, but the batch has side 32"):
+        SmallerInputs(sides=(16, 64)).candidates(32)
+
+
+# --- resize
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "expected"), [((32, 32), 20, (20, 20)), ((32, 64), 16, (16, 32)), ((60, 40), 20, (30, 20))]
+)
+def test_the_shorter_side_becomes_the_side(shape, side, expected):
+    assert resize(torch.zeros(1, 3, *shape), side).shape[-2:] == expected
+
+
+def test_resize_is_bilinear():
+    # 4 -> 2 without aligned corners: the mean of the two pixels around each new centre
+    images = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert resize(images, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_the_full_side_is_the_batch_itself():
+    images = torch.randn(1, 3, 8, 8)
+    assert resize(images, 8) is images
+
+
+# --- what subnets see in a step
+
+
+class Looking(nn.Module):
+    """A residual network of any side that remembers the inputs it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(Block(3, 3), Block(3, 3)), nn.Linear(3, 4)
+        self.inputs = []
+
+    def forward(self, x):
+        self.inputs.append(x)
+        return self.head(self.blocks(x.mean((-2, -1))))
+
+
+def sides_of_a_step(rule, num_subnets=8, x=None, **options):
+    model = Looking()
+    x = torch.randn(2, 3, 32, 32) if x is None else x
+    stages = unloaf.find_stages(model, x)
+    pair = [unloaf.Subnet.from_depths(stages, (1,)), unloaf.Subnet.full(stages)] * (num_subnets // 2)
+    method = unloaf.StimulativeTraining(model, stages, subnet_inputs=rule, **options)
+    model.inputs.clear()
+    method.backward(x, torch.tensor([0, 1]), subnets=pair)
+    return model.inputs
+
+
+def test_the_main_network_keeps_the_full_side():
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(sides_of_a_step(SmallerInputs(), x=x)[0], x)
+
+
+def test_every_smaller_input_is_resized_once_from_the_main_input():
+    x = torch.randn(2, 3, 32, 32)
+    smaller = [images for images in sides_of_a_step(SmallerInputs(), x=x)[1:] if images.shape != x.shape]
+    assert len(smaller) > 2
+    for images in smaller:
+        once = F.interpolate(x, size=images.shape[-2:], mode="bilinear", align_corners=False)
+        assert torch.equal(images, once)
+
+
+def test_each_subnet_draws_a_side_of_its_own():
+    drawn = {images.shape[-1] for images in sides_of_a_step(SmallerInputs(), num_subnets=6)[1:]}
+    assert len(drawn) > 2
+
+
+def test_one_side_serves_all_subnets_of_a_step():
+    assert len({images.shape[-1] for images in sides_of_a_step(SmallerInputs(per="step"), num_subnets=6)[1:]}) == 1
+
+
+def test_one_side_per_step_changes_between_steps():
+    model, x = Looking(), torch.randn(2, 3, 32, 32)
+    stages = unloaf.find_stages(model, x)
+    rule = SmallerInputs(per="step", sides=tuple(range(8, 32)))
+    method = unloaf.StimulativeTraining(model, stages, subnet_inputs=rule)
+    model.inputs.clear()
+    for _ in range(6):
+        method.backward(x, torch.tensor([0, 1]))
+    assert len({images.shape[-1] for images in model.inputs if images is not x}) > 2
+
+
+def test_sides_do_not_depend_on_the_global_generator():
+    torch.manual_seed(1)
+    one = [images.shape for images in sides_of_a_step(SmallerInputs(), x=torch.ones(2, 3, 32, 32))]
+    torch.manual_seed(2)
+    assert [images.shape for images in sides_of_a_step(SmallerInputs(), x=torch.ones(2, 3, 32, 32))] == one
+
+
+# --- models that cannot take them
+
+VIT = {"img_size": 64, "embed_dim": 24, "num_heads": 3, "num_classes": 4, "depth": 2}
+SWIN = {"img_size": 64, "window_size": 2, "embed_dim": 12, "depths": (2, 2, 2, 2), "num_classes": 4}
+
+
+def build(name, **options):
+    model, x = timm.create_model(name, **options), torch.randn(1, 3, 64, 64)
+    return model, unloaf.find_stages(model, x)
+
+
+REFUSED = {
+    # a side of 64 alone; multiples of the 16-pixel patches from int(0.43 * 64) = 27 up
+    "fixed ViT": ("vit_tiny_patch16_224", VIT | {"dynamic_img_size": False}, "64"),
+    "dynamic ViT": ("vit_tiny_patch16_224", VIT | {"dynamic_img_size": True}, "32, 48, 64"),
+    "Swin": ("swin_tiny_patch4_window7_224", SWIN, "64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_of_fixed_sizes_are_refused_with_the_legal_ones(name):
+    architecture, options, legal = REFUSED[name]
+    model, stages = build(architecture, **options)
+    with pytest.raises(
+        ValueError, match=rf"sides 27 to 64; legal sides up to 64: {legal}\. Give SmallerInputs\(sides="
+    ):
+        unloaf.stimulative_plus(model, stages)
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model, stages = build("vit_tiny_patch16_224", **VIT)
+    before = [m.training for m in model.modules()], [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="legal sides"):
+        unloaf.stimulative_plus(model, stages)
+    assert [m.training for m in model.modules()] == before[0]
+    assert all(map(torch.equal, model.parameters(), before[1]))
+
+
+def test_legal_sides_are_accepted():
+    model, stages = build("vit_tiny_patch16_224", **VIT, dynamic_img_size=True)
+    method = unloaf.stimulative_plus(model, stages, subnet_inputs=SmallerInputs(sides=(32, 48, 64)), num_subnets=2)
+    assert method.backward(torch.randn(2, 3, 64, 64), torch.tensor([0, 1])).loss.isfinite()
+
+
+def test_an_illegal_listed_side_is_refused():
+    model, stages = build("vit_tiny_patch16_224", **VIT, dynamic_img_size=True)
+    with pytest.raises(ValueError, match=r"legal sides up to 64: 16, 32, 48, 64\."):
+        unloaf.stimulative_plus(model, stages, subnet_inputs=SmallerInputs(sides=(32, 40)))
+
+
+def test_resnets_take_any_side():
+    model, stages = build("resnet18", layers=(2, 1, 1, 1), channels=(64, 8, 8, 8), num_classes=4)
+    assert unloaf.stimulative_plus(model, stages).subnet_inputs == SmallerInputs()
+
+
+def test_inputs_that_are_no_images_are_refused():
+    model = nn.Sequential(Block(4, 4), Block(4, 4), nn.Linear(4, 3))
+    stages = unloaf.find_stages(model, torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"need images.*shape \(4,\)"):
+        unloaf.StimulativeTraining(model, stages, subnet_inputs=SmallerInputs())

@@ -1,0 +1,244 @@
+"""KL and KL- against formulas in float64 and numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unloaf import direction_kl_loss, kl_loss
+from unloaf.losses import direction, resolve_amplitude
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def kl_by_hand(student, teacher, temperature=1.0):
+    """Loops over examples and classes."""
+    total = 0.0
+    for q_row, p_row in zip(student.tolist(), teacher.tolist(), strict=True):
+        q, p = ([math.exp(z / temperature) for z in row] for row in (q_row, p_row))
+        for a, b in zip(p, q, strict=True):
+            total += a / sum(p) * (math.log(a / sum(p)) - math.log(b / sum(q)))
+    return temperature**2 * total / len(student)
+
+
+def direction_by_hand(logits, norm):
+    rows = []
+    for row in logits.tolist():
+        center = sum(row) / len(row) if norm == "layer_norm" else 0.0
+        length = math.sqrt(sum((z - center) ** 2 for z in row))
+        target = math.sqrt(len(row)) if norm == "layer_norm" else 1.0
+        rows.append([target * (z - center) / length for z in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+LOSSES = {
+    "kl": kl_loss,
+    "layer_norm": lambda s, t: direction_kl_loss(s, t, amplitude=2.0),
+    "l2": lambda s, t: direction_kl_loss(s, t, amplitude=2.0, norm="l2"),
+    "auto": direction_kl_loss,
+}
+
+
+# --- values
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_kl_is_its_formula(temperature):
+    student, teacher = randn(5, 7), randn(5, 7, seed=1)
+    expected = kl_by_hand(student, teacher, temperature)
+    assert float(kl_loss(student, teacher, temperature=temperature)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_of_a_hand_computed_pair():
+    # p = (3/4, 1/4), q = (1/2, 1/2): 3/4 log(3/2) + 1/4 log(1/2)
+    student, teacher = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[3.0, 1.0]], dtype=torch.float64).log()
+    assert float(kl_loss(student, teacher)) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
+
+
+def test_kl_is_the_teachers_expectation():
+    # the other direction of the same pair: 1/2 log(2/3) + 1/2 log(2)
+    student, teacher = torch.tensor([[3.0, 1.0]], dtype=torch.float64).log(), torch.zeros(1, 2, dtype=torch.float64)
+    assert float(kl_loss(student, teacher)) == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "l2"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_direction_kl_is_its_formula(norm, temperature):
+    student, teacher = randn(5, 7), randn(5, 7, seed=1)
+    expected = kl_by_hand(*(1.7 * direction_by_hand(z, norm) for z in (student, teacher)), temperature)
+    given_options = {"amplitude": 1.7, "norm": norm, "temperature": temperature, "eps": 1e-15}
+    assert float(direction_kl_loss(student, teacher, **given_options)) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        # Two classes have the directions (1, -1) and (-1, 1); p = 1 / (1 + e^-2); KL = 2 (2p - 1) = 2 tanh 1
+        ("layer_norm", 2 * math.tanh(1)),
+        # (1, 0) and (0, 1); p = 1 / (1 + e^-1); KL = 2p - 1 = tanh 1/2
+        ("l2", math.tanh(0.5)),
+    ],
+)
+def test_direction_kl_of_a_hand_computed_pair(norm, expected):
+    student, teacher = torch.tensor([[9.0, 0.0]]).double(), torch.tensor([[0.0, 4.0]]).double()
+    loss = direction_kl_loss(student, teacher, amplitude=1.0, norm=norm, eps=1e-15)
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "l2"])
+def test_eps_adds_to_the_variance_or_bounds_the_length(norm):
+    # variance 1 + eps 3 halves the layer-normed direction; a length of sqrt(2) below eps 2 is divided by 2
+    expected = {"layer_norm": [0.5, -0.5], "l2": [0.5, -0.5]}[norm]
+    logits = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert direction(logits, norm=norm, eps={"layer_norm": 3.0, "l2": 2.0}[norm]).tolist() == pytest.approx(expected)
+
+
+# --- amplitude
+
+
+def highest_probability(classes, amplitude, norm):
+    """What softmax reaches for the extreme direction: one logit up, all others alike."""
+    extreme = torch.zeros(1, classes, dtype=torch.float64)
+    # A vector of length 1 with one coordinate up is highest when the others are equally far below zero.
+    extreme[0, 0] = 1.0 if norm == "layer_norm" else classes - 1.0
+    extreme[0, 1:] = 0.0 if norm == "layer_norm" else -1.0
+    return float((amplitude * direction(extreme, norm=norm, eps=1e-15)).softmax(-1)[0, 0])
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(100, 0.9957), (10, 0.757)])
+def test_layer_norm_of_amplitude_one_reaches_the_published_probability(classes, expected):
+    assert highest_probability(classes, 1.0, "layer_norm") == pytest.approx(
+        expected, abs=5e-4 if classes == 10 else 5e-5
+    )
+
+
+REACHING = [("layer_norm", 2), ("layer_norm", 10), ("layer_norm", 100), ("l2", 2), ("l2", 10), ("l2", 1000)]
+
+
+@pytest.mark.parametrize(("norm", "classes"), REACHING)
+def test_auto_reaches_0_999(norm, classes):
+    amplitude = resolve_amplitude("auto", classes, norm)
+    assert highest_probability(classes, amplitude, norm) == pytest.approx(0.999, abs=1e-9)
+
+
+@pytest.mark.parametrize(("norm", "classes"), REACHING)
+def test_a_smaller_amplitude_than_auto_does_not_reach_0_999(norm, classes):
+    assert highest_probability(classes, 0.99 * resolve_amplitude("auto", classes, norm), norm) < 0.999
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "l2"])
+def test_no_direction_goes_beyond_the_extreme_one(norm):
+    amplitude = resolve_amplitude("auto", 4, norm)
+    peaks = (amplitude * direction(randn(20_000, 4), norm=norm)).softmax(-1).amax()
+    assert 0.99 < float(peaks) <= 0.999 + 1e-9
+
+
+def test_auto_is_one_where_one_is_enough():
+    assert highest_probability(1000, 1.0, "layer_norm") > 0.999
+    assert resolve_amplitude("auto", 1000, "layer_norm") == 1.0
+
+
+def test_the_loss_resolves_auto():
+    student, teacher = randn(4, 10), randn(4, 10, seed=1)
+    amplitude = math.log(9 * 999) * 3 / 10  # gap 10 / sqrt(9), probability 0.999
+    expected = direction_kl_loss(student, teacher, amplitude=amplitude)
+    assert float(direction_kl_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-12)
+
+
+# --- what holds for all of them
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_leading_dimensions_are_a_longer_batch(name):
+    student, teacher = randn(2, 3, 7), randn(2, 3, 7, seed=1)
+    flat = LOSSES[name](student.reshape(6, 7), teacher.reshape(6, 7))
+    torch.testing.assert_close(LOSSES[name](student, teacher), flat, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_one_number(name):
+    assert LOSSES[name](randn(2, 3, 7), randn(2, 3, 7)).shape == ()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_teacher_gets_no_gradient(name):
+    student, teacher = randn(3, 5).requires_grad_(), randn(3, 5, seed=1).requires_grad_()
+    LOSSES[name](student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad.norm() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_agree_with_finite_differences(name):
+    teacher = randn(3, 5, seed=1)
+    assert torch.autograd.gradcheck(lambda student: LOSSES[name](student, teacher), randn(3, 5).requires_grad_())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_equal_logits_have_no_loss(name):
+    assert float(LOSSES[name](randn(3, 5), randn(3, 5))) == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@given(seed=st.integers(0, 2**32), classes=st.integers(2, 20), scale=st.floats(0.01, 100))
+def test_no_loss_is_negative(name, seed, classes, scale):
+    assert float(LOSSES[name](scale * randn(3, classes, seed=seed), randn(3, classes, seed=seed + 1))) > -1e-12
+
+
+@given(
+    norm=st.sampled_from(["layer_norm", "l2"]), a=st.floats(0.1, 1000), b=st.floats(0.1, 1000), seed=st.integers(0, 999)
+)
+def test_direction_kl_does_not_know_magnitude(norm, a, b, seed):
+    student, teacher = randn(3, 5, seed=seed), randn(3, 5, seed=seed + 1)
+    one, scaled = (
+        float(direction_kl_loss(s, t, norm=norm, eps=1e-15))
+        for s, t in ((student, teacher), (a * student, b * teacher))
+    )
+    assert scaled == pytest.approx(one, rel=1e-9)
+
+
+def test_kl_knows_magnitude():
+    assert float(kl_loss(5 * randn(3, 5), randn(3, 5))) > 0.1
+
+
+# --- arguments
+
+GOOD = torch.zeros(2, 5)
+
+
+@pytest.mark.parametrize("loss", [kl_loss, direction_kl_loss])
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "message"),
+    [
+        (GOOD, torch.zeros(2, 4), {}, r"\(2, 5\).*\(2, 4\)"),
+        (GOOD, torch.zeros(3, 5), {}, r"\(2, 5\).*\(3, 5\)"),
+        (torch.zeros(2, 1), torch.zeros(2, 1), {}, r"\(2, 1\).*at least 2 classes"),
+        (torch.zeros(5), torch.zeros(5), {}, r"\(5,\).*\(\.\.\., classes\)"),
+        (GOOD, GOOD, {"temperature": 0.0}, "temperature is 0.0.*above 0"),
+        (GOOD, GOOD, {"temperature": -1.0}, "temperature is -1.0"),
+        (GOOD, GOOD, {"temperature": math.nan}, "temperature is nan"),
+    ],
+)
+def test_bad_input_is_refused(loss, student, teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        loss(student, teacher, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amplitude": 0.0}, "amplitude is 0.0.*positive number or 'auto'"),
+        ({"amplitude": -2.0}, "amplitude is -2.0"),
+        ({"amplitude": math.nan}, "amplitude is nan"),
+        ({"amplitude": "large"}, "amplitude is 'large'"),
+        ({"norm": "max"}, "norm is 'max'.*'layer_norm' or 'l2'"),
+        ({"norm": "max", "amplitude": 1.0}, "norm is 'max'.*'layer_norm' or 'l2'"),
+    ],
+)
+def test_bad_options_of_direction_kl_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        direction_kl_loss(GOOD, GOOD, **options)
