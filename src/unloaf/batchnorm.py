@@ -44,6 +44,20 @@ def _averages_without_momentum(norm: nn.Module) -> bool:
     return not isinstance(norm, nn.modules.instancenorm._InstanceNorm)
 
 
+@contextmanager
+def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
+    """Passes inside move the running statistics; if anything raises they are put back: a failed step changes nothing."""
+    norms = [module for module in tracking_norms(model) if module.training]
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+        raise
+
+
 def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     """Re-estimate the running statistics of all batch norms: the plain average over the given batches.
 

@@ -96,11 +96,10 @@ def direction(logits: Tensor, *, norm: Norm = "layer_norm", eps: float = 1e-7) -
     >>> direction(torch.tensor([3.0, 4.0]), norm="l2")
     tensor([0.6000, 0.8000])
     """
+    _check_norm(norm)
     if norm == "layer_norm":
         return F.layer_norm(logits, logits.shape[-1:], eps=eps)
-    if norm == "l2":
-        return F.normalize(logits, dim=-1, eps=eps)
-    raise ValueError(f"norm is {norm!r}; give 'layer_norm' or 'l2'")
+    return F.normalize(logits, dim=-1, eps=eps)
 
 
 def resolve_amplitude(amplitude: float | Literal["auto"], classes: int, norm: Norm = "layer_norm") -> float:
@@ -113,12 +112,18 @@ def resolve_amplitude(amplitude: float | Literal["auto"], classes: int, norm: No
     >>> round(resolve_amplitude("auto", 10), 2), round(resolve_amplitude("auto", 1000), 2)
     (2.73, 1.0)
     """
+    _check_norm(norm)
     if amplitude == "auto":
         gap = classes / math.sqrt(classes - 1) if norm == "layer_norm" else math.sqrt(classes / (classes - 1))
         return max(1.0, math.log((classes - 1) * _REACHABLE / (1 - _REACHABLE)) / gap)
     if isinstance(amplitude, str) or not amplitude > 0:
         raise ValueError(f"amplitude is {amplitude!r}; give a positive number or 'auto'")
     return amplitude
+
+
+def _check_norm(norm: Norm) -> None:
+    if norm not in ("layer_norm", "l2"):
+        raise ValueError(f"norm is {norm!r}; give 'layer_norm' or 'l2'")
 
 
 def _check_logits(student: Tensor, teacher: Tensor, temperature: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unloaf.batchnorm import statistics_unless_raised
 from unloaf.passes import SubnetPass, lean_backward, one_graph
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, check_stages
@@ -66,7 +67,8 @@ class TrainingMethod(ABC):
             subnets: train these instead of drawing.
         """
         self._check_batch(x, y)
-        out = self._forward(x, y, subnets)
+        with statistics_unless_raised(inner_module(self.model)):
+            out = self._forward(x, y, subnets)
         self.step += 1
         return out
 
@@ -83,7 +85,8 @@ class TrainingMethod(ABC):
                 batches, ``scaler.get_scale()`` with a gradient scaler.
         """
         self._check_batch(x, y)
-        out = self._backward(x, y, subnets, loss_scale)
+        with statistics_unless_raised(inner_module(self.model)):
+            out = self._backward(x, y, subnets, loss_scale)
         self.step += 1
         return out
 

@@ -140,6 +140,7 @@ def stimulative_plus(
     """
     if main_logits not in ("direction", "raw"):
         raise ValueError(f"main_logits is {main_logits!r}; give 'direction' or 'raw'")
+    resolve_amplitude(amplitude, 2, norm)  # an amplitude or norm that does not exist is told here
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
     return StimulativeTraining(
         model,

@@ -1,0 +1,422 @@
+"""What a training step refuses, that it then changes nothing, and the arithmetic around a step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import unloaf
+from toy_networks import Block, ToyNetwork
+from unloaf import CommonTraining, GroupKnowledgeTraining, SmallerInputs, StimulativeTraining, StochasticDepth, Subnet
+
+METHODS = {
+    "common": lambda model, stages, **options: CommonTraining(model, **options),
+    "stochastic depth": StochasticDepth,
+    "st": StimulativeTraining,
+    "st++": lambda model, stages, **options: unloaf.stimulative_plus(model, stages, subnet_inputs=None, **options),
+    "gkt": GroupKnowledgeTraining,
+}
+WITH_SUBNETS = ["st", "st++", "gkt"]
+CALLS = {
+    "backward": lambda method, *args, **options: method.backward(*args, **options),
+    "forward": lambda method, *args, **options: method(*args, **options),
+}
+every_method = pytest.mark.parametrize("name", METHODS)
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+def toy(seed=0, **options):
+    """A network in mixed training modes that has gradients and running statistics to lose."""
+    torch.manual_seed(seed)
+    model = ToyNetwork(**({"norm": True} | options)).train()
+    stages = unloaf.find_stages(model, torch.randn(2, 4))
+    model(torch.randn(4, 4)).square().sum().backward()
+    model.second[2].eval()
+    return model, stages
+
+
+def batch(size=4, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 4, generator=generator), torch.randint(classes, (size,), generator=generator)
+
+
+def everything_about(method):
+    model = method.model
+    return (
+        {key: value.clone() for key, value in model.state_dict().items()}
+        | {f"{name}.grad": p.grad.clone() for name, p in model.named_parameters()},
+        [module.training for module in model.modules()],
+        [sorted(module.__dict__) for module in model.modules()],
+        method.state_dict(),
+    )
+
+
+def unchanged(before, after):
+    tensors, *rest = before
+    others, *others_rest = after
+    return (
+        tensors.keys() == others.keys()
+        and all(map(torch.equal, tensors.values(), others.values()))
+        and rest == others_rest
+    )
+
+
+def refuses(method, message, run):
+    """The call raises this ValueError, and nothing about the model or the method has changed."""
+    before = everything_about(method)
+    with pytest.raises(ValueError, match=message):
+        run()
+    return unchanged(before, everything_about(method))
+
+
+# --- batches
+
+
+@every_method
+@every_call
+def test_a_batch_of_one_with_batch_norm(name, call):
+    method = METHODS[name](*toy())
+    assert refuses(method, r"1 example.*at least 2.*drop_last=True", lambda: call(method, *batch(1)))
+
+
+@every_method
+def test_a_batch_of_one_without_batch_norm_is_fine(name):
+    assert METHODS[name](*toy(norm=False)).backward(*batch(1)).loss.isfinite()
+
+
+@every_method
+@every_call
+def test_a_batch_on_another_device(name, call):
+    method, (x, y) = METHODS[name](*toy()), batch()
+    message = r"batch is on meta, the model on cpu; move the batch: x\.to\('cpu'\)"
+    assert refuses(method, message, lambda: call(method, x.to("meta"), y))
+
+
+@every_method
+@every_call
+def test_targets_of_another_length(name, call):
+    method, (x, y) = METHODS[name](*toy()), batch()
+    assert refuses(method, r"x has 4 examples, y has 3; give one target for each", lambda: call(method, x, y[:3]))
+
+
+@pytest.mark.parametrize("x", [None, 3.0, [1.0, 2.0], {"tokens": "text"}, {}])
+def test_batches_that_are_no_tensors(x):
+    method = CommonTraining(toy()[0])
+    assert refuses(method, r"x is .*; give a tensor, or a mapping with tensors", lambda: method.backward(x, batch()[1]))
+
+
+@pytest.mark.parametrize("name", ["st", "st++"])
+@every_call
+def test_smaller_inputs_on_a_batch_that_is_no_image(name, call):
+    method = METHODS[name](*toy())
+    method.subnet_inputs = SmallerInputs()
+    message = r"need x as images \(batch, channels, height, width\); set subnet_inputs=None"
+    assert refuses(method, message, lambda: call(method, *batch()))
+
+
+# --- subnets
+
+
+@pytest.mark.parametrize("name", ["stochastic depth", "st", "st++"])
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (((True, True),), r"\(2,\) blocks per stage.*\(3, 3\).*another model"),
+        (((False, True, True), (True, True, True)), r"skips block 'first.0', which changes shape.*keep it"),
+    ],
+    ids=["of another model", "unskippable"],
+)
+@every_call
+def test_subnets_that_do_not_fit(name, call, keep, message):
+    method = METHODS[name](*toy())
+    assert refuses(method, message, lambda: call(method, *batch(), subnets=[Subnet(keep)]))
+
+
+@every_call
+def test_group_knowledge_refuses_subnets_that_do_not_fit(call):
+    method = GroupKnowledgeTraining(*toy(), groups=1, loops=1)
+    run = lambda: call(method, *batch(), subnets=[Subnet(((False, True, True), (True,) * 3))])  # noqa: E731
+    assert refuses(method, "skips block 'first.0'", run)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "message"),
+    [
+        ("common", 1, r"runs no subnets, but 1 are given; leave subnets out"),
+        ("stochastic depth", 2, r"1 subnet a step, but 2 are given"),
+        ("stochastic depth", 0, r"1 subnet a step, but 0 are given"),
+        ("gkt", 4, r"4 subnets are given for 2 loops of 3 groups; give 6"),
+    ],
+)
+@every_call
+def test_wrong_numbers_of_subnets(name, call, count, message):
+    model, stages = toy()
+    method = METHODS[name](model, stages)
+    assert refuses(method, message, lambda: call(method, *batch(), subnets=[Subnet.full(stages)] * count))
+
+
+@pytest.mark.parametrize("name", ["stochastic depth", *WITH_SUBNETS])
+@every_call
+def test_a_step_inside_active_subnet(name, call):
+    model, stages = toy()
+    method = METHODS[name](model, stages)
+    with unloaf.active_subnet(model, stages, Subnet.from_depths(stages, (1, 1))):
+        assert refuses(method, "already runs inside active_subnet", lambda: call(method, *batch()))
+
+
+# --- logits
+
+
+class Uneven(ToyNetwork):
+    """Has one more class while its last block is skipped."""
+
+    def forward(self, x):
+        h = self.second[:2](self.first(x))
+        y = self.second[2](h)
+        logits = self.head(y)
+        return torch.cat([logits, logits[:, :1]], dim=1) if torch.equal(y, h) else logits
+
+
+@pytest.mark.parametrize("name", WITH_SUBNETS)
+@every_call
+def test_logits_of_unequal_shape(name, call):
+    torch.manual_seed(0)
+    model, (_, stages) = Uneven(norm=True), toy()
+    model(torch.randn(4, 4)).square().sum().backward()
+    method = METHODS[name](model, stages)
+    count = 6 if name == "gkt" else 1
+    run = lambda: call(method, *batch(), subnets=[Subnet.from_depths(stages, (3, 2))] * count)  # noqa: E731
+    assert refuses(method, r"\(4, 4\).*\(4, 3\)", run)
+
+
+@every_method
+@every_call
+def test_a_single_class(name, call):
+    method = METHODS[name](*toy(classes=1))
+    message = r"logits have shape \(4, 1\).*at least 2 classes"
+    assert refuses(method, message, lambda: call(method, *batch(classes=1)))
+
+
+@every_method
+@every_call
+def test_a_criterion_that_does_not_reduce(name, call):
+    method = METHODS[name](*toy(), criterion=lambda logits, y: F.cross_entropy(logits.double(), y, reduction="none"))
+    assert refuses(method, r"criterion returned shape \(4,\).*reduction='mean'", lambda: call(method, *batch()))
+
+
+@every_method
+@every_call
+def test_a_criterion_that_raises(name, call):
+    method = METHODS[name](*toy())
+    message = "expected|target|Target"
+    before = everything_about(method)
+    with pytest.raises((IndexError, RuntimeError), match=message):
+        call(method, batch()[0], torch.full((4,), 99))
+    assert unchanged(before, everything_about(method))
+
+
+# --- construction
+
+
+@pytest.mark.parametrize("name", WITH_SUBNETS)
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_out_of_range(name, weight):
+    with pytest.raises(ValueError, match=rf"subnet_weight is {weight}; give a finite number, 0 or above"):
+        METHODS[name](*toy(), subnet_weight=weight)
+
+
+@pytest.mark.parametrize("name", ["st", "st++"])
+@pytest.mark.parametrize("count", [0, -1, 1.5])
+def test_numbers_of_subnets_out_of_range(name, count):
+    with pytest.raises(ValueError, match=rf"num_subnets is {count}; give a whole number of at least 1"):
+        METHODS[name](*toy(), num_subnets=count)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": 0}, "groups is 0"),
+        ({"loops": 0}, "loops is 0"),
+        ({"loops": 1.5}, r"loops is 1\.5"),
+        ({"ema": 1.0}, r"ema is 1\.0"),
+        ({"ema": -0.1}, r"ema is -0\.1"),
+        ({"ema": float("nan")}, "ema is nan"),
+    ],
+)
+def test_arguments_of_group_knowledge_out_of_range(options, message):
+    with pytest.raises(ValueError, match=f"{message}; give a"):
+        GroupKnowledgeTraining(*toy(), **options)
+
+
+@pytest.mark.parametrize("survival", [0.0, 1.5, -1.0])
+def test_a_survival_probability_out_of_range(survival):
+    with pytest.raises(ValueError, match=f"final_survival is {survival}"):
+        StochasticDepth(*toy(), final_survival=survival)
+
+
+@pytest.mark.parametrize(
+    "options", [{"amplitude": 0.0}, {"amplitude": "big"}, {"norm": "max"}, {"main_logits": "cosine"}]
+)
+def test_options_of_stimulative_plus_out_of_range_are_refused_at_construction(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name} is {value!r}; give"):
+        unloaf.stimulative_plus(*toy(), subnet_inputs=None, **options)
+
+
+@pytest.mark.parametrize("name", ["stochastic depth", *WITH_SUBNETS])
+def test_stages_of_another_model_are_refused_at_construction(name):
+    _, stages = toy()
+    with pytest.raises(ValueError, match=r"no block 'first\.0' of stage 'first'"):
+        METHODS[name](nn.Sequential(Block(4, 4), Block(4, 4)), stages)
+
+
+@pytest.mark.parametrize("name", ["st", "st++", "gkt"])
+def test_a_space_that_does_not_fit_is_refused_at_construction(name):
+    with pytest.raises(ValueError, match="'second' keeps 4 of 3"):
+        METHODS[name](*toy(), sampler=unloaf.OrderedSampler(min_depths=(1, 4)))
+
+
+# --- state
+
+
+@pytest.mark.parametrize("state", [{}, {"seed": 0}, {"seed": 0, "step": 1, "lr": 0.1}, {"model": 3}])
+@every_method
+def test_a_wrong_state(name, state):
+    method = METHODS[name](*toy())
+    assert refuses(method, r"state has the keys.*seed, step", lambda: method.load_state_dict(state))
+
+
+@pytest.mark.parametrize("name", ["stochastic depth", *WITH_SUBNETS])
+def test_a_resumed_method_draws_what_the_uninterrupted_one_draws(name):
+    uninterrupted = METHODS[name](*toy(), seed=5)
+    drawn = [uninterrupted.backward(*batch()).subnets for _ in range(8)]
+    before = METHODS[name](*toy(), seed=5)
+    for _ in range(4):
+        before.backward(*batch())
+    resumed = METHODS[name](*toy(), seed=99)
+    resumed.load_state_dict(before.state_dict())
+    assert [resumed.backward(*batch()).subnets for _ in range(4)] == drawn[4:]
+
+
+@pytest.mark.parametrize("name", ["stochastic depth", *WITH_SUBNETS])
+def test_steps_draw_different_subnets(name):
+    method = METHODS[name](*toy())
+    assert len({method.backward(*batch()).subnets for _ in range(12)}) > 1
+
+
+@every_method
+def test_steps_are_counted(name):
+    method = METHODS[name](*toy())
+    method.backward(*batch())
+    method(*batch())
+    assert method.state_dict() == {"seed": 0, "step": 2}
+
+
+# --- arithmetic around a step
+
+
+@every_method
+def test_soft_labels_are_mixed_cross_entropies(name):
+    model, stages = toy(norm=False)
+    x, y = batch()
+    method = METHODS[name](model, stages, **({"main_logits": "raw"} if name == "st++" else {}))
+    soft = 0.7 * F.one_hot(y, 3).float() + 0.3 * F.one_hot(y.flip(0), 3).float()
+    out = method.backward(x, soft)
+    by_hand = -(soft * torch.log(out.logits.exp() / out.logits.exp().sum(1, keepdim=True))).sum(1).mean()
+    torch.testing.assert_close(out.terms["main"], by_hand)
+
+
+@every_method
+def test_the_loss_is_the_sum_of_the_terms(name):
+    out = METHODS[name](*toy()).backward(*batch())
+    torch.testing.assert_close(out.loss, sum(out.terms.values()))
+
+
+@every_method
+@every_call
+def test_what_a_step_returns_is_detached(name, call):
+    out = call(METHODS[name](*toy()), *batch())
+    assert not any(tensor.requires_grad for tensor in (out.logits, *out.terms.values()))
+
+
+def pinned(name, stages):
+    depths = {"common": [], "stochastic depth": [(2, 1)]}.get(name, [(3, 2), (2, 2), (1, 1)])
+    subnets = [Subnet.from_depths(stages, d) for d in depths] * (2 if name == "gkt" else 1)
+    return subnets or None
+
+
+def gradients(method, run):
+    for parameter in method.model.parameters():
+        parameter.grad = None
+    run()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in method.model.parameters()]
+
+
+def relative_distance(one, another):
+    difference = torch.stack([(a - b).norm() for a, b in zip(one, another, strict=True)]).norm()
+    return float(difference / torch.stack([b.norm() for b in another]).norm())
+
+
+@every_method
+def test_two_half_batches_at_half_scale_are_the_whole_batch(name):
+    model, stages = toy(norm=False)
+    method, (x, y), subnets = METHODS[name](model.double(), stages), batch(8), pinned(name, stages)
+    x = x.double()
+
+    def halves():
+        for part in (slice(0, 4), slice(4, 8)):
+            method.backward(x[part], y[part], subnets=subnets, loss_scale=0.5)
+
+    whole = gradients(method, lambda: method.backward(x, y, subnets=subnets))
+    assert relative_distance(gradients(method, halves), whole) < 1e-12  # rounding of sums in float64
+
+
+@every_method
+def test_gradients_add_to_those_there_are(name):
+    model, stages = toy(norm=False)
+    method, (x, y), subnets = METHODS[name](model.double(), stages), batch(), pinned(name, stages)
+    x = x.double()
+    once = gradients(method, lambda: method.backward(x, y, subnets=subnets))
+    twice = gradients(method, lambda: [method.backward(x, y, subnets=subnets) for _ in range(2)])
+    assert relative_distance(twice, [2 * grad for grad in once]) < 1e-12
+
+
+@every_method
+def test_loss_scale_leaves_the_returned_losses_alone(name):
+    losses = [
+        METHODS[name](*toy()).backward(*batch(), loss_scale=scale).loss for scale in (1.0, 1024.0, torch.tensor(0.5))
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+
+
+@every_method
+@every_call
+def test_gradients_under_bfloat16_autocast_are_close_to_those_of_float32(name, call):
+    model, stages = toy(norm=False)
+    method, (x, y), subnets = METHODS[name](model, stages), batch(8), pinned(name, stages)
+
+    def under_autocast():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = call(method, x, y, subnets=subnets)
+        if out.loss.requires_grad:
+            out.loss.backward()
+
+    expected = gradients(method, lambda: method.backward(x, y, subnets=subnets))
+    # bfloat16 keeps 8 bits: 2**-8 = 0.4 % an operation, a dozen of them in a row
+    assert relative_distance(gradients(method, under_autocast), expected) < 0.05
+
+
+@settings(max_examples=10)
+@given(st.floats(0, 10))
+def test_the_weight_multiplies_the_subnet_terms(weight):
+    model, stages = toy(norm=False)
+    subnets = pinned("st", stages)
+    plain, weighted = (
+        StimulativeTraining(model, stages, subnet_weight=w)(*batch(), subnets=subnets).terms for w in (1.0, weight)
+    )
+    assert [float(weighted[f"subnet{i}"]) for i in range(3)] == pytest.approx(
+        [weight * float(plain[f"subnet{i}"]) for i in range(3)], rel=1e-5
+    )
