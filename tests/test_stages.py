@@ -161,6 +161,19 @@ def test_an_example_of_zeros_finds_the_same_stages():
     assert unloaf.find_stages(timm_model("resnet18"), torch.zeros(1, 3, 32, 32)) == timm_stages("resnet18")
 
 
+def test_an_example_of_zeros_makes_no_block_of_a_plain_module():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return torch.tanh(self.inner(x))
+
+    model = nn.Sequential(Plain(), Plain(), Block(4, 4), Block(4, 4), nn.Linear(4, 3))
+    assert [stage.blocks for stage in unloaf.find_stages(model, torch.zeros(2, 4))] == [("2", "3")]
+
+
 def test_zero_initialised_last_norms_with_squeeze_and_excitation_make_no_false_blocks():
     options = {"block_args": {"attn_layer": "se"}, "zero_init_last": True}
     model = timm.create_model("resnet50", num_classes=5, layers=(2, 2, 2, 2), **RESNET, **options)

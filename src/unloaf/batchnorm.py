@@ -46,7 +46,7 @@ def _averages_without_momentum(norm: nn.Module) -> bool:
 
 @contextmanager
 def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
-    """Passes inside move the running statistics; if anything raises they are put back: a failed step changes nothing."""
+    """Passes inside move the running statistics; if anything raises they are put back: a failed step changes none."""
     norms = [module for module in tracking_norms(model) if module.training]
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
