@@ -22,7 +22,7 @@ class Session:
         self, model: nn.Module, stages: Sequence[Stage], inputs: Any, passes: Sequence[SubnetPass], *, detach: bool
     ) -> None:
         self.model, self.inner = getattr(model, "_orig_mod", model), inner_module(model)
-        self.inputs, self.detach = inputs, detach
+        self.inputs, self.detach, self.cloning = inputs, detach, False
         for request in passes:
             check_subnet(stages, request.subnet)
         blocks = check_stages(self.inner, stages)
@@ -47,17 +47,29 @@ class Session:
 
     def forward(self, run: Run) -> Tensor:
         """Call the model as this run; its logits."""
-        self.run, self.state = run, self.plan.roots[run.side]
-        self.calls.clear()
-        model = self.model if run is self.plan.main else self.inner
-        inputs = self.inputs if run.side is None else resize(self.inputs, run.side)
-        run.logits = logits_of(call_model(model, inputs))
+        try:
+            run.logits = self._call(run)
+        except RuntimeError as error:
+            # Autograd refuses in-place changes of the leaves that a suffix starts from. Few models make one there, so
+            # the leaves are cloned only once it has happened.
+            if self.cloning or run.parent is None or "in-place" not in str(error):
+                raise
+            self.cloning = True
+            self.release(run)
+            run.done = False
+            run.logits = self._call(run)
         if self.state is not run.end:
             raise ValueError(
                 f"{type(self.inner).__name__} did not call its blocks once each in the order of its stages; "
                 "find the stages again on this model"
             )
         return run.logits
+
+    def _call(self, run: Run) -> Tensor:
+        self.run, self.state = run, self.plan.roots[run.side]
+        self.calls.clear()
+        model = self.model if run is self.plan.main else self.inner
+        return logits_of(call_model(model, self.inputs if run.side is None else resize(self.inputs, run.side)))
 
     def remember_or(
         self, key: tuple[str, int], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -82,8 +94,9 @@ class Session:
             if self.detach and tensor.requires_grad:
                 output = tensor.detach().requires_grad_()
                 self.run.leaves.append((record, index, output))
-            # At the branch the next module really reads it, and may write to it in place; before, nobody computes.
-            given[id(tensor)] = output.clone() if self.state is self.run.branch else output
+            # At the branch the next module really reads it; before, nobody computes.
+            read = self.state is self.run.branch
+            given[id(tensor)] = output.clone() if read and (self.cloning or output is tensor) else output
         if isinstance(record.value, Tensor):
             return given[id(record.value)]
         return type(record.value)(given.get(id(item), item) for item in record.value)
