@@ -77,7 +77,14 @@ def test_any_entries_give_a_config_or_a_value_error(tmp_path_factory, entries):
 
 @pytest.mark.parametrize(
     ("method", "given_number", "expected"),
-    [("common", 4, 0), ("stochastic-depth", None, 0), ("st", None, 1), ("st++", None, 6), ("st++", 2, 2), ("gkt", 9, 6)],
+    [
+        ("common", 4, 0),
+        ("stochastic-depth", None, 0),
+        ("st", None, 1),
+        ("st++", None, 6),
+        ("st++", 2, 2),
+        ("gkt", 9, 6),
+    ],
 )
 def test_number_of_subnets_follows_the_method(method, given_number, expected):
     assert Config(method=method, num_subnets=given_number).num_subnets_or_default == expected

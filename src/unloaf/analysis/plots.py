@@ -63,7 +63,7 @@ def accuracy_over_size(
 
 def _dots(axes: Any, runs: Sequence[MethodRun], *, colour: str, shift: float) -> None:
     points = [(sum(row.depths) + shift, row.top1) for run in runs for row in run.subnets]
-    axes.scatter(*zip(*points, strict=True), s=9, color=colour, alpha=0.22, linewidths=0, zorder=2)
+    axes.scatter(*zip(*points, strict=True), s=11, color=colour, alpha=0.35, linewidths=0, zorder=2)
 
 
 def _frame(axes: Any, sizes: Mapping[str, Sequence[SizeRow]], *, lowest: float) -> None:

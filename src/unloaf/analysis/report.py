@@ -11,7 +11,7 @@ _STYLE = """
 :root { color-scheme: light; }
 body { margin: 0; background: #fbfbfa; color: #1d1d1f;
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 2.2rem 1.1rem 3rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 2.2rem 1.1rem 3rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
 h2 { font-size: 1.12rem; margin: 2.4rem 0 .6rem; }
 p { max-width: 46rem; margin: .5rem 0; }
@@ -29,7 +29,7 @@ thead th { font-weight: 600; font-size: .86rem; color: #55555c; vertical-align: 
 .settings td:first-child, .facts td:first-child { color: #55555c; }
 .facts td { text-align: left; white-space: normal; font-size: .88rem; vertical-align: top; overflow-wrap: anywhere; }
 figure { margin: 1rem 0 0; display: grid; gap: 1rem;
-         grid-template-columns: repeat(auto-fit, minmax(min(21rem, 100%), 1fr)); }
+         grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); }
 figure > div { background: #fff; border: 1px solid #e8e8e5; border-radius: 10px; min-width: 0;
                padding: .9rem .7rem .5rem; }
 figure h3 { margin: 0 .3rem .3rem; font-size: .95rem; font-weight: 600; }
@@ -106,8 +106,12 @@ def _figure(pictures: Mapping[str, str], caption: str) -> str:
 
 def _settings(settings: Mapping[str, Mapping[str, str]]) -> str:
     names = list(dict.fromkeys(name for values in settings.values() for name in values))
+    columns = {name: [values.get(name, "–") for values in settings.values()] for name in names}
+    shared = {name: column[0] for name, column in columns.items() if len(set(column)) == 1}
+    everyone = "; ".join(f"{name} {value}" for name, value in shared.items())
     head = '<th scope="col">setting</th>' + "".join(f'<th scope="col">{escape(label)}</th>' for label in settings)
-    return _table("settings", head, [[name, *(v.get(name, "–") for v in settings.values())] for name in names])
+    table = _table("settings", head, [[name, *column] for name, column in columns.items() if name not in shared])
+    return f"<p>All methods: {escape(everyone)}.</p>{table}"
 
 
 def _facts(facts: Mapping[str, str]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,21 @@ from unloaf.engine.models import build_model
 from unloaf.methods.step import Criterion
 from unloaf.stages import NoResidualBlocksError, Stage, find_stages
 from unloaf.subnet import Subnet
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one processor core.
+
+    For networks so small that threads wait for each other longer than they compute: on two
+    cores shared with other work, two threads took several times the processor time of one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

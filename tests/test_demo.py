@@ -1,0 +1,135 @@
+"""The demo, end to end and small, and the rows and pictures it is made of."""
+
+import csv
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+import unloaf
+from unloaf import demo
+from unloaf.analysis.comparison import MethodRun, Spread, method_rows, size_rows
+from unloaf.analysis.plots import accuracy_over_size
+from unloaf.engine.data import load_data
+from unloaf.engine.fit import fit, one_thread
+from unloaf.recipes import digits
+
+RECIPES = [digits.common, digits.stochastic_depth, digits.stimulative, digits.stimulative_plus, digits.group_knowledge]
+
+
+def row(depths, top1):
+    keep = tuple(tuple(index < depth for index in range(2)) for depth in depths)
+    return unloaf.SubnetRow(unloaf.Subnet(keep), depths, top1, 100.0, 0.1, 1000)
+
+
+RUNS = [
+    MethodRun("common training", 0, (row((2, 2), 99.0), row((2, 1), 60.0), row((1, 2), 50.0), row((1, 1), 10.0)), 1, 1),
+    MethodRun("common training", 1, (row((2, 2), 97.0), row((2, 1), 62.0), row((1, 2), 58.0), row((1, 1), 30.0)), 1, 1),
+    MethodRun("ST", 0, (row((2, 2), 98.0), row((2, 1), 97.0), row((1, 2), 96.0), row((1, 1), 95.0)), 1.5, 1.4),
+]
+
+
+def test_method_rows_by_hand():
+    common, st = method_rows(RUNS)
+    assert common.main_top1 == Spread(98.0, pytest.approx(2**0.5), 2)
+    assert common.mean_top1.mean == pytest.approx((40 + 50) / 2)
+    assert common.worst_top1.mean == pytest.approx(20)
+    assert (st.main_top1, st.worst_top1, st.cost) == (
+        Spread(98.0, None, 1),
+        Spread(95.0, None, 1),
+        Spread(1.5, None, 1),
+    )
+
+
+def test_size_rows_by_hand():
+    rows = size_rows(RUNS)["common training"]
+    assert [(r.blocks, r.mean_top1, r.lowest_top1, r.highest_top1) for r in rows] == [
+        (2, 20.0, 10.0, 30.0),
+        (3, 57.5, 50.0, 62.0),
+        (4, 98.0, 97.0, 99.0),
+    ]
+
+
+def test_picture_names_axes_and_methods_and_is_the_same_each_time():
+    svg = accuracy_over_size(size_rows(RUNS), RUNS)
+    assert svg == accuracy_over_size(size_rows(RUNS), RUNS)
+    texts = {
+        "".join(element.itertext()).strip() for element in ElementTree.fromstring(svg).iter() if "text" in element.tag
+    }
+    assert {"residual blocks kept, of 4", "top-1 accuracy, % of test images", "common training", "ST"} <= texts
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:])
+def test_recipes_share_images_network_and_budget(recipe):
+    shared = ("dataset", "model", "width", "epochs", "batch_size", "opt", "warmup_epochs", "augment", "val_fraction")
+    assert [getattr(recipe(), name) for name in shared] == [getattr(digits.common(), name) for name in shared]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    small_recipes = {
+        label: lambda recipe=recipe: replace(recipe(), model="cifar/resnet14", width=4, batch_size=256, device="cpu")
+        for label, recipe in demo._RECIPES.items()
+    }
+    monkeypatch.setattr(demo, "_RECIPES", small_recipes)
+    return small_recipes
+
+
+def test_demo_writes_report_and_results(tmp_path, small):
+    result = demo.run_demo(output=tmp_path / "new", seeds=2, epochs=1, console=Console(file=io.StringIO()))
+    assert [line.label for line in result.rows] == list(small)
+    assert all(line.main_top1.n == 2 for line in result.rows)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"report.html", "results.json", "results.csv"}
+    lines = list(csv.DictReader((tmp_path / "new" / "results.csv").read_text().splitlines()))
+    # Two blocks in each of three stages are 8 ordered subnets.
+    assert len(lines) == 5 * 2 * 8
+    assert {line["subnet"] for line in lines if line["method"] == "GKT"} == {
+        f"{a}-{b}-{c}" for a in (1, 2) for b in (1, 2) for c in (1, 2)
+    }
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert results["configs"]["ST++"]["method"] == "st++"
+    page = result.report.read_text()
+    for line in result.rows:
+        assert f"<td>{line.label}</td><td>{line.main_top1}</td>" in page
+
+
+def test_report_loads_nothing_from_elsewhere(tmp_path, small):
+    page = demo.run_demo(output=tmp_path, epochs=1, console=Console(file=io.StringIO())).report.read_text()
+    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"'#][^"']*)|url\(([^)#]+)\)|@import""", page)
+    assert not links
+    assert "<script" not in page
+
+
+def test_demo_runs_are_those_of_train(small):
+    data = load_data("digits")
+    configs = {label: replace(build(), epochs=2, warmup_epochs=1) for label, build in small.items()}
+    console = Console(file=io.StringIO())
+    runs = {run.label: run for run in demo.compare(configs, data=data, split="val", console=console)}
+    for label in ("common training", "ST++"):
+        alone = fit(configs[label], data=data)
+        assert demo.judge(alone, split="val") == runs[label].subnets
+
+
+def test_unwritable_output_is_told_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to .*; give another --output"):
+        demo.run_demo(output=tmp_path / "file", console=Console(file=io.StringIO()))
+
+
+def test_table_is_plain_text_of_the_rows():
+    console = Console(file=io.StringIO(), width=100)
+    console.print(demo.table(method_rows(RUNS)))
+    text = console.file.getvalue()
+    assert re.search(r"common training\s+98\.0 ± 1\.4\s+45\.0 ± 7\.1\s+20\.0 ± 14\.1\s+1\.00 ± 0\.00x", text)
+    assert re.search(r"ST\s+98\.0\s+96\.0\s+95\.0\s+1\.50x\s+1\.40x", text)
+
+
+@pytest.fixture(autouse=True)
+def single_thread():
+    """Passes this small are not faster with two."""
+    with one_thread():
+        yield
