@@ -116,7 +116,7 @@ def test_demo_runs_are_those_of_train(small):
 
 def test_unwritable_output_is_told_before_training(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot write to .*; give another --output"):
+    with pytest.raises(ValueError, match=r"cannot write to .*; give another --output"):
         demo.run_demo(output=tmp_path / "file", console=Console(file=io.StringIO()))
 
 

@@ -1,5 +1,6 @@
 """The configuration: what it accepts, what it answers."""
 
+import contextlib
 import math
 import re
 import subprocess
@@ -69,10 +70,8 @@ scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.tex
 def test_any_entries_give_a_config_or_a_value_error(tmp_path_factory, entries):
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(yaml.safe_dump(entries), encoding="utf-8")
-    try:
+    with contextlib.suppress(ValueError):
         load_config(path)
-    except ValueError:
-        pass
 
 
 @pytest.mark.parametrize(

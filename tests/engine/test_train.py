@@ -98,13 +98,13 @@ def test_args_yaml_reproduces_the_run(tmp_path, digits):
 def test_existing_run_folder_is_refused(tmp_path):
     config = replace(TINY, output=str(tmp_path), name="run")
     RunFolder(config)
-    with pytest.raises(ValueError, match="run folder .*run exists; give another --name"):
+    with pytest.raises(ValueError, match=r"run folder .*run exists; give another --name"):
         RunFolder(config)
 
 
 def test_unwritable_output_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="cannot make the run folder .*; give another --output"):
+    with pytest.raises(ValueError, match=r"cannot make the run folder .*; give another --output"):
         RunFolder(replace(TINY, output=str(tmp_path / "file" / "below")))
 
 

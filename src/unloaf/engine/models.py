@@ -107,7 +107,7 @@ def _timm(name: str, *, num_classes: int, in_chans: int, img_size: int | None, p
     from timm.models import get_pretrained_cfg
 
     published = get_pretrained_cfg(name)
-    sized = {"img_size": img_size} if published is not None and published.fixed_input_size else {}
+    sized: dict[str, Any] = {"img_size": img_size} if published is not None and published.fixed_input_size else {}
     return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **sized)
 
 
