@@ -197,7 +197,7 @@ def _reason(error: SystemExit, box: str) -> str:
         cause = cause.__context__
     if isinstance(cause, ValueError) and "invalid literal" not in str(cause):
         return str(cause)
-    # Frames are drawn with lines on a terminal that has them, with +, - and | elsewhere.
-    lines = [line.strip("│| ") for line in box.splitlines() if not line.startswith(("╭", "╰", "+"))]
-    useful = [line for line in lines if line.strip("─-") and not line.startswith(("For full help", "Argument help"))]
+    # The first line is the title in its frame; where the output has no line characters there is no frame.
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    useful = [line for line in lines if line.strip("─-╰╯") and not line.startswith(("For full help", "Argument help"))]
     return " ".join(useful[:3])

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from unloaf.analysis.comparison import MethodRun, SizeRow
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; black for the baseline.
-_COLOURS = ("#222222", "#8a8a8a", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+_COLOURS = ("#222222", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a")
 _MARKERS = ("o", "v", "s", "D", "^", "P", "X")
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: sharp at any size, small, and searchable
     "svg.hashsalt": "unloaf",  # the same rows give the same bytes
     "font.family": ["sans-serif"],

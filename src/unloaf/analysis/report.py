@@ -37,6 +37,7 @@ svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
 figcaption { grid-column: 1 / -1; color: #5f5f66; font-size: .9rem; max-width: 46rem; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+@media (max-width: 40rem) { th, td { padding: .4rem .5rem; font-size: .84rem; } thead th { font-size: .76rem; } }
 @media print { body { background: #fff; } }
 """
 
