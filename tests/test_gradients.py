@@ -13,18 +13,20 @@ import unloaf
 
 # Small forms of the real classes: full depth where blocks alternate or change shape, narrow and low in resolution.
 MODELS = {
-    "resnet": lambda: timm.create_model("resnet50", num_classes=10, layers=(2, 2, 3, 2)),
-    "resnetv2": lambda: timm.create_model("resnetv2_50", num_classes=10, layers=(2, 2, 3, 2)),
+    "resnet": lambda: timm.create_model("resnet50", num_classes=10, layers=(2, 2, 3, 2), channels=(8, 16, 32, 64)),
+    "resnetv2": lambda: timm.create_model(
+        "resnetv2_50", num_classes=10, layers=(2, 2, 3, 2), channels=(16, 32, 64, 128), stem_chs=16
+    ),
     "regnet": lambda: timm.create_model("regnety_002", num_classes=10),
     "mobilenetv3": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
     "efficientnet": lambda: timm.create_model("efficientnet_b0", num_classes=10),
-    "convnext": lambda: timm.create_model("convnext_atto", num_classes=10),
+    "convnext": lambda: timm.create_model("convnext_atto", num_classes=10, dims=(12, 24, 48, 96)),
     "vit": lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64, depth=4),
     "swin": lambda: timm.create_model(
         "swin_tiny_patch4_window7_224", num_classes=10, img_size=64, window_size=4, embed_dim=24, depths=(2, 2, 4, 2)
     ),
-    "pvt_v2": lambda: timm.create_model("pvt_v2_b0", num_classes=10),
-    "mixer": lambda: timm.create_model("mixer_s32_224", num_classes=10, img_size=64, num_blocks=4),
+    "pvt_v2": lambda: timm.create_model("pvt_v2_b0", num_classes=10, embed_dims=(8, 16, 20, 32)),
+    "mixer": lambda: timm.models.MlpMixer(num_classes=10, img_size=64, num_blocks=4, embed_dim=64),
     "torchvision resnet": lambda: torchvision.models.resnet18(num_classes=10),
 }
 SAMPLERS = {

@@ -41,9 +41,8 @@ class Chain(nn.Module):
 
 def number_of_nodes(stages, subnets):
     """Distinct prefixes of the sequences of kept blocks, the main network's among them: the nodes of the trie."""
-    sequences = [[p for s, keep in zip(stages, subnet.keep, strict=True) for p, k in zip(s.blocks, keep, strict=True) if k]
-                 for subnet in [unloaf.Subnet.full(stages), *subnets]]  # fmt: skip
-    return len({tuple(sequence[:i]) for sequence in sequences for i in range(1, len(sequence) + 1)})
+    kept = [list(subnet.modes(stages)) for subnet in [unloaf.Subnet.full(stages), *subnets]]
+    return len({tuple(sequence[:i]) for sequence in kept for i in range(1, len(sequence) + 1)})
 
 
 @pytest.fixture

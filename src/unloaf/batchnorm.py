@@ -48,13 +48,19 @@ def _averages_without_momentum(norm: nn.Module) -> bool:
 def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
     """Passes inside move the running statistics; if anything raises they are put back: a failed step changes none."""
     norms = [module for module in tracking_norms(model) if module.training]
-    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for norm in norms:
+        for buffer in norm.buffers(recurse=False):
+            buffers.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+    # One copy of all buffers of a kind instead of one of each: this runs in every step.
+    before = [(group, torch.cat([buffer.flatten() for buffer in group])) for group in buffers.values()]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+            for group, values in before:
+                for buffer, value in zip(group, values.split([b.numel() for b in group]), strict=True):
+                    buffer.copy_(value.view_as(buffer))
         raise
 
 

@@ -1,7 +1,8 @@
 """Slow, obvious twins of the training methods: every subnet is a separate, complete forward and backward pass.
 
-Nothing here is shared with the library but the values it draws: blocks are skipped by a forward hook that returns the
-block's input, a branch alone is the output minus the input (a zero shortcut where an activation follows), and batch-norm statistics are held by momentum 0.
+Nothing here is shared with the library but the values it draws. Blocks are skipped by a forward hook that returns the
+block's input; a residual branch alone is the output minus the input, or has a zero shortcut where an activation follows
+the sum; batch-norm statistics are held by momentum 0.
 """
 
 import copy
@@ -76,8 +77,9 @@ def normalised(logits, amplitude):
 def stimulative(model, stages, subnets, x, y, *, weight=1.0, sides=None, view=lambda logits: logits):
     """Gradients of CE + weight * sum of KLs, one backward per term; ``view`` is what both losses see of the logits."""
     model = hold_statistics(model)
-    teacher = model(x).detach()
-    terms = [gradients(model, F.cross_entropy(view(model(x)), y))]
+    main = model(x)
+    teacher = main.detach()
+    terms = [gradients(model, F.cross_entropy(view(main), y))]
     for index, subnet in enumerate(subnets):
         side = x.shape[-1] if sides is None or sides[index] is None else sides[index]
         small = x if side == x.shape[-1] else F.interpolate(x, size=(side, side), mode="bilinear")
@@ -89,8 +91,9 @@ def stimulative(model, stages, subnets, x, y, *, weight=1.0, sides=None, view=la
 def group_knowledge(model, stages, subnets, x, y, *, groups, loops, ema, weight=1.0):
     """The pseudo-code of our reading of GKT, line by line."""
     model = hold_statistics(model)
-    knowledge = {0: model(x).detach()}
-    terms = [gradients(model, F.cross_entropy(model(x), y))]
+    main = model(x)
+    knowledge = {0: main.detach()}
+    terms = [gradients(model, F.cross_entropy(main, y))]
     drawn = iter(subnets)
     for loop in range(1, loops + 1):
         for group in range(1, groups + 1):

@@ -134,11 +134,13 @@ class _LeanBackward:
                 sums.append(total)
                 terms.append(grad)
                 continue
-            # Autograd may return one tensor for two inputs, or an expanded one.
+            # Autograd may return one tensor for two inputs, an expanded one, or one laid out unlike its parameter.
             storage = grad.untyped_storage()
             ours = storage.nbytes() == grad.numel() * grad.element_size() and storage.data_ptr() not in storages
             storages.add(storage.data_ptr())
-            self.grads[i] = grad if ours else grad.clone()
+            parameter = self.parameters[i]
+            same_layout = grad.stride() == parameter.stride()
+            self.grads[i] = grad if ours and same_layout else torch.empty_like(parameter).copy_(grad)
         if sums:
             torch._foreach_add_(sums, terms)  # pyright: ignore[reportPrivateImportUsage]  as torch.optim does
 
