@@ -18,7 +18,9 @@ TINY = ["--model", "cifar/resnet14", "--width", "2", "--epochs", "1", "-b", "256
 
 
 def unloaf_command(*words):
-    return [sys.executable, "-c", "import sys; from unloaf.cli import main; sys.exit(main())", *words]
+    # A job in the background inherits an ignored SIGINT; the command must be tested as if started by hand.
+    by_hand = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    return [sys.executable, "-c", f"{by_hand}; import sys; from unloaf.cli import main; sys.exit(main())", *words]
 
 
 def run(*words):
