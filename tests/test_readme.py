@@ -1,0 +1,132 @@
+"""What README and docs say: their examples run, their commands parse, their links and defaults hold."""
+
+import inspect
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import unloaf
+import unloaf.bench
+import unloaf.demo
+import unloaf.engine.train
+from unloaf import cli
+from unloaf.engine.config import Config, dump_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+PROSE = {name: re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S) for name, text in TEXTS.items()}
+
+
+def fenced(text: str, *languages: str) -> list[str]:
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S)
+    return [code for language, code in blocks if language in languages]
+
+
+def shell_lines(name: str) -> list[str]:
+    lines = [line for block in fenced(TEXTS[name], "sh", "bash") for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines] + re.findall(r"`([^`\n]+)`", PROSE[name])
+
+
+def commands(program: str) -> list[str]:
+    return sorted({line for name in TEXTS for line in shell_lines(name) if line.startswith(f"{program} ")})
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if fenced(text, "python")])
+def test_examples_of_a_page_run_from_top_to_bottom(name: str):
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {"__name__": "example"}
+    for code in fenced(TEXTS[name], "python"):
+        exec(compile(code, name, "exec"), namespace)
+
+
+def test_every_kind_of_command_is_documented():
+    assert {"demo", "train", "bench"} <= {command.split()[1] for command in commands("unloaf")}
+
+
+@pytest.mark.parametrize("command", commands("unloaf"))
+def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def parsed(*args: object, **kwargs: object):
+        raise SystemExit(0)
+
+    for module, name in ((unloaf.demo, "run_demo"), (unloaf.engine.train, "train"), (unloaf.bench, "bench_step")):
+        monkeypatch.setattr(module, name, parsed)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command, comments=True)[1:]
+    if "-c" in words:
+        file = Path(words[words.index("-c") + 1])
+        file.parent.mkdir(parents=True)
+        file.write_text(dump_config(Config()), encoding="utf-8")
+    try:
+        code = cli.main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code == 0
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_make_target_exists(command: str):
+    target = shlex.split(command, comments=True)[1]
+    assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_relative_links_resolve(name: str):
+    for link in re.findall(r"\]\(([^)\s]+)\)", PROSE[name]):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert target.is_file(), link
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads], link
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_public_names_exist(name: str):
+    for public in set(re.findall(r"\bunloaf\.([A-Za-z_]\w*)", TEXTS[name])) - {"analysis", "recipes"}:
+        assert public in unloaf.__all__
+
+
+CARDS = {
+    "common-training": unloaf.CommonTraining,
+    "stochastic-depth": unloaf.StochasticDepth,
+    "stimulative-training": unloaf.StimulativeTraining,
+    "stimulative-training-plus": unloaf.stimulative_plus,
+    "group-knowledge-training": unloaf.GroupKnowledgeTraining,
+}
+
+
+def defaults(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| `([\w-]+)` \| `([^`]*)` \|", text, flags=re.M))
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_card_states_every_parameter_with_its_default(card: str):
+    def text(value: object) -> str:
+        if isinstance(value, float) and value < 1e-3:
+            return f"{value:.0e}".replace("e-0", "e-")
+        return "SmallerInputs()" if value == unloaf.SmallerInputs() else getattr(value, "__name__", repr(value))
+
+    parameters = [p for p in inspect.signature(CARDS[card]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert defaults(TEXTS[f"docs/methods/{card}.md"]) == {p.name: text(p.default) for p in parameters}
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind", "complete"),
+    [("unloaf demo", cli.Demo, True), ("unloaf train", Config, False), ("unloaf bench step", cli.BenchStep, True)],
+)
+def test_options_are_stated_with_their_defaults(heading: str, kind: type, complete: bool):
+    section = TEXTS["docs/command-line.md"].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    stated = defaults(section)
+    known = {"--" + field.name.replace("_", "-"): field.default for field in fields(kind)}
+    assert stated
+    assert set(stated) == set(known) if complete else set(stated) <= set(known)
+    assert stated == {
+        flag: " ".join(known[flag]) if isinstance(known[flag], tuple) else str(known[flag]) for flag in stated
+    }
