@@ -79,7 +79,9 @@ class Subnet:
         }
 
     def __le__(self, other: Subnet) -> bool:
-        """Whether every path of this subnet is a path of the other."""
+        """Whether every path of this subnet is a path of the other; never for subnets of different stages."""
+        if [len(k) for k in self.keep] != [len(k) for k in other.keep]:
+            return False
         kept = all(not a or b for a, b in zip(_flat(self.keep), _flat(other.keep), strict=True))
         mine, others = (_flat(s.shortcut or ((True,) * len(k) for k in s.keep)) for s in (self, other))
         return kept and all(not a or b for a, b in zip(mine, others, strict=True))

@@ -92,7 +92,8 @@ def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
     model = inner_module(method.model)
     logits = logits_of(call_model(method.model, x))
     method.criterion(logits, y).backward()
-    teacher, known = logits.detach(), [None] * len(passes)  # type: tuple[Tensor, list[Tensor | None]]
+    teacher = logits.detach()
+    known: list[Tensor | None] = [None] * len(passes)
     for index, request in enumerate(passes):
         inputs = x if request.side is None else resize(x, request.side)
         with active_subnet(model, method.stages, request.subnet), frozen_statistics(model):

@@ -125,13 +125,15 @@ class TrainingMethod(ABC):
     def _check_batch(self, x: Any, y: Any) -> None:
         """All that can be told before a pass is: a batch refused here has changed nothing."""
         batch = next((v for v in x.values() if isinstance(v, Tensor)), None) if isinstance(x, Mapping) else x
-        if not isinstance(batch, Tensor):
-            raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
+        if not isinstance(batch, Tensor) or not batch.ndim:
+            raise ValueError(f"x is {type(batch).__name__}; give a batch as a tensor, or a mapping with tensors")
         model = inner_module(self.model)
         devices = {parameter.device for parameter in model.parameters()}
         if devices and batch.device not in devices:
             where = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"the batch is on {batch.device}, the model on {where}; move the batch: x.to({where!r})")
+        if devices and isinstance(y, Tensor) and y.device not in devices:
+            raise ValueError(f"y is on {y.device}, the model elsewhere; move the targets: y.to({str(batch.device)!r})")
         if isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
             raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
         if len(batch) == 1 and _normalises_over_the_batch(model):
