@@ -1,4 +1,6 @@
 import collections
+import gc
+import weakref
 
 import pytest
 import timm
@@ -213,3 +215,23 @@ def test_a_loss_may_wait_for_logits_that_come_later_in_depth_first_order(chain):
     torch.testing.assert_close(torch.stack(step.subnet_losses), torch.stack(expected).detach())
     grads = twin.total([twin.gradients(model, loss) for loss in [model(x).square().mean(), *expected[:2]]])
     assert twin.distance(model, grads) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["lean", "one graph"])
+def test_activations_are_freed_without_the_garbage_collector(chain, mode):
+    model, stages, x, y = chain
+    outputs = []
+    for path in ("stem", *stages[0].blocks, *stages[1].blocks):
+        module = model.get_submodule(path)
+        module.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    method = unloaf.StimulativeTraining(model, stages, num_subnets=4, sampler=unloaf.StochasticSampler())
+    gc.disable()
+    try:
+        if mode == "lean":
+            method.backward(x, y)
+        else:
+            method(x, y).loss.backward()
+        assert outputs
+        assert not [ref for ref in outputs if ref() is not None]
+    finally:
+        gc.enable()

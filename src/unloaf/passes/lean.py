@@ -157,6 +157,7 @@ class _LeanBackward:
         if roots:
             with _no_autocast(loss):
                 torch.autograd.backward(roots, root_grads)
+        self.session.release(main)
 
 
 @contextmanager

@@ -41,4 +41,6 @@ def one_graph(
             for run in session.plan.runs:
                 output = main if run is session.plan.main else session.forward(run)
                 logits |= dict.fromkeys(run.requests, output)
+    for run in session.plan.runs:
+        session.release(run)
     return main, [logits[index] for index in range(len(passes))]

@@ -42,8 +42,11 @@ class Session:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Shadow the model's modules for the time of the passes."""
-        with replaced_forwards(self._replacements):
-            yield
+        try:
+            with replaced_forwards(self._replacements):
+                yield
+        finally:
+            self._replacements.clear()  # they refer to the session: a cycle would keep activations until collected
 
     def forward(self, run: Run) -> Tensor:
         """Call the model as this run; its logits."""
