@@ -126,7 +126,7 @@ class TrainingMethod(ABC):
         """All that can be told before a pass is: a batch refused here has changed nothing."""
         batch = next((v for v in x.values() if isinstance(v, Tensor)), None) if isinstance(x, Mapping) else x
         if not isinstance(batch, Tensor) or not batch.ndim:
-            raise ValueError(f"x is {type(batch).__name__}; give a batch as a tensor, or a mapping with tensors")
+            raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
         model = inner_module(self.model)
         devices = {parameter.device for parameter in model.parameters()}
         if devices and batch.device not in devices:
