@@ -235,3 +235,24 @@ def test_activations_are_freed_without_the_garbage_collector(chain, mode):
         assert not [ref for ref in outputs if ref() is not None]
     finally:
         gc.enable()
+
+
+def test_a_hook_that_masks_gradients_sees_the_sum(chain):
+    model, stages, x, y = chain
+    weight = model.second[0].f.weight
+    seen = []
+    weight.register_hook(lambda grad: seen.append(1) or grad * 0)
+    unloaf.StimulativeTraining(model, stages).backward(x, y, [unloaf.Subnet.from_depths(stages, (1, 3))])
+    assert len(seen) == 1
+    assert not weight.grad.any()
+
+
+def test_a_hook_after_accumulation_runs_once_on_the_whole_gradient(chain):
+    model, stages, x, y = chain
+    weight, seen = model.second[0].f.weight, []
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    subnets = [unloaf.Subnet.from_depths(stages, (1, 3))]
+    unloaf.StimulativeTraining(model, stages).backward(x, y, subnets)
+    expected = twin.stimulative(model, stages, subnets, x, y)["second.0.f.weight"]
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], expected)

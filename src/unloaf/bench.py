@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from unloaf.analysis.step_time import StepTimeRow, step_time_rows
+from unloaf.engine.memory import keep_freed_memory
 from unloaf.engine.models import build_model
 from unloaf.engine.record import environment
 from unloaf.inputs import SmallerInputs
@@ -73,6 +74,8 @@ def bench_step(
     if unknown:
         raise ValueError(f"methods: {', '.join(unknown)} is not known; give some of {', '.join(_CASES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     net = build_model(model, num_classes=1000, in_chans=3, img_size=input_size).to(device).train()
     x = torch.randn(batch_size, 3, input_size, input_size, generator=generator).to(device)

@@ -24,7 +24,7 @@ from unloaf.subnet import active_subnet
 
 @dataclass(frozen=True)
 class StepTimeRow:
-    """Cost of a method's step; "relative" is always to a step of common training in the same repeat.
+    """Cost of a method's step; "relative" is always to a step of common training right before.
 
     Attributes:
         method: its label.
@@ -74,16 +74,18 @@ def step_time_rows(
         raise ValueError(f"methods are {sorted(methods)}; 'common' must be among them, all else is relative to it")
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; give at least 1")
-    seconds: dict[tuple[str, bool], list[float]] = {}
+    pairs: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for step in range(-warmup, repeats):
         for label, method in methods.items():
             variants = [False, True] if isinstance(method, SubnetTraining) else [False]
             for separate in variants:
-                taken = _timed(method, x, y, max(step, 0), separate=separate)
+                # A step of common training right before each: what else the machine does slows both alike.
+                common = _timed(methods[_COMMON], x, y, max(step, 0), separate=False)
+                taken = common if label == _COMMON else _timed(method, x, y, max(step, 0), separate=separate)
                 if step >= 0:
-                    seconds.setdefault((label, separate), []).append(taken)
+                    pairs.setdefault((label, separate), []).append((taken, common))
     peaks = {label: _peak_bytes(method, x, y) for label, method in methods.items()}
-    return [_row(label, methods[label], x, seconds, peaks) for label in methods]
+    return [_row(label, methods[label], x, pairs, peaks) for label in methods]
 
 
 def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
@@ -179,22 +181,22 @@ def _row(
     label: str,
     method: TrainingMethod,
     x: Any,
-    seconds: Mapping[tuple[str, bool], Sequence[float]],
+    pairs: Mapping[tuple[str, bool], Sequence[tuple[float, float]]],
     peaks: Mapping[str, int],
 ) -> StepTimeRow:
-    mine, common = seconds[label, False], seconds[_COMMON, False]
-    relative = [a / b for a, b in zip(mine, common, strict=True)]
+    mine = pairs[label, False]
+    relative = [taken / common for taken, common in mine]
     flops = [method_flops(method, x, [step]) for step in range(len(mine))]
     limits = [f.shared / f.common for f in flops]
-    separate = seconds.get((label, True))
+    separate = [taken / common for taken, common in pairs.get((label, True), ())]
     return StepTimeRow(
         method=label,
-        seconds=statistics.median(mine),
+        seconds=statistics.median(taken for taken, _ in mine),
         relative=statistics.median(relative),
         spread=(min(relative), max(relative)),
         limit=statistics.fmean(limits),
         over_limit=statistics.median(r / limit for r, limit in zip(relative, limits, strict=True)),
-        separate=None if separate is None else statistics.median(a / b for a, b in zip(separate, common, strict=True)),
+        separate=statistics.median(separate) if separate else None,
         separate_limit=statistics.fmean(f.separate / f.common for f in flops),
         peak_bytes=peaks[label],
         relative_memory=peaks[label] / peaks[_COMMON],

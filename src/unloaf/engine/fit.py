@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRSc
 from unloaf.engine.config import Config
 from unloaf.engine.data import Data, EvalBatches, load_data, train_batches
 from unloaf.engine.errors import NonFiniteLossError
+from unloaf.engine.memory import keep_freed_memory
 from unloaf.engine.methods import build_method
 from unloaf.engine.models import build_model
 from unloaf.methods.step import Criterion
@@ -124,6 +125,8 @@ def prepare(config: Config, *, data: Data | None = None) -> Training:
     if steps == 0:
         raise ValueError(f"batch_size {config.batch_size} exceeds the {len(data.train)} training images of {data.name}")
     accelerator = Accelerator(cpu=config.device == "cpu")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     set_seed(config.seed)
     model = build_model(
         config.model,

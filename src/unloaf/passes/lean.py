@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -40,8 +40,8 @@ def lean_backward(
 
     Prefixes are shared. A suffix starts from detached leaves of recorded outputs, and its backward returns their
     gradients; they enter the one backward through the main graph at the end. That backward alone runs through the
-    model's wrapper, so under DistributedDataParallel gradients are reduced once, and parameters' hooks fire once. If
-    anything raises before it, ``.grad`` is as it was.
+    model's wrapper, so under DistributedDataParallel gradients are reduced once, and hooks on parameters run once, on
+    the sum. If anything raises before it, ``.grad`` is as it was.
 
     Args:
         model: the network, possibly wrapped by DistributedDataParallel.
@@ -59,10 +59,10 @@ def lean_backward(
         logits = session.forward(main)
         loss = main_loss(logits)
         step.main_logits = logits.detach()
-        with frozen_statistics(session.inner):
+        with frozen_statistics(session.inner), _parameters_replaced(session.inner) as standins:
             for run in session.plan.runs:
                 step.advance(run)
-    step.finish_main(loss)
+    step.finish_main(loss, standins)
     losses = [loss for loss in step.losses if loss is not None]
     return LeanStep(step.main_logits, loss.detach(), losses)
 
@@ -74,11 +74,9 @@ class _LeanBackward:
 
     def __init__(self, session: Session, requests: int, subnet_loss: SubnetLoss, scale: float | Tensor) -> None:
         self.session, self.subnet_loss, self.scale = session, subnet_loss, scale
-        self.parameters = [p for p in session.inner.parameters() if p.requires_grad]
         self.known: list[Tensor | None] = [None] * requests
         self.losses: list[Tensor | None] = [None] * requests
         self.alive: list[Run] = []
-        self.grads: list[Tensor | None] = [None] * len(self.parameters)
 
     def advance(self, run: Run) -> None:
         """Run one subnet, then finish all that can be finished, the latest first."""
@@ -110,54 +108,50 @@ class _LeanBackward:
         return [tensor for tensor, _ in roots], [grad for _, grad in roots]
 
     def _differentiate(self, run: Run) -> None:
+        """Backward of a suffix: gradients arrive at its leaves and at the stand-ins of the parameters."""
         roots, root_grads = self._roots(run, self._losses_of(run))
         if roots:
-            inputs = [leaf for _, _, leaf in run.leaves] + self.parameters
             with _no_autocast(roots[0]):
-                grads = torch.autograd.grad(roots, inputs, root_grads, allow_unused=True)
-            for (record, index, _), grad in zip(run.leaves, grads, strict=False):
-                if grad is not None:
+                torch.autograd.backward(roots, root_grads)
+            for record, index, leaf in run.leaves:
+                if leaf.grad is not None:
                     before = record.grads[index]
-                    record.grads[index] = grad if before is None else before + grad
-            self._add(grads[len(run.leaves) :], shared=grads[: len(run.leaves)])
+                    record.grads[index] = leaf.grad if before is None else before + leaf.grad
         self.session.release(run)
 
-    def _add(self, grads: Sequence[Tensor | None], shared: Sequence[Tensor | None]) -> None:
-        """Sum up parameter gradients in place, on tensors that are ours alone."""
-        storages = {g.untyped_storage().data_ptr() for g in shared if g is not None}
-        sums, terms = [], []
-        for i, grad in enumerate(grads):
-            total = self.grads[i]
-            if grad is None:
-                continue
-            if total is not None:
-                sums.append(total)
-                terms.append(grad)
-                continue
-            # Autograd may return one tensor for two inputs, an expanded one, or one laid out unlike its parameter.
-            storage = grad.untyped_storage()
-            ours = storage.nbytes() == grad.numel() * grad.element_size() and storage.data_ptr() not in storages
-            storages.add(storage.data_ptr())
-            parameter = self.parameters[i]
-            same_layout = grad.stride() == parameter.stride()
-            self.grads[i] = grad if ours and same_layout else torch.empty_like(parameter).copy_(grad)
-        if sums:
-            torch._foreach_add_(sums, terms)  # pyright: ignore[reportPrivateImportUsage]  as torch.optim does
-
-    def finish_main(self, loss: Tensor) -> None:
-        """Write the suffixes' gradients to ``.grad`` and run the backward of the main graph."""
+    def finish_main(self, loss: Tensor, standins: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """The backward of the main graph, which the gradients of the suffixes enter."""
         main = self.session.plan.main
         roots, root_grads = self._roots(main, [loss, *self._losses_of(main)])
-        for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            if grad is not None:
-                if parameter.grad is None:
-                    parameter.grad = grad
-                else:
-                    parameter.grad.add_(grad)
+        for parameter, standin in standins.items():
+            grad = standin.grad
+            if grad is not None and parameter._backward_hooks:  # they change gradients: they have to see the sum
+                roots.append(parameter)
+                root_grads.append(grad)
+            elif grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         if roots:
             with _no_autocast(loss):
                 torch.autograd.backward(roots, root_grads)
         self.session.release(main)
+
+
+@contextmanager
+def _parameters_replaced(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """Stand-ins that share the parameters' storage and collect the suffixes' gradients.
+
+    Hooks on the parameters (a gradient mask, DistributedDataParallel's reducer) run once, on the sum, in the main
+    backward; a gradient is added while it is warm in the cache; a step that fails has touched no ``.grad``.
+    """
+    standins = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+    originals = [(module._parameters, dict(module._parameters)) for module in model.modules() if module._parameters]
+    try:
+        for held, before in originals:
+            held.update({name: standins[p] for name, p in before.items() if p in standins})
+        yield standins
+    finally:
+        for held, before in originals:
+            held.update(before)
 
 
 @contextmanager
