@@ -51,7 +51,7 @@ class Config:
     pretrained: bool = False
     """Start from the published weights (needs the network once)."""
 
-    method: Method = "st++"
+    method: Method = "st"
     """How the network is trained."""
     num_subnets: int | None = None
     """Subnets per step; default 1 for st, 6 for st++. gkt runs groups x loops."""
