@@ -131,15 +131,18 @@ def check_subnet(stages: Sequence[Stage], subnet: Subnet) -> None:
 
 def check_stages(model: nn.Module, stages: Sequence[Stage]) -> dict[str, nn.Module]:
     """The blocks of the stages by path; ValueError if the model lacks one."""
-    modules = dict(inner_module(model).named_modules())
+    inner = inner_module(model)
+    blocks: dict[str, nn.Module] = {}
     for stage in stages:
         for path in stage.blocks:
-            if path not in modules:
+            try:
+                blocks[path] = inner.get_submodule(path)
+            except AttributeError:
                 raise ValueError(
-                    f"{type(inner_module(model)).__name__} has no block {path!r} of stage {stage.name!r}; "
+                    f"{type(inner).__name__} has no block {path!r} of stage {stage.name!r}; "
                     "use the stages that find_stages returned for this model"
-                )
-    return {path: modules[path] for stage in stages for path in stage.blocks}
+                ) from None
+    return blocks
 
 
 def replaces_forward(function: Callable[..., Any]) -> Callable[..., Any]:
