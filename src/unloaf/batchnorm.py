@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from unloaf.stages import call_model
 
 
-def tracking_norms(model: nn.Module) -> list[nn.Module]:
-    """The modules that keep running statistics: batch norms of torch and timm, instance norms that track them."""
+def tracking_norms(model: nn.Module) -> list[Any]:
+    """The modules that keep running statistics: batch norms of torch and timm, instance norms that track them.
+
+    Typed as Any because they share attributes, not a class.
+    """
     return [module for module in model.modules() if getattr(module, "track_running_stats", False)]
 
 
@@ -31,7 +34,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         for norm in norms:
             norm.__dict__["track_running_stats"] = False
             if not _averages_without_momentum(norm):
-                norm.momentum = 0.0  # type: ignore[assignment]
+                norm.momentum = 0.0
         yield
     finally:
         for norm, momentum in momenta:
@@ -99,11 +102,11 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
             for batch in batches:
                 if count == 0:
                     for norm in norms:
-                        norm.reset_running_stats()  # type: ignore[operator]
+                        norm.reset_running_stats()
                         norm.train()
                 for norm in norms:
                     momentum = None if _averages_without_momentum(norm) else 1 / (count + 1)
-                    norm.momentum = momentum  # type: ignore[assignment]
+                    norm.momentum = momentum
                 call_model(model, batch if isinstance(batch, (Tensor, dict)) else batch[0])
                 count += 1
     finally:

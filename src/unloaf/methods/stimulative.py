@@ -101,7 +101,7 @@ def stimulative_plus(
     *,
     sampler: Sampler | None = None,
     num_subnets: int = 6,
-    subnet_inputs: SmallerInputs | None = SmallerInputs(),  # noqa: B008  a frozen value
+    subnet_inputs: SmallerInputs | None = SmallerInputs(),
     amplitude: float | Literal["auto"] = "auto",
     norm: Norm = "layer_norm",
     eps: float = 1e-7,

@@ -147,7 +147,7 @@ def _parameters_replaced(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Par
     originals = [(module._parameters, dict(module._parameters)) for module in model.modules() if module._parameters]
     try:
         for held, before in originals:
-            held.update({name: standins[p] for name, p in before.items() if p in standins})
+            held.update({name: standins[p] for name, p in before.items() if p is not None and p in standins})
         yield standins
     finally:
         for held, before in originals:
