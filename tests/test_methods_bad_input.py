@@ -1,5 +1,7 @@
 """What a training step refuses, that it then changes nothing, and the arithmetic around a step."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,7 +139,7 @@ def test_subnets_that_do_not_fit(name, call, keep, message):
 @every_call
 def test_group_knowledge_refuses_subnets_that_do_not_fit(call):
     method = GroupKnowledgeTraining(*toy(), groups=1, loops=1)
-    run = lambda: call(method, *batch(), subnets=[Subnet(((False, True, True), (True,) * 3))])  # noqa: E731
+    run = partial(call, method, *batch(), subnets=[Subnet(((False, True, True), (True,) * 3))])
     assert refuses(method, "skips block 'first.0'", run)
 
 
@@ -187,7 +189,7 @@ def test_logits_of_unequal_shape(name, call):
     model(torch.randn(4, 4)).square().sum().backward()
     method = METHODS[name](model, stages)
     count = 6 if name == "gkt" else 1
-    run = lambda: call(method, *batch(), subnets=[Subnet.from_depths(stages, (3, 2))] * count)  # noqa: E731
+    run = partial(call, method, *batch(), subnets=[Subnet.from_depths(stages, (3, 2))] * count)
     assert refuses(method, r"\(4, 4\).*\(4, 3\)", run)
 
 
