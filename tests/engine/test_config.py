@@ -1,5 +1,6 @@
 """The configuration: what it accepts, what it answers."""
 
+import contextlib
 import math
 import re
 import subprocess
