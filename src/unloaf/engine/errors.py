@@ -3,3 +3,25 @@
 
 class NonFiniteLossError(FloatingPointError):
     """A loss became NaN or infinite; the weights are still the last finite ones."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written, or what is on the disk is not what was written.
+
+    >>> from unloaf import CheckpointError
+    >>> raise CheckpointError("state.pt: 4,096 of 8,192 bytes; the file is cut off")
+    Traceback (most recent call last):
+    unloaf.engine.errors.CheckpointError: state.pt: 4,096 of 8,192 bytes; the file is cut off
+    """
+
+
+class StoppedError(Exception):
+    """A signal ended the run between two steps; its checkpoint is written.
+
+    Attributes:
+        code: exit code of the process, 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, *, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,9 @@
+"""Config: everything that decides a training run, as one frozen value, and its YAML form.
+
+Imports no torch: a wrong configuration is answered before anything heavy is loaded.
+"""
+
+from unloaf.engine.config.fields import Config
+from unloaf.engine.config.files import dump_config, load_config
+
+__all__ = ["Config", "dump_config", "load_config"]

@@ -1,0 +1,187 @@
+"""What a setting may be: its type, its range, and what does not go together."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from unloaf.engine.config.fields import Config
+
+_TINY = 5e-324  # the smallest positive float: "above 0" as a closed range
+_BELOW_ONE = 1 - 2**-53
+_LARGEST = 1.7976931348623157e308
+_SHARE = (0, 1, "a probability from 0 to 1")
+_ABOVE_ZERO = (_TINY, _LARGEST, "a finite number above 0")
+_AT_LEAST_ZERO = (0, _LARGEST, "a finite number of at least 0")
+_COUNT = (1, 10**9, "at least 1")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "num_classes": (2, 10**9, "at least 2 classes"),
+    "val_fraction": (0, 0.5, "a share from 0 to 0.5"),
+    "workers": (0, 1024, "from 0 to 1024 processes"),
+    "img_size": (4, 4096, "a side from 4 to 4096 pixels"),
+    "train_img_size": (4, 4096, "a side from 4 to 4096 pixels"),
+    "crop_pct": (0.05, 1, "a share from 0.05 to 1"),
+    "scale": (1e-4, 1, "two shares above 0, up to 1"),
+    "hflip": _SHARE,
+    "color_jitter": (0, 10, "a strength from 0 to 10"),
+    "lighting": (0, 10, "a strength from 0 to 10"),
+    "aug_repeats": (1, 1000, "from 1 to 1000 times"),
+    "reprob": _SHARE,
+    "mixup": (0, 1000, "an alpha from 0 to 1000"),
+    "cutmix": (0, 1000, "an alpha from 0 to 1000"),
+    "mixup_prob": _SHARE,
+    "mixup_switch_prob": _SHARE,
+    "mixup_off_epoch": (0, 10**9, "an epoch, or 0 for never"),
+    "smoothing": (0, _BELOW_ONE, "a number from 0 to below 1"),
+    "width": (1, 4096, "from 1 to 4096 channels"),
+    "drop": (0, _BELOW_ONE, "a rate from 0 to below 1"),
+    "drop_path": (0, _BELOW_ONE, "a rate from 0 to below 1"),
+    "model_ema_decay": (0, _BELOW_ONE, "a number from 0 to below 1"),
+    "num_subnets": (1, 10_000, "from 1 to 10000 subnets; method common trains none"),
+    "subnet_weight": (0, _LARGEST, "a finite weight of at least 0"),
+    "amplitude": (_TINY, _LARGEST, "a finite number above 0, or auto"),
+    "eps": _ABOVE_ZERO,
+    "min_ratio": (_TINY, 1, "a share above 0, up to 1"),
+    "sides": (1, 4096, "sides from 1 to 4096 pixels"),
+    "groups": (1, 10_000, "at least 1"),
+    "loops": (1, 10_000, "at least 1"),
+    "ema": (0, _BELOW_ONE, "a number from 0 to below 1"),
+    "decay_base": (_TINY, 1, "a number above 0, up to 1"),
+    "final_survival": (_TINY, 1, "a probability above 0, up to 1"),
+    "epochs": _COUNT,
+    "batch_size": (2, 10**9, "at least 2; batch norm has no statistics of a single image"),
+    "grad_accum_steps": _COUNT,
+    "global_batch_size": (2, 10**12, "at least 2"),
+    "lr": _ABOVE_ZERO,
+    "momentum": (0, _BELOW_ONE, "a number from 0 to below 1"),
+    "weight_decay": _AT_LEAST_ZERO,
+    "layer_decay": (_TINY, 1, "a factor above 0, up to 1"),
+    "clip_grad": _ABOVE_ZERO,
+    "min_lr": _AT_LEAST_ZERO,
+    "warmup_epochs": (0, 10**9, "at least 0"),
+    "warmup_lr": _AT_LEAST_ZERO,
+    "decay_epochs": _ABOVE_ZERO,
+    "decay_milestones": (1, 10**9, "epochs of at least 1"),
+    "decay_rate": _ABOVE_ZERO,
+    "seed": (0, 2**63 - 1, "an integer from 0 to 2**63 - 1"),
+    "log_interval": _COUNT,
+    "eval_interval": _COUNT,
+    "eval_subnets": (0, 10_000, "from 0 to 10000 subnets"),
+    "recalibrate": (2, 10**9, "at least 2 images"),
+    "checkpoint_interval": _COUNT,
+    "checkpoint_hist": (2, 10**6, "at least 2: the newest may turn out to be damaged"),
+}
+
+
+def check_types(config: Config) -> None:
+    """Raises ValueError if a value is not of its field's type."""
+    for name, hint in get_type_hints(type(config)).items():
+        _check_type(name, getattr(config, name), hint)
+
+
+def check_ranges(config: Config) -> None:
+    """Raises ValueError if a number is out of range."""
+    for name, (low, high, meaning) in _RANGES.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number != "auto" and not low <= number <= high:
+                raise ValueError(f"{name} {number}: give {meaning}")
+
+
+def check_together(config: Config) -> None:
+    """Raises ValueError if settings contradict each other."""
+    if config.warmup_epochs >= config.epochs:
+        raise ValueError(
+            f"warmup_epochs {config.warmup_epochs} leaves none of the {config.epochs} epochs; "
+            f"give at most {config.epochs - 1}"
+        )
+    if config.dataset != "digits" and config.data_dir is None:
+        raise ValueError(f"dataset {config.dataset!r} is read from files: give --data-dir (digits needs none)")
+    if config.scale[0] > config.scale[1]:
+        raise ValueError(f"scale {config.scale[0]} {config.scale[1]}: give the smaller share first")
+    if config.global_batch_size is not None and config.grad_accum_steps > 1:
+        raise ValueError("global_batch_size sets grad_accum_steps; give one of the two")
+    if config.mixes_images and config.batch_size % 2:
+        raise ValueError(f"batch_size {config.batch_size}: mixup and cutmix pair images; give an even number")
+    if config.device_data:
+        _check_device_data(config)
+    if config.fsdp and config.model_ema:
+        raise ValueError("model_ema keeps a whole copy of the weights, which fsdp shards; give one of the two")
+    if config.aa is not None:
+        _check_augmentation(config.aa)
+
+
+def _check_device_data(config: Config) -> None:
+    if config.dataset in ("imagefolder", "hf", "webdataset"):
+        raise ValueError(f"device_data holds small sets in memory; dataset {config.dataset!r} is read image by image")
+    per_image = {"aa": config.aa, "color_jitter": config.color_jitter, "lighting": config.lighting}
+    used = [f"--{name.replace('_', '-')}" for name, value in per_image.items() if value]
+    if used or config.augment == "resized-crop" or config.reprob:
+        used += ["--reprob"] * bool(config.reprob) + ["--augment resized-crop"] * (config.augment == "resized-crop")
+        raise ValueError(f"device_data augments in batches, which {', '.join(used)} cannot; give --workers instead")
+    if config.workers:
+        raise ValueError(f"workers {config.workers}: with device_data there is nothing to read; leave --workers out")
+
+
+_AUGMENTATIONS = ("original", "originalr", "v0", "v0r", "3a", "trivial", "uniform")
+
+
+def _check_augmentation(aa: str) -> None:
+    if aa not in _AUGMENTATIONS and aa.partition("-")[0] not in ("rand", "augmix"):
+        raise ValueError(f"aa {aa!r}: give {', '.join(_AUGMENTATIONS)}, or rand-m9-mstd0.5 and its kind")
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if any(_has_type(value, option) for option in _options(hint)):
+        return
+    allowed = ", ".join(_describe(option) for option in _options(hint))
+    advice = "; in YAML write 1.0e-3, not 1e-3, which YAML reads as text" if _is_number(value) else ""
+    close = difflib.get_close_matches(str(value), [str(a) for a in _literals(hint)], n=1)
+    raise ValueError(f"{name} {value!r}: give {allowed}" + (f"; did you mean {close[0]}?" if close else advice))
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _literals(hint: Any) -> list[Any]:
+    return [value for option in _options(hint) if get_origin(option) is Literal for value in get_args(option)]
+
+
+def _has_type(value: Any, option: Any) -> bool:
+    if get_origin(option) is tuple:
+        return isinstance(value, tuple) and _holds(value, get_args(option))
+    if get_origin(option) is Literal:
+        return isinstance(value, str) and value in get_args(option)
+    if option is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, option)
+
+
+def _holds(values: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
+    if kinds[-1:] == (Ellipsis,):
+        return all(_has_type(value, kinds[0]) for value in values)
+    return len(values) == len(kinds) and all(_has_type(value, kind) for value, kind in zip(values, kinds, strict=True))
+
+
+def _describe(option: Any) -> str:
+    if get_origin(option) is tuple:
+        kinds = get_args(option)
+        kind = _describe(kinds[0])
+        return f"a list, each entry {kind}" if kinds[-1:] == (Ellipsis,) else f"a list of {len(kinds)}, each {kind}"
+    if get_origin(option) is Literal:
+        return " or ".join(get_args(option))
+    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "nothing"}
+    return words[option]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, str)
