@@ -29,7 +29,7 @@ _HOMES = {
         "StochasticDepth",
         "stimulative_plus",
     ],
-    "analysis.subnets": ["SubnetRow", "evaluate_subnets"],
+    "evaluation": ["SubnetRow", "evaluate_subnets"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -60,8 +60,8 @@ __all__ = [  # the same names again, for type checkers
 ]
 
 if TYPE_CHECKING:
-    from unloaf.analysis.subnets import SubnetRow, evaluate_subnets
     from unloaf.batchnorm import recalibrate_bn
+    from unloaf.evaluation import SubnetRow, evaluate_subnets
     from unloaf.inputs import SmallerInputs
     from unloaf.losses import direction_kl_loss, kl_loss
     from unloaf.methods import (

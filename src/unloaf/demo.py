@@ -19,7 +19,7 @@ from unloaf.analysis.comparison import MethodRow, MethodRun, method_rows, size_r
 from unloaf.analysis.flops import method_flops
 from unloaf.analysis.plots import accuracy_over_size
 from unloaf.analysis.report import comparison_report
-from unloaf.analysis.subnets import SubnetRow, evaluate_subnets
+from unloaf.evaluation import SubnetRow, evaluate_subnets
 from unloaf.engine.config import Config
 from unloaf.engine.data import Data, EvalBatches, load_data
 from unloaf.engine.fit import Training, one_thread, prepare, train_epoch

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unloaf.analysis.subnets import SubnetRow
+from unloaf.evaluation import SubnetRow
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""How good is each subnet of a trained model: one row each."""
+"""How good is a network, and how good is each of its subnets: the same measure for both."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,29 @@ from unloaf.passes import logits_of
 from unloaf.sampling import draw_generator, enumerate_subnets
 from unloaf.stages import Stage, call_model, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_subnet
+
+
+Reduction = Callable[[Tensor], Tensor]
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How well a network does.
+
+    Attributes:
+        loss: mean cross-entropy, in nats.
+        top1: accuracy in percent.
+        top5: share of examples whose target is among the five highest logits, in percent (100 with up to 5 classes).
+
+    >>> from unloaf.evaluation import Accuracy
+    >>> Accuracy(loss=0.21, top1=93.2, top5=99.8).top1
+    93.2
+    """
+
+    loss: float
+    top1: float
+    top5: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,7 @@ def evaluate_subnets(
     subnets: Sequence[Subnet] | int | None = None,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
+    reduce: Reduction | None = None,
 ) -> list[SubnetRow]:
     """Accuracy of subnets of a model; the model is left as it was.
 
@@ -65,6 +89,7 @@ def evaluate_subnets(
             statistics are re-estimated from them on a copy. Without, a subnet is judged with the main network's
             statistics, which do not fit it. The main network always keeps its own.
         seed: of the sample, if ``subnets`` is a number.
+        reduce: see `accuracy`.
 
     Returns:
         One row per subnet, in the order given.
@@ -88,13 +113,15 @@ def evaluate_subnets(
     if batches is not None and iter(batches) is batches:
         batches = list(batches)  # a generator would be spent after the first subnet
     copied = copy.deepcopy(inner) if batches is not None else inner
-    rows = []
+    rows, device = [], next(inner.parameters()).device
     for subnet in chosen:
         judged = inner if subnet == Subnet.full(stages) else copied
         with active_subnet(judged, stages, subnet):
             if judged is not inner and batches is not None:
-                recalibrate_bn(judged, (_to_device(batch, judged) for batch in batches))
-            rows.append(SubnetRow(subnet, subnet.depths, *_judge(judged, loader), count_params(inner, stages, subnet)))
+                recalibrate_bn(judged, (_to_device(batch, device) for batch in batches))
+            result = accuracy(judged, loader, reduce=reduce)
+        params = count_params(inner, stages, subnet)
+        rows.append(SubnetRow(subnet, subnet.depths, result.top1, result.top5, result.loss, params))
     return rows
 
 
@@ -122,25 +149,35 @@ def _choose(stages: Sequence[Stage], subnets: Sequence[Subnet] | int | None, see
     return list(subnets)
 
 
-def _to_device(batch: Any, model: nn.Module) -> Any:
-    device = next(model.parameters()).device
+def _to_device(batch: Any, device: torch.device) -> Any:
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     return inputs.to(device)
 
 
-def _judge(model: nn.Module, loader: Iterable[tuple[Any, Tensor]]) -> tuple[float, float, float]:
-    """Top-1 and top-5 in percent, mean cross-entropy in nats."""
-    count, first, five, loss = 0, 0, 0, 0.0
+def accuracy(model: nn.Module, loader: Iterable[tuple[Any, Tensor]], *, reduce: Reduction | None = None) -> Accuracy:
+    """Loss and accuracy in evaluation mode, without autocast; the modes of the modules are put back.
+
+    Args:
+        model: gives logits, (batch, ..., classes).
+        loader: batches ``(x, y)`` with class indices y, (batch, ...); entries of -100 (``ignore_index`` of torch's
+            cross-entropy) are not counted.
+        reduce: adds a tensor over processes, where each sees a share of the examples; every process gets the whole.
+
+    Raises:
+        ValueError: there was no example.
+    """
+    device = next(model.parameters(), torch.empty(0)).device
+    # In double precision: sums over processes, or over another batch size, agree to the last digit shown.
+    sums = torch.zeros(4, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     with evaluating(model):
         for x, y in loader:
-            x = _to_device(x, model)
-            logits = logits_of(call_model(model, x)).flatten(0, -2).float()
+            logits = logits_of(call_model(model, _to_device(x, device))).flatten(0, -2).float()
             targets = y.to(logits.device).flatten()
             best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
-            first += int(best[:, 0].sum())
-            five += int(best.sum())
-            loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-            count += len(targets)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            counted = (targets != _IGNORED).sum()
+            sums += torch.stack([counted, best[:, 0].sum(), best.sum(), loss.double()]).to(sums)
+    count, first, five, loss = (reduce(sums) if reduce else sums).tolist()
     if not count:
         raise ValueError("the loader yielded no example to judge on; give at least one batch (x, y)")
-    return 100 * first / count, 100 * five / count, loss / count
+    return Accuracy(loss=loss / count, top1=100 * first / count, top5=100 * five / count)
