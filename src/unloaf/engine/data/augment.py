@@ -1,0 +1,205 @@
+"""Random changes of training images: crops of whole batches, and the libraries' transforms image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unloaf.engine.config import Config
+from unloaf.engine.data.images import as_pixels
+from unloaf.engine.data.sets import Data
+from unloaf.engine.seeds import generator_for
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits its images: a permutation of range(count), int64 (count,)."""
+    return torch.randperm(count, generator=generator_for("order", seed, epoch))
+
+
+def augmentation(count: int, *, pad: int, hflip: float, seed: int, epoch: int, repeat: int = 0) -> Tensor:
+    """What happens to each image in an epoch: rows (top, left, mirrored), int64 (count, 3).
+
+    Row i belongs to image i of the split, wherever the order puts it. `repeat` counts the
+    times that the same image came before in this epoch.
+    """
+    # Without a repeat the numbers are those of the published figures.
+    generator = generator_for("augment", seed, epoch, *([repeat] if repeat else []))
+    corners = torch.randint(0, 2 * pad + 1, (count, 2), generator=generator)
+    if hflip in (0.0, 0.5):  # the published draw: a fair coin, read or not
+        mirrored = torch.randint(0, 2, (count, 1), generator=generator) * int(hflip > 0)
+    else:
+        mirrored = (torch.rand((count, 1), generator=generator) < hflip).long()
+    return torch.cat([corners, mirrored], dim=1)
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, *, pad: int) -> Tensor:
+    """Cuts a window of the old size out of the zero-padded images and mirrors some.
+
+    Args:
+        images: (N, C, H, W).
+        draws: rows (top, left, mirrored), int64 (N, 3).
+        pad: pixels added on each side.
+
+    Returns:
+        images of the same shape and type.
+    """
+    count, channels, height, width = images.shape
+    top, left, mirrored = draws.to(images.device).unbind(1)
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    columns = torch.where(mirrored[:, None].bool(), columns.flip(1), columns) + left[:, None]
+    rows = torch.arange(height, device=images.device) + top[:, None]
+    padded = F.pad(images, (pad, pad, pad, pad))
+    sample = torch.arange(count, device=images.device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
+    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def lighting_shift(strength: float) -> Tensor:
+    """PCA lighting: a random multiple of the principal colours of ImageNet, to be added to every pixel of an image.
+
+    Draws from torch's global generator, as the transforms around it do.
+
+    Args:
+        strength: standard deviation of the multiples.
+
+    Returns:
+        a colour in shares of the pixel range, float (3, 1, 1).
+    Source: Krizhevsky et al. 2012, section 4.1; eigenvalues and vectors of fb.resnet.torch.
+    """
+    values = torch.tensor([0.2175, 0.0188, 0.0045])
+    vectors = torch.tensor(  # a column for each principal colour
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )
+    return (vectors @ (values * torch.randn(3) * strength)).view(3, 1, 1)
+
+
+def cuts_batches(data: Data, config: Config) -> bool:
+    """Whether crop_and_flip does the cropping: images of one size, in memory, not randomly resized."""
+    return config.dataset not in ("imagefolder", "hf", "webdataset") and data.augment != "resized-crop"
+
+
+def changes_pixels(config: Config) -> bool:
+    """Whether images are changed one by one beyond cropping and mirroring."""
+    return bool(config.aa or config.color_jitter or config.lighting or config.reprob)
+
+
+def training_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
+    """What is done to one image, drawing from the global generators of Python, NumPy and torch.
+
+    In this order: crop and mirror (unless crop_and_flip does it), automatic augmentation, colour
+    jitter, lighting, erasing. The result is uint8 (C, H, W), or, after lighting or erasing,
+    float32 and normalised.
+
+    Raises:
+        ValueError: the settings ask for what the images or timm do not have.
+    """
+    from torchvision.transforms import v2
+
+    steps: list[Any] = [] if cuts_batches(data, config) else _geometry(data, config)
+    if config.aa is not None:
+        steps.append(_automatic(config.aa, data, config))
+    if config.color_jitter:
+        steps.append(v2.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter))
+    if config.lighting and data.in_chans != 3:
+        raise ValueError(f"lighting {config.lighting} shifts colours, but {data.name} is grey; leave --lighting out")
+    finish = _finish(data, config)
+
+    def transform(image: Image) -> Tensor:
+        for step in steps:
+            image = step(image)
+        return finish(as_pixels(image, channels=data.in_chans))
+
+    return transform
+
+
+def evaluation_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
+    """Resizes the short side to img_size / crop_pct and cuts out the centre: uint8 (C, img_size, img_size)."""
+    steps = _centre(data.img_size, config)
+
+    def transform(image: Image) -> Tensor:
+        for step in steps:
+            image = step(image)
+        return as_pixels(image, channels=data.in_chans)
+
+    return transform
+
+
+def _geometry(data: Data, config: Config) -> list[Any]:
+    from timm.data.transforms import RandomResizedCropAndInterpolation
+    from torchvision.transforms import v2
+
+    size = data.train_img_size
+    mirror = [v2.RandomHorizontalFlip(data.hflip)]
+    if data.augment == "resized-crop":
+        return [RandomResizedCropAndInterpolation(size, config.scale, interpolation=config.interpolation), *mirror]
+    if data.augment == "pad-crop":
+        resize = v2.Resize(size, interpolation=_mode(config))
+        return [resize, v2.CenterCrop(size), v2.RandomCrop(size, padding=data.pad), *mirror]
+    return _centre(size, config)
+
+
+def _centre(size: int, config: Config) -> list[Any]:
+    from torchvision.transforms import v2
+
+    return [v2.Resize(int(size / config.crop_pct), interpolation=_mode(config)), v2.CenterCrop(size)]
+
+
+def _mode(config: Config) -> Any:
+    from torchvision.transforms import InterpolationMode
+
+    return InterpolationMode.BICUBIC if config.interpolation == "bicubic" else InterpolationMode.BILINEAR
+
+
+def _automatic(aa: str, data: Data, config: Config) -> Callable[[Image], Image]:
+    from timm.data import auto_augment
+    from timm.data.transforms import str_to_pil_interp
+    from torchvision.transforms import v2
+
+    if aa == "trivial":
+        return v2.TrivialAugmentWide()
+    if aa == "uniform":
+        # UniformAugment (LingChen et al. 2020): two operations, each with probability 1/2, at a magnitude drawn
+        # uniformly from the whole range; a standard deviation above 100 is how timm spells the uniform draw.
+        aa = "rand-m10-n2-p0.5-mstd101"
+    mean = data.mean if data.in_chans == 3 else data.mean * 3
+    # As timm's create_transform sets them.
+    hparams: dict[str, Any] = {
+        "translate_const": int(data.train_img_size * 0.45),
+        "img_mean": tuple(min(255, round(value)) for value in mean),
+    }
+    if config.interpolation != "random":
+        hparams["interpolation"] = str_to_pil_interp(config.interpolation)
+    kind = aa.partition("-")[0]
+    build = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
+    if kind == "augmix":
+        hparams["translate_pct"] = 0.3
+    try:
+        return build.get(kind, auto_augment.auto_augment_transform)(aa, hparams)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ValueError(f"aa {aa!r}: timm cannot read it ({error}); give rand-m9-mstd0.5-inc1 and its kind") from error
+
+
+def _finish(data: Data, config: Config) -> Callable[[Tensor], Tensor]:
+    """From uint8 (C, H, W): lighting and erasing, on normalised pixels, if there are any."""
+    if not (config.lighting or config.reprob):
+        return lambda pixels: pixels
+    from timm.data.random_erasing import RandomErasing
+
+    erase = RandomErasing(config.reprob, mode=config.remode, device="cpu")
+    std = torch.tensor(data.std).view(-1, 1, 1) / 255
+
+    def finish(pixels: Tensor) -> Tensor:
+        x = data.normalise(pixels[None], size=data.train_img_size)[0]
+        if config.lighting:
+            # Shifting and normalising change places: the shift is divided by the spread.
+            x = x + lighting_shift(config.lighting) / std
+        return erase(x)
+
+    return finish

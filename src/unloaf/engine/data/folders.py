@@ -1,0 +1,86 @@
+"""Image sets in folders: split/class/image.jpg."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unloaf.engine.data.images import BadImageError, Split, decode
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files below a folder.
+
+    `paths` holds bytes in one array, not a list of texts: workers share it, whereas counting
+    references to a million texts would copy their pages into every worker.
+    """
+
+    root: str
+    paths: np.ndarray
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> ImageFiles:
+        """The images at these positions."""
+        return ImageFiles(self.root, self.paths[index.numpy()], self.labels[index])
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def open(self, index: int) -> Image:
+        """The decoded image, in RGB.
+
+        Raises:
+            BadImageError: it cannot be read or decoded.
+        """
+        path = self.name(index)
+        try:
+            encoded = Path(path).read_bytes()
+        except OSError as error:
+            raise BadImageError(path, str(error.strerror or error)) from error
+        return decode(encoded, name=path)
+
+
+def open_folder_split(data_dir: Path, split: str) -> Split | None:
+    """The images of data_dir/split/class, classes in alphabetical order; None without class folders there."""
+    root = data_dir / split
+    classes = _class_folders(root)
+    if not classes:
+        return None
+    files = [_image_files(root, name) for name in classes]
+    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(paths) for paths in files]))
+    paths = np.array([path for paths in files for path in paths], dtype=np.bytes_)
+    return Split(ImageFiles(str(root), paths, labels), tuple(classes))
+
+
+def _class_folders(root: Path) -> list[str]:
+    if not root.is_dir():
+        return []
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _image_files(root: Path, name: str) -> list[bytes]:
+    """Paths of a class relative to the root, sorted, also from folders inside it."""
+    found = [
+        os.fsencode(os.path.relpath(os.path.join(folder, file), root))
+        for folder, _, files in os.walk(root / name, followlinks=True)
+        for file in files
+        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+    ]
+    return sorted(found)

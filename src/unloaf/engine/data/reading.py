@@ -1,0 +1,237 @@
+"""From keys to arrays, in the training process or in workers, and what is said when that fails."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from unloaf.engine.config import Config
+from unloaf.engine.data.augment import (
+    augmentation,
+    changes_pixels,
+    crop_and_flip,
+    cuts_batches,
+    evaluation_transform,
+    training_transform,
+)
+from unloaf.engine.data.images import BadImageError, Images, ImageSet, as_picture
+from unloaf.engine.data.sets import Data
+from unloaf.engine.seeds import seed_host
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Key(NamedTuple):
+    """Which image, in which epoch, and how often it came before in it; decides all of its randomness."""
+
+    epoch: int
+    image: int
+    repeat: int
+
+
+class Chunk(NamedTuple):
+    """A batch as it leaves a reader.
+
+    `images` is uint8, or float32 where augmentation already normalised them, (B, C, S, S);
+    `labels` int64 (B,); `bad` names images in whose place others stand, whose labels are
+    `replaced` (bool (B,)).
+    """
+
+    images: Tensor
+    labels: Tensor
+    replaced: Tensor
+    bad: tuple[str, ...]
+
+
+class Failure(NamedTuple):
+    """What a worker sends instead of raising: torch would wrap an error's one line in a traceback."""
+
+    message: str
+
+
+class TrainReader:
+    """Augmented training images by key; what comes out depends on the keys alone."""
+
+    def __init__(self, data: Data, config: Config, images: Images) -> None:
+        self._data, self._config, self._images = data, config, images
+        self._cuts_batches = cuts_batches(data, config)
+        self._transform = training_transform(data, config)
+        self._tables: dict[tuple[int, int], Tensor] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The libraries' transforms are built anew in a worker: not all of them can be sent to one.
+        return TrainReader, (self._data, self._config, self._images)
+
+    def __getitems__(self, keys: list[Key]) -> Chunk | Failure:
+        """The images of these keys."""
+        if isinstance(self._images, ImageSet) and self._cuts_batches:
+            return self._cut(self._images, keys)
+        try:
+            found = [_readable(self._images, key.image, self._config) for key in keys]
+        except BadImagesError as error:
+            return Failure(str(error))
+        pixels = [self._augment(one.image, key) for one, key in zip(found, keys, strict=True)]
+        return _stacked(self._images, pixels, found, keys)
+
+    def _cut(self, images: ImageSet, keys: list[Key]) -> Chunk:
+        index = torch.tensor([key.image for key in keys])
+        draws = torch.stack([self._table(key.epoch, key.repeat)[key.image] for key in keys])
+        at = index.to(images.images.device)
+        pixels = crop_and_flip(images.images[at], draws, pad=self._data.pad)
+        if changes_pixels(self._config):
+            pixels = torch.stack([self._augment(as_picture(p), key) for p, key in zip(pixels, keys, strict=True)])
+        return Chunk(pixels, images.labels[at], torch.zeros(len(keys), dtype=torch.bool), ())
+
+    def _augment(self, image: Image, key: Key) -> Tensor:
+        seed_host("augment-image", self._config.seed, *key)
+        return self._transform(image)
+
+    def _table(self, epoch: int, repeat: int) -> Tensor:
+        if (epoch, repeat) not in self._tables:
+            self._tables = {at: table for at, table in self._tables.items() if at[0] == epoch}
+            self._tables[epoch, repeat] = augmentation(
+                len(self._images),
+                pad=self._data.pad,
+                hflip=self._data.hflip,
+                seed=self._config.seed,
+                epoch=epoch,
+                repeat=repeat,
+            )
+        return self._tables[epoch, repeat]
+
+
+class EvalReader:
+    """Images by key, resized and cropped to the validation side and not augmented."""
+
+    def __init__(self, data: Data, config: Config, images: Images) -> None:
+        self._data, self._config, self._images = data, config, images
+        self._transform = evaluation_transform(data, config)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EvalReader, (self._data, self._config, self._images)
+
+    def __getitems__(self, keys: list[Key]) -> Chunk | Failure:
+        """The images of these keys."""
+        if isinstance(self._images, ImageSet):
+            index = torch.tensor([key.image for key in keys])
+            replaced = torch.zeros(len(keys), dtype=torch.bool)
+            return Chunk(self._images.images[index], self._images.labels[index], replaced, ())
+        try:
+            found = [_readable(self._images, key.image, self._config) for key in keys]
+        except BadImagesError as error:
+            return Failure(str(error))
+        return _stacked(self._images, [self._transform(one.image) for one in found], found, keys)
+
+
+class BadImagesError(ValueError):
+    """An image that cannot be read, or too many of them."""
+
+
+class _Found(NamedTuple):
+    image: Any
+    at: int
+    bad: tuple[str, ...]
+
+
+def _readable(images: Images, index: int, config: Config) -> _Found:
+    """The image, or, with bad_images skip, the next one that can be read."""
+    bad: list[str] = []
+    for offset in range(len(images)):
+        at = (index + offset) % len(images)
+        try:
+            return _Found(images.open(at), at, tuple(bad))
+        except BadImageError as error:
+            if config.bad_images == "stop":
+                raise BadImagesError(f"{error}; remove or replace it, or give --bad-images skip") from error
+            bad.append(error.name)
+            refuse_many(bad, len(images))
+    raise AssertionError("1 % of the images was exceeded before")
+
+
+def refuse_many(bad: Iterable[str], count: int) -> None:
+    """Raises BadImagesError if more than 1 % of so many images are bad."""
+    names = sorted(bad)
+    if 100 * len(names) > count:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise BadImagesError(
+            f"{len(names)} of {count} images cannot be read, more than 1 %: {some}; "
+            "list all of them with `unloaf check-data` and replace them"
+        )
+
+
+def _stacked(images: Images, pixels: list[Tensor], found: list[_Found], keys: list[Key]) -> Chunk:
+    labels = images.labels[torch.tensor([one.at for one in found])]
+    replaced = torch.tensor([one.at != key.image for one, key in zip(found, keys, strict=True)])
+    return Chunk(torch.stack(pixels), labels, replaced, tuple(name for one in found for name in one.bad))
+
+
+def _as_read(chunk: Any) -> Any:
+    return chunk
+
+
+def chunk_loader(reader: Any, plan: Iterable[list[Key]], *, workers: int, pin: bool) -> DataLoader[Any]:
+    """A DataLoader that hands the lists of keys of the plan to the reader; its workers live on between passes.
+
+    It has a generator of its own: torch would draw from the global one, which belongs to the step.
+    """
+    return DataLoader(
+        reader,
+        batch_sampler=plan,
+        num_workers=workers,
+        collate_fn=_as_read,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def read_chunks(loader: DataLoader[Any]) -> Iterator[Chunk]:
+    """One pass over a loader.
+
+    Raises:
+        ValueError: images that cannot be read.
+        RuntimeError: a worker died.
+    """
+    try:
+        chunks = iter(loader)
+        while (chunk := next(chunks, None)) is not None:
+            if isinstance(chunk, Failure):
+                raise ValueError(chunk.message)
+            yield chunk
+    except (RuntimeError, OSError, EOFError) as error:
+        death = explain_worker_death(error, loader)
+        if death is None:
+            raise
+        raise RuntimeError(death) from None
+
+
+def explain_worker_death(error: BaseException, loader: DataLoader[Any] | None = None) -> str | None:
+    """One line on the data worker that died, if that is what this error means; None otherwise.
+
+    torch raises such an error from a signal handler, so it can surface anywhere in the training
+    process, also between two batches.
+    """
+    workers = list(getattr(getattr(loader, "_iterator", None), "_workers", []))
+    told = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(error))
+    for number, worker in enumerate(workers):
+        if (told and worker.pid == int(told[1])) or (told is None and not worker.is_alive()):
+            worker.join(timeout=1)
+            return _obituary(f"data worker {number} (pid {worker.pid})", worker.exitcode)
+    if told is None:
+        return None
+    by = re.search(r"killed by signal: (.*?)\.? *$", str(error).splitlines()[0])
+    return _obituary(f"data worker (pid {told[1]})", None, by[1] if by else None)
+
+
+def _obituary(who: str, code: int | None, signal_text: str | None = None) -> str:
+    if code is not None and code < 0:
+        signal_text = signal.Signals(-code).name
+    how = f"was killed by {signal_text}" if signal_text else f"ended with exit code {code}"
+    return f"{who} {how}; the usual reason is that memory ran out: give fewer --workers or a smaller --batch-size"
