@@ -30,10 +30,12 @@ _HOMES = {
         "stimulative_plus",
     ],
     "evaluation": ["SubnetRow", "evaluate_subnets"],
+    "engine.errors": ["CheckpointError"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [  # the same names again, for type checkers
+    "CheckpointError",
     "CommonTraining",
     "ExponentialDecaySampler",
     "GroupKnowledgeTraining",
@@ -61,6 +63,7 @@ __all__ = [  # the same names again, for type checkers
 
 if TYPE_CHECKING:
     from unloaf.batchnorm import recalibrate_bn
+    from unloaf.engine.errors import CheckpointError
     from unloaf.evaluation import SubnetRow, evaluate_subnets
     from unloaf.inputs import SmallerInputs
     from unloaf.losses import direction_kl_loss, kl_loss
