@@ -1,0 +1,159 @@
+"""Bad images and dead workers."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from image_files import png, reds, write_folders, write_shard
+
+from unloaf.engine.config import Config
+from unloaf.engine.data import EvalBatches, TrainBatches, check_images, explain_worker_death, load_data
+from unloaf.engine.data.augment import epoch_order
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def damage(folders, name="cat/005.png"):
+    """Cuts a file off in the middle of its pixels."""
+    path = folders / "train" / name
+    path.write_bytes(path.read_bytes()[:48])
+    return path
+
+
+def run(config, epoch=1):
+    data = load_data(config)
+    batches = TrainBatches(data, config, device="cpu")
+    return data, batches, [batch for step in batches.epoch(epoch) for batch in step]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("how", ["cut off", "empty", "text", "gone"])
+def test_a_bad_image_stops_the_run_with_its_path(folders, folder_config, workers, how):
+    path = damage(folders)
+    config = folder_config(workers=workers)
+    data = load_data(config)
+    if how == "gone":
+        path.unlink()
+    elif how != "cut off":
+        path.write_bytes({"empty": b"", "text": b"<html>"}[how])
+    with pytest.raises(ValueError, match=rf"^image {path} cannot be read: .*; remove or replace it") as told:
+        list(TrainBatches(data, config, device="cpu").epoch(1))
+    assert "\n" not in str(told.value)
+
+
+@pytest.fixture
+def many(tmp_path, folder_config):
+    """Two hundred images, of which 1 % may be bad."""
+    write_folders(tmp_path / "many" / "train", {"cat": 100, "dog": 100})
+
+    def build(**settings):
+        return folder_config(data_dir=str(tmp_path / "many"), val_fraction=0, bad_images="skip", **settings)
+
+    return tmp_path / "many", build
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_skipped_image_gives_way_to_its_neighbour(many, workers):
+    folder, build = many
+    paths = [damage(folder, f"cat/{number:03}.png") for number in (98, 99)]
+    data, batches, read = run(build(workers=workers, augment="none"))
+    expected = [{98: 100, 99: 100}.get(number, number) for number in epoch_order(200, seed=0, epoch=1).tolist()]
+    assert [number for batch in read for number in reds(batch, data)] == expected
+    # Image 100 is the first dog: the label belongs to what is shown.
+    assert [int(y) for batch in read for y in batch.y] == [int(number >= 100) for number in expected]
+    assert batches.bad_images == tuple(map(str, paths))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_more_than_one_per_cent_stops_the_run(many, workers):
+    folder, build = many
+    for number in (3, 50, 98):
+        damage(folder, f"cat/{number:03}.png")
+    with pytest.raises(ValueError, match=r"^3 of 200 images cannot be read, more than 1 %: .*003.png, .*check-data`"):
+        run(build(workers=workers))
+
+
+def test_a_skipped_validation_image_counts_nowhere(many):
+    folder, build = many
+    damage(folder, "cat/007.png")
+    data = load_data(build())
+    batches = EvalBatches(data.train, data, build(), device="cpu")
+    labels = torch.cat([y for _, y in batches]).tolist()
+    assert labels == [0] * 7 + [-100] + [0] * 92 + [1] * 100
+    assert batches.bad_images == (str(folder / "train" / "cat" / "007.png"),)
+
+
+def test_members_of_shards_and_rows_are_named(tmp_path):
+    members = {f"{number}.png": png(number) for number in range(4)} | {"2.png": b"?"}
+    write_shard(tmp_path / "train.tar", members | {f"{number}.cls": b"%d" % (number % 2) for number in range(4)})
+    config = Config(dataset="webdataset", data_dir=str(tmp_path), batch_size=4, img_size=8, val_fraction=0)
+    with pytest.raises(ValueError, match=rf"^image {tmp_path / 'train.tar'}!2.png cannot be read: no image format"):
+        run(config)
+
+
+def test_rows_are_named(tmp_path):
+    hub = pytest.importorskip("datasets")
+    columns = {"image": [{"bytes": png(1), "path": None}, {"bytes": b"?", "path": None}] * 2, "label": [0, 1] * 2}
+    hub.Dataset.from_dict(columns, features=hub.Features(image=hub.Image(), label=hub.Value("int64"))).save_to_disk(
+        str(tmp_path / "set")
+    )
+    config = Config(dataset="hf", data_dir=str(tmp_path / "set"), batch_size=4, img_size=8, val_fraction=0)
+    with pytest.raises(ValueError, match=r"^image row [13] of train cannot be read: no image format"):
+        run(config)
+
+
+# Dead workers.
+
+
+class Deadly:
+    """Images whose twentieth kills the process that opens it."""
+
+    def __init__(self, images):
+        self.images, self.labels = images, images.labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return str(index)
+
+    def open(self, index):
+        if index == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.images.open(index)
+
+
+def test_a_killed_worker_is_told_in_one_line(folder_config):
+    config = folder_config(workers=2)
+    data = load_data(config)
+    batches = EvalBatches(Deadly(data.train), data, config, device="cpu")
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^data worker [01] \(pid \d+\) was killed by SIGKILL; .*memory") as told:
+        list(batches)
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(told.value)
+
+
+def test_a_death_that_torch_tells_elsewhere_is_explained():
+    # The text of torch's signal handler, which may interrupt the training step.
+    error = RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
+    assert explain_worker_death(error) == (
+        "data worker (pid 123) was killed by Killed; the usual reason is that memory ran out: "
+        "give fewer --workers or a smaller --batch-size"
+    )
+    assert explain_worker_death(RuntimeError("CUDA error")) is None
+
+
+# check_images.
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_every_bad_file_of_every_split_is_listed(folders, folder_config, workers):
+    (folders / "val" / "dog" / "104.png").write_bytes(b"")
+    paths = [damage(folders), damage(folders, "dog/030.png"), folders / "val" / "dog" / "104.png"]
+    report = check_images(folder_config(workers=workers))
+    assert [name for name, _ in report.bad] == list(map(str, paths))
+    assert report.bad[2][1] == "no image format that Pillow knows"
+    assert report.counts == {"train": {"cat": 20, "dog": 20}, "val": {"cat": 3, "dog": 2}, "test": {"cat": 0, "dog": 0}}
