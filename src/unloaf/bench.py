@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from unloaf.analysis.step_time import StepTimeRow, step_time_rows
+from unloaf.engine.environment import environment
 from unloaf.engine.memory import keep_freed_memory
 from unloaf.engine.models import build_model
-from unloaf.engine.record import environment
 from unloaf.inputs import SmallerInputs
 from unloaf.methods import (
     CommonTraining,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
@@ -15,7 +17,8 @@ from rich.console import Console
 
 from unloaf import __version__
 from unloaf.engine.config import Config, dump_config, load_config
-from unloaf.engine.errors import NonFiniteLossError
+from unloaf.engine.errors import CheckpointError, NonFiniteLossError, StoppedError
+from unloaf.engine.run_folder import open_run, run_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=2, debug=debug)
     except NonFiniteLossError as error:
         return _fail(error, code=3, debug=debug)
+    except StoppedError as error:
+        return _fail(error, code=error.code, debug=debug)
+    except CheckpointError as error:
+        return _fail(error, code=1, debug=debug)
     except KeyboardInterrupt as error:
         return _fail(error, code=130, debug=debug, text="stopped by Ctrl-C")
     except Exception as error:
@@ -135,23 +142,48 @@ def _demo(words: list[str]) -> int:
 
 def _train(words: list[str]) -> int:
     words, file = _take_value(words, "-c", "--config")
+    words, name = _take_value(words, "--recipe")
+    words, resume = _take_value(words, "--resume")
     print_config = "--print-config" in words
     words = [word for word in words if word != "--print-config"]
-    description = (
-        "Train one network; the run folder OUTPUT/NAME keeps settings, figures and weights. "
-        "-c FILE (--config) takes defaults from a YAML file such as a run's args.yaml; "
-        "--print-config shows the configuration and stops."
-    )
-    config = _parse(Config, words, prog="unloaf train", default=load_config(file) if file else None, about=description)
+    config = _parse(Config, words, prog="unloaf train", default=_defaults(file, name, resume), about=_ABOUT_TRAIN)
     if print_config:
         print(dump_config(config), end="")
         return 0
+    # Only the first process of a run owns its folder; it is opened before torch is loaded, so that a folder that
+    # cannot be written is known at once.
+    folder = open_run(config, resume=resume) if os.environ.get("RANK", "0") == "0" else None
     from unloaf.engine.train import train
 
-    result = train(config, console=Console(stderr=True))
-    print(f"test top-1 {result.test.top1:.2f} %, top-5 {result.test.top5:.2f} %, loss {result.test.loss:.4f}")
-    print(f"run: {result.path}")
+    result = train(config, folder=folder, console=Console(stderr=True))
+    if folder is not None:
+        test = result.test
+        print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")
+        print(f"run: {result.path}")
     return 0
+
+
+_ABOUT_TRAIN = (
+    "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. "
+    "-c FILE (--config) takes defaults from a YAML file such as a run's args.yaml, --recipe NAME from a recipe. "
+    "--resume auto goes on with OUTPUT/NAME if it was begun, --resume RUN with that run and its settings. "
+    "--print-config shows the configuration and stops."
+)
+
+
+def _defaults(file: str | None, name: str | None, resume: str | None) -> Config | None:
+    """The settings that the flags override: of a file, a recipe or the run that goes on."""
+    sources = {"-c": file, "--recipe": name, "--resume RUN": None if resume == "auto" else resume}
+    given = [flag for flag, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both give all settings; give one of them, and flags beside it")
+    if file is not None:
+        return load_config(file)
+    if name is not None:
+        from unloaf.recipes import recipe
+
+        return recipe(name)
+    return load_config(run_of(Path(resume)) / "args.yaml") if given and resume is not None else None
 
 
 def _bench(words: list[str]) -> int:

@@ -19,12 +19,12 @@ from unloaf.analysis.comparison import MethodRow, MethodRun, method_rows, size_r
 from unloaf.analysis.flops import method_flops
 from unloaf.analysis.plots import accuracy_over_size
 from unloaf.analysis.report import comparison_report
-from unloaf.evaluation import SubnetRow, evaluate_subnets
 from unloaf.engine.config import Config
 from unloaf.engine.data import Data, EvalBatches, load_data
+from unloaf.engine.display import show_progress
+from unloaf.engine.environment import environment
 from unloaf.engine.fit import Training, one_thread, prepare, train_epoch
-from unloaf.engine.record import environment
-from unloaf.engine.train import show_progress
+from unloaf.evaluation import SubnetRow, evaluate_subnets
 from unloaf.recipes import digits
 
 _RECIPES: dict[str, Callable[[], Config]] = {
@@ -63,7 +63,7 @@ def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, c
         raise ValueError(f"seeds {seeds}: give at least 1")
     configs = {label: _recipe(recipe, epochs=epochs) for label, recipe in _RECIPES.items()}
     folder = _folder(Path(output))
-    data = load_data(configs[_BASELINE].dataset)
+    data = load_data(configs[_BASELINE])
     runs: list[MethodRun] = []
     with one_thread():
         facts = _facts(environment(), data, seeds=seeds)
@@ -112,10 +112,10 @@ def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: C
     with show_progress(console, total=sum(config.epochs for config in configs.values()), label=f"seed {seed}") as show:
         for epoch in range(1, max(config.epochs for config in configs.values()) + 1):
             for label, training in trainings.items():
-                if epoch <= training.config.epochs:
-                    row = train_epoch(training, epoch)
+                if not training.finished:
+                    row = train_epoch(training)
                     seconds[label].append(row.seconds / row.steps)
-                    show(f"{label}, epoch {epoch}")
+                    show.advance(f"{label}, epoch {epoch}")
     return [
         MethodRun(
             label=label,
@@ -134,7 +134,7 @@ def _median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
 
 def _flops_limit(training: Training) -> float:
     """The arithmetic of what the first steps drew, no block computed twice, relative to common training."""
-    x = training.data.normalise(training.data.train.images[:1].to(training.device))
+    x = next(iter(training.calibration_batches())).x[:1]
     steps = min(_COUNTED_STEPS, training.config.epochs * training.steps_per_epoch)
     flops = method_flops(training.method, x, range(steps))
     return flops.shared / flops.common
@@ -143,8 +143,10 @@ def _flops_limit(training: Training) -> float:
 def judge(training: Training, *, split: str) -> tuple[SubnetRow, ...]:
     """Accuracy of all ordered subnets, each with batch-norm statistics re-estimated on the training images."""
     data = training.data
-    images = EvalBatches(getattr(data, split), data.normalise, _JUDGE_BATCH, training.device)
-    calibration = EvalBatches(data.train, data.normalise, _JUDGE_BATCH, training.device)
+    images, calibration = (
+        EvalBatches(split, data, training.config, device=training.device, batch_size=_JUDGE_BATCH)
+        for split in (getattr(data, split), data.train)
+    )
     return tuple(evaluate_subnets(training.model, training.stages, images, calibration=calibration))
 
 

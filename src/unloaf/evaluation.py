@@ -17,7 +17,6 @@ from unloaf.sampling import draw_generator, enumerate_subnets
 from unloaf.stages import Stage, call_model, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_subnet
 
-
 Reduction = Callable[[Tensor], Tensor]
 _IGNORED = -100
 
@@ -107,7 +106,7 @@ def evaluate_subnets(
     >>> [row.depths for row in rows][0], rows[0].params > rows[1].params
     ((2, 2, 2, 2), True)
     """
-    chosen = _choose(stages, subnets, seed)
+    chosen = choose_subnets(stages, subnets, seed=seed)
     inner = inner_module(model)
     batches = None if calibration is None or not tracking_norms(inner) else calibration
     if batches is not None and iter(batches) is batches:
@@ -134,7 +133,14 @@ def count_params(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> i
     return sum(used.values())
 
 
-def _choose(stages: Sequence[Stage], subnets: Sequence[Subnet] | int | None, seed: int) -> list[Subnet]:
+def choose_subnets(
+    stages: Sequence[Stage], subnets: Sequence[Subnet] | int | None = None, *, seed: int = 0
+) -> list[Subnet]:
+    """The subnets that `evaluate_subnets` judges: those given, a drawn number of ordered ones, or all ordered ones.
+
+    Raises:
+        ValueError: a subnet of another model, a number below 1.
+    """
     if subnets is None:
         return enumerate_subnets(stages)
     if isinstance(subnets, int):

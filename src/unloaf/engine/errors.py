@@ -1,8 +1,18 @@
 """What can stop a run, beyond a plain ValueError for bad input. Imports no torch."""
 
+from collections.abc import Mapping
+
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss became NaN or infinite; the weights are still the last finite ones."""
+    """A loss became NaN or infinite; the weights are still the last finite ones.
+
+    Attributes:
+        terms: the loss terms of that step by name, in nats.
+    """
+
+    def __init__(self, message: str, *, terms: Mapping[str, float]) -> None:
+        super().__init__(message)
+        self.terms = dict(terms)
 
 
 class CheckpointError(Exception):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from unloaf.engine.config import Config
@@ -37,9 +38,10 @@ def build_method(config: Config, model: nn.Module, stages: tuple[Stage, ...]) ->
         ValueError: the method cannot train this model.
     """
     if config.method == "common":
-        return CommonTraining(model)
+        return CommonTraining(model, criterion=_label_loss(config))
     if config.method == "stochastic-depth":
-        return StochasticDepth(model, stages, final_survival=config.final_survival, seed=config.seed)
+        survival = config.final_survival
+        return StochasticDepth(model, stages, final_survival=survival, criterion=_label_loss(config), seed=config.seed)
     settings: dict[str, Any] = {
         "sampler": _sampler(config),
         "subnet_loss": _subnet_loss(config),
@@ -78,14 +80,24 @@ def _subnet_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _criterion(config: Config) -> Criterion:
-    """Cross-entropy; of the normalised logits with KL-, as in the published ST++ runs."""
+    """The loss on labels; of the normalised logits with KL-, as in the published ST++ runs."""
     normalised = config.main_logits == "direction" or (config.main_logits == "auto" and _without_magnitude(config))
-    cross_entropy = nn.CrossEntropyLoss()
-    return DirectionCriterion(cross_entropy, config.amplitude, eps=config.eps) if normalised else cross_entropy
+    loss = _label_loss(config)
+    return DirectionCriterion(loss, config.amplitude, eps=config.eps) if normalised else loss
+
+
+def _label_loss(config: Config) -> Criterion:
+    """From logits and labels or, with mixup, shares of classes, which are smoothed already."""
+    smoothing = 0.0 if config.mixes_images else config.smoothing
+    if config.bce_loss:
+        return BinaryCrossEntropy(smoothing=smoothing)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
 def _subnet_inputs(config: Config) -> SmallerInputs | None:
     rule = config.subnet_inputs
     if rule == "auto":
         rule = "smaller" if config.method == "st++" else "same"
-    return SmallerInputs(min_ratio=config.min_ratio, per=config.per) if rule == "smaller" else None
+    if rule == "same":
+        return None
+    return SmallerInputs(min_ratio=config.min_ratio, sides=config.sides or None, per=config.per)

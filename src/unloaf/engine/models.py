@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from unloaf.engine.cifar_resnet import CifarResNet
@@ -21,6 +24,8 @@ def build_model(
     img_size: int | None = None,
     width: int = 16,
     pretrained: bool = False,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Builds a classifier; its weights come from torch's global generator.
 
@@ -32,6 +37,8 @@ def build_model(
         img_size: side in pixels, for models that are built for one side (vision transformers).
         width: channels of the first stage of cifar/resnet{6n+2}.
         pretrained: load the published weights; the only case that uses the network.
+        drop: dropout rate before the head, timm models only.
+        drop_path: rate of the model's own stochastic depth, timm models only.
 
     Raises:
         ValueError: no model, or more than one, has this name, or it cannot be built so.
@@ -40,13 +47,18 @@ def build_model(
     269722
     """
     family, bare = _resolve(name)
+    rates = {rate: value for rate, value in {"drop_rate": drop, "drop_path_rate": drop_path}.items() if value}
     try:
+        if rates and family != "timm":
+            raise ValueError(f"takes no {' or '.join(rates)}; give a timm/ model, or leave out --drop and --drop-path")
         if family == "cifar":
             if pretrained:
                 raise ValueError("there are no published weights; leave out --pretrained")
             return _cifar(bare, num_classes=num_classes, in_chans=in_chans, width=width)
         if family == "timm":
-            return _timm(bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained)
+            return _timm(
+                bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained, **rates
+            )
         return _torchvision(bare, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"model {family}/{bare}: {error}") from error
@@ -102,13 +114,17 @@ def _cifar(name: str, *, num_classes: int, in_chans: int, width: int) -> nn.Modu
     return model
 
 
-def _timm(name: str, *, num_classes: int, in_chans: int, img_size: int | None, pretrained: bool) -> nn.Module:
+def _timm(
+    name: str, *, num_classes: int, in_chans: int, img_size: int | None, pretrained: bool, **rates: float
+) -> nn.Module:
     import timm
     from timm.models import get_pretrained_cfg
 
     published = get_pretrained_cfg(name)
-    sized: dict[str, Any] = {"img_size": img_size} if published is not None and published.fixed_input_size else {}
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **sized)
+    extra: dict[str, Any] = dict(rates)
+    if published is not None and published.fixed_input_size:
+        extra["img_size"] = img_size
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **extra)
 
 
 def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:
@@ -128,3 +144,28 @@ def _replace_head(model: nn.Module, num_classes: int) -> None:
     path, head = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Linear(head.in_features, num_classes))
+
+
+def load_initial_weights(model: nn.Module, path: Path) -> None:
+    """Starts a model from saved weights; tensors of another shape, such as a head for other classes, stay as they are.
+
+    Args:
+        model: changed in place.
+        path: a safetensors file, a checkpoint, or the folder of a run, whose last checkpoint is taken.
+
+    Raises:
+        ValueError: there is no such file, or nothing in it fits the model.
+    """
+    candidates = [path, path / "model.safetensors", path / "last" / "model.safetensors"]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise ValueError(f"initial_checkpoint {path}: give a safetensors file, a checkpoint or the folder of a run")
+    try:
+        weights = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"initial_checkpoint {file}: {error}") from error
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    if not any(own[name].ndim > 1 for name in fitting):
+        raise ValueError(f"initial_checkpoint {file}: none of its {len(weights)} tensors fits this model")
+    model.load_state_dict(fitting, strict=False)

@@ -1,84 +1,336 @@
-"""`unloaf train`: a run with its folder and its progress."""
+"""`unloaf train`: a run from its folder to its result, which signals, faults and restarts cannot spoil."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
-from unloaf.engine.checkpoint import save_weights
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from unloaf.engine.config import Config
-from unloaf.engine.fit import Accuracy, EpochRow, StepRow, prepare, train_epoch
-from unloaf.engine.record import RunFolder
+from unloaf.engine.data import Data
+from unloaf.engine.devices import total
+from unloaf.engine.display import SILENT, Display, show_progress
+from unloaf.engine.environment import bits_depend_on, environment
+from unloaf.engine.errors import NonFiniteLossError, StoppedError
+from unloaf.engine.fit import EpochRow, StepRow, Training, prepare, train_epoch
+from unloaf.engine.run_folder import RunFolder, open_run
+from unloaf.engine.saving import Saver, capture, restore
+from unloaf.engine.signals import StopRequest, stop_requests
+from unloaf.evaluation import Accuracy
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder and the accuracy of its main network on the test images."""
+    """A finished run: its folder, and the accuracy of its main network on the test images, or where there are none on
+    the validation images.
+    """
 
     path: Path
+    split: str
     test: Accuracy
 
 
-def train(config: Config, *, console: Console) -> TrainResult:
-    """Trains a run, keeps its record in a new folder and its weights in model.safetensors.
+def train(
+    config: Config,
+    *,
+    console: Console,
+    resume: str | None = None,
+    folder: RunFolder | None = None,
+    data: Data | None = None,
+    model: nn.Module | None = None,
+) -> TrainResult:
+    """Trains a run and keeps its record and its checkpoints in its folder. Every process of a run calls it.
 
     Args:
         config: the run.
-        console: shows a progress bar on a terminal, one plain line per epoch elsewhere.
+        console: shows a progress bar on a terminal, plain lines elsewhere.
+        resume: see `open_run`.
+        folder: of the run, when it is opened already.
+        data: the image set when it is loaded already.
+        model: train this network instead of config.model.
 
     Raises:
         ValueError: bad input; nothing was trained.
-        NonFiniteLossError: the run stopped; the last finite weights are in model.safetensors.
+        NonFiniteLossError: the run stopped; its checkpoint has the last finite weights.
+        StoppedError: a signal stopped the run; its checkpoint is of the last step.
+        CheckpointError: a checkpoint could not be written or read; the one before it is intact.
     """
-    training = prepare(config)
-    folder = RunFolder(config)
-    folder.log(f"{len(training.data.train)} training images, {training.steps_per_epoch} steps per epoch")
-
-    def on_step(row: StepRow) -> None:
-        if row.step % config.log_interval == 0:
-            folder.step(row)
-
+    if folder is None and int(os.environ.get("RANK", "0")) == 0:
+        folder = open_run(config, resume=resume)
     try:
-        with show_progress(console, total=config.epochs, label=config.method) as show:
-            for epoch in range(1, config.epochs + 1):
-                row = train_epoch(training, epoch, on_step=on_step)
-                folder.epoch(row)
-                folder.log(epoch_line(row, config))
-                show(epoch_line(row, config))
-    finally:
-        metadata = {"format": "pt", "unloaf_config": json.dumps(asdict(config))}
-        save_weights(training.model, folder.path / "model.safetensors", metadata=metadata)
-    test = training.evaluate("test")
-    folder.result({"test_loss": test.loss, "test_top1": test.top1, "test_top5": test.top5})
-    folder.log(f"test top-1 {test.top1:.2f} %")
-    return TrainResult(folder.path, test)
+        training = prepare(config, data=data, model=model, folder=folder.path if folder else None)
+        path = Path(_first(training, str(folder.path) if folder else None))
+        checkpoint = _find_checkpoint(training, folder)
+    except BaseException:
+        if folder is not None:
+            folder.discard()
+        raise
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
+        if folder is not None:
+            stack.callback(folder.close)
+        run = Run(training, folder, stop, stack, console)
+        run.begin(checkpoint)
+        run.train()
+        return run.result(path)
+
+
+def _first(training: Training, value: Any) -> Any:
+    """What the first process says, on every process."""
+    return broadcast_object_list([value])[0] if training.accelerator.num_processes > 1 else value
+
+
+def _find_checkpoint(training: Training, folder: RunFolder | None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint of a run that goes on, and what is to be said of the damaged ones."""
+    found: tuple[Checkpoint | None, list[str]] = (None, [])
+    if folder is not None and folder.checkpoints.is_dir():
+        found = newest_checkpoint(folder.checkpoints)
+    checkpoint, notes = found
+    path = _first(training, str(checkpoint.path) if checkpoint else None)
+    if checkpoint is None and path is not None:
+        checkpoint = load_checkpoint(Path(path))
+    return checkpoint, notes
+
+
+class Run:
+    """A training with its record: what happens between two steps."""
+
+    def __init__(
+        self, training: Training, folder: RunFolder | None, stop: StopRequest, stack: ExitStack, console: Console
+    ) -> None:
+        self.training, self.folder, self.stop = training, folder, stop
+        self.config, self.accelerator = training.config, training.accelerator
+        self.stack, self.console = stack, console
+        self.display: Display = SILENT
+        self.environment = environment(processes=self.accelerator.num_processes)
+        self.saver: Saver | None = None
+        if folder is not None:
+            metadata = {"format": "pt", "unloaf_config": json.dumps(asdict(self.config))}
+            self.saver = Saver(folder, keep=self.config.checkpoint_hist, metadata=metadata)
+            stack.callback(self.saver.close)
+        self.since, self.steps_since = time.perf_counter(), 0
+
+    def begin(self, found: tuple[Checkpoint | None, list[str]]) -> None:
+        """Says what is run, and puts a resumed run where it was."""
+        checkpoint, notes = found
+        training, config = self.training, self.config
+        if checkpoint is not None:
+            restore(training, checkpoint)
+        if self.folder is not None:
+            if checkpoint is None:
+                self.folder.begin(config, self.environment)
+            self.folder.cut_back(checkpoint.state["files"] if checkpoint else {})
+            total_steps = config.epochs * training.steps_per_epoch
+            progress = show_progress(self.console, total=total_steps, done=training.steps_done, label=config.method)
+            self.display = self.stack.enter_context(progress)
+        for line in notes:
+            self.say(line)
+        for line in self._opening(checkpoint):
+            self.say(line)
+        if config.trackers:
+            settings = {name: str(value) for name, value in asdict(config).items()}
+            self.accelerator.init_trackers("unloaf", config=settings)
+            self.stack.callback(self.accelerator.end_training)
+
+    def _opening(self, checkpoint: Checkpoint | None) -> list[str]:
+        training, config, world = self.training, self.config, self.accelerator.num_processes
+        parts = config.batch_size, world, config.accumulation(world)
+        blocks = sum(len(stage.blocks) for stage in training.stages)
+        lines = [
+            f"global batch {parts[0] * parts[1] * parts[2]} = {parts[0]} x {parts[1]} x {parts[2]} "
+            "(images, devices, accumulated batches)",
+            f"{config.model}: {sum(p.numel() for p in training.model.parameters()):,} parameters, "
+            f"{blocks} blocks in {len(training.stages)} stages",
+            f"{training.data.name}: {len(training.data.train)} images, {training.steps_per_epoch} steps per epoch",
+        ]
+        if checkpoint is not None:
+            lines.append(f"resumed at step {training.steps_done} (epoch {training.position.epoch})")
+            lines += self._differences(checkpoint.state["bits_depend_on"])
+        return lines
+
+    def _differences(self, before: Mapping[str, Any]) -> list[str]:
+        """Why the resumed run may not be the uninterrupted one to the last bit."""
+        now = bits_depend_on(self.environment)
+        reasons = [f"{name} is {now[name]}, was {before.get(name)}" for name in now if now[name] != before.get(name)]
+        if self.training.device.type != "cpu" and not self.config.deterministic:
+            reasons.append("without --deterministic kernels of this device may differ in the last bits")
+        return [f"not bit for bit the uninterrupted run: {reason}" for reason in reasons]
+
+    def train(self) -> None:
+        """Trains what is left; whatever ends it, what is learned so far is on the disk."""
+        training = self.training
+        try:
+            while not training.finished:
+                row = train_epoch(training, on_step=self.after_step, on_eval_batch=self._stop_alone)
+                self.after_epoch(row)
+            if self.saver is not None:
+                self.saver.wait()
+        except Exception as error:
+            # Several processes can only save together, so only where all of them know of the end.
+            if self.accelerator.num_processes == 1 or isinstance(error, (StoppedError, NonFiniteLossError)):
+                self._save_after(error)
+            self.say(f"stopped at step {training.steps_done}: {error}")
+            raise
+
+    def _save_after(self, error: Exception) -> None:
+        if isinstance(error, StoppedError):
+            self.save(best=False)
+            if self.saver is not None:
+                self.saver.wait()
+            return
+        with suppress(Exception):  # the error that ended the run is the one to tell
+            self.save(best=False)
+            if self.saver is not None:
+                self.saver.wait()
+
+    def after_step(self, row: StepRow) -> None:
+        """Log, checkpoint, stop: what may be due between two steps."""
+        config = self.config
+        if self.saver is not None:
+            self.saver.check()
+        self.steps_since += 1
+        self.display.advance(f"loss {row.loss:.3f}")
+        if not row.made:
+            self.say(f"step {row.step} left out: {row.terms} is not finite, or float16 overflowed")
+        if row.step % config.log_interval == 0:
+            self._log_step(row)
+        self._stop()
+        due = config.checkpoint_interval and row.step % config.checkpoint_interval == 0
+        if due and self.training.position.step < self.training.steps_per_epoch:
+            self.save(best=False)  # the end of an epoch has its own, after validation
+
+    def _stop(self) -> None:
+        """Raises StoppedError if a signal came, to any of the processes."""
+        code = self.stop.code
+        if self.accelerator.num_processes > 1:
+            codes = total(self.accelerator, torch.tensor(float(code), device=self.training.device))
+            code = code or (143 if float(codes) else 0)
+        if code:
+            name = "Ctrl-C" if code == 130 else "SIGTERM"
+            where = f"; go on with --resume {self.folder.path}" if self.folder else ""
+            raise StoppedError(f"stopped by {name} after step {self.training.steps_done}{where}", code=code)
+
+    def _stop_alone(self) -> None:
+        """During validation, where processes do not wait for each other, only a single one can stop."""
+        if self.accelerator.num_processes == 1:
+            self._stop()
+
+    def _log_step(self, row: StepRow) -> None:
+        now = time.perf_counter()
+        seconds = (now - self.since) / max(1, self.steps_since)
+        self.since, self.steps_since = now, 0
+        self.say(step_line(row, self.training, seconds))
+        if self.folder is not None:
+            self.folder.event("step", {**asdict(row), "subnets": [str(subnet) for subnet in row.subnets]})
+        self.track({"train_loss": row.loss, "lr": row.lr, **row.terms}, row.step)
+
+    def after_epoch(self, row: EpochRow) -> None:
+        """Record and checkpoint of an epoch."""
+        position = self.training.position
+        best = row.eval is not None and row.eval.main.top1 > position.best_top1
+        if row.eval is not None and best:
+            position.best_top1 = row.eval.main.top1
+        values = summary(row, self.config)
+        if self.folder is not None:
+            self.folder.epoch(values)
+            if row.eval is not None and row.eval.subnets:
+                rows = {str(judged.subnet): judged.top1 for judged in row.eval.subnets}
+                self.folder.event("subnets", {"epoch": row.epoch, "top1": rows})
+        self.say(epoch_line(row, self.config))
+        self.track({key: value for key, value in values.items() if value is not None}, self.training.steps_done)
+        self.save(best=best)
+        self.since, self.steps_since = time.perf_counter(), 0
+        if not self.training.finished:
+            self._stop()
+
+    def save(self, *, best: bool) -> None:
+        """Begins to write a checkpoint of the present position."""
+        weights, state = capture(self.training)
+        state["bits_depend_on"] = bits_depend_on(self.environment)
+        if self.saver is not None:
+            self.saver.save(self.training.steps_done, weights, state, best=best)
+
+    def result(self, path: Path) -> TrainResult:
+        """Judges the finished network."""
+        split = "test" if len(self.training.data.test) else "val" if len(self.training.data.val) else "train"
+        test = self.training.evaluate(split).main
+        if self.folder is not None:
+            figures = {f"{split}_loss": test.loss, f"{split}_top1": test.top1, f"{split}_top5": test.top5}
+            self.folder.event("result", figures)
+        self.say(f"{split} top-1 {test.top1:.2f} %")
+        return TrainResult(path, split, test)
+
+    def say(self, line: str) -> None:
+        """Shows a line and keeps it in log.txt, on the first process."""
+        self.display.line(line)
+        if self.folder is not None:
+            self.folder.log(line)
+
+    def track(self, values: Mapping[str, Any], step: int) -> None:
+        """Sends figures to the trackers."""
+        if self.config.trackers:
+            self.accelerator.log(dict(values), step=step)
+
+
+def summary(row: EpochRow, config: Config) -> dict[str, Any]:
+    """An epoch as a line of summary.csv; which columns there are depends on the configuration alone."""
+    main = row.eval.main if row.eval else None
+    values: dict[str, Any] = {
+        "epoch": row.epoch,
+        "time": round(row.seconds, 3),
+        "train_loss": row.train_loss,
+        "eval_loss": main.loss if main else None,
+        "eval_top1": main.top1 if main else None,
+        "eval_top5": main.top5 if main else None,
+        "lr": row.lr,
+    }
+    if config.model_ema:
+        average = row.eval.average if row.eval else None
+        values |= {
+            "ema_loss": average.loss if average else None,
+            "ema_top1": average.top1 if average else None,
+            "ema_top5": average.top5 if average else None,
+        }
+    if config.eval_subnets:
+        tops = [judged.top1 for judged in row.eval.subnets] if row.eval else []
+        values |= {
+            "subnets_top1_mean": sum(tops) / len(tops) if tops else None,
+            "subnets_top1_min": min(tops) if tops else None,
+        }
+    return values
+
+
+def step_line(row: StepRow, training: Training, seconds: float) -> str:
+    """A step as a line of text; seconds are for one step, images per second over all devices."""
+    config, position = training.config, training.position
+    world = training.accelerator.num_processes
+    images = config.batch_size * world * config.accumulation(world)
+    mean = position.loss_sum / max(1, position.step)
+    return (
+        f"train {row.epoch}/{config.epochs} [{position.step}/{training.steps_per_epoch}]  "
+        f"loss {row.loss:.4f} ({mean:.4f})  lr {row.lr:.3g}  {seconds:.3f} s/step  {images / seconds:.0f} images/s"
+    )
 
 
 def epoch_line(row: EpochRow, config: Config) -> str:
     """An epoch as a line of text."""
-    accuracy = f"  val loss {row.eval.loss:.4f}  val top-1 {row.eval.top1:.2f} %" if row.eval else ""
-    return (
-        f"epoch {row.epoch}/{config.epochs}  train loss {row.train_loss:.4f}{accuracy}  "
-        f"lr {row.lr:.2g}  {row.seconds:.1f} s"
-    )
-
-
-@contextmanager
-def show_progress(console: Console, *, total: int, label: str) -> Iterator[Callable[[str], None]]:
-    """Gives a function that advances by one unit and shows its line.
-
-    A progress bar on a terminal; elsewhere plain lines without control characters.
-    """
-    if not console.is_terminal:
-        yield lambda line: console.print(line, highlight=False, soft_wrap=True)
-        return
-    columns = (TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
-        task = progress.add_task("", total=total, label=label)
-        yield lambda line: progress.update(task, advance=1, description=line)
+    parts = [f"epoch {row.epoch}/{config.epochs}", f"train loss {row.train_loss:.4f}"]
+    if row.eval is not None:
+        parts += [f"val loss {row.eval.main.loss:.4f}", f"val top-1 {row.eval.main.top1:.2f} %"]
+        if row.eval.average is not None:
+            parts.append(f"EMA top-1 {row.eval.average.top1:.2f} %")
+        if row.eval.subnets:
+            tops = [judged.top1 for judged in row.eval.subnets]
+            parts.append(f"subnets {min(tops):.2f} to {max(tops):.2f} %")
+    return "  ".join([*parts, f"lr {row.lr:.2g}", f"{row.seconds:.1f} s"])

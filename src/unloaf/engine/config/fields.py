@@ -75,7 +75,7 @@ class Config:
     lighting: float = 0.0
     """Strength of PCA lighting: a random shift along the principal colours (Krizhevsky et al. 2012)."""
     aa: str | None = None
-    """Automatic augmentation: rand-m9-mstd0.5 and its kind as in timm, original or v0 (AutoAugment), trivial, uniform."""
+    """Automatic augmentation: rand-m9-mstd0.5 and its kind (timm), original, v0 (AutoAugment), trivial, uniform."""
     aug_repeats: int = 1
     """Repeated augmentation: each image of an epoch comes this many times, fewer images take part."""
     reprob: float = 0.0
@@ -137,7 +137,7 @@ class Config:
     min_ratio: float = 0.43
     """Smallest side of the smaller images, as a share of the full side."""
     sides: tuple[int, ...] = ()
-    """Sides in pixels that the smaller images may have; default: every multiple of 32 that --min-ratio allows."""
+    """Sides in pixels that the smaller images may have; default: all that --min-ratio allows."""
     per: Literal["subnet", "step"] = "subnet"
     """Draw one side for each subnet, or one for all subnets of a step (cheaper)."""
     groups: int = 3
@@ -202,6 +202,8 @@ class Config:
     """Keep images and weights in channels-last memory format."""
     torchcompile: bool = False
     """Compile each residual block."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time, some slower; CPU runs repeat without it."""
     sync_bn: bool = False
     """Normalise over the images of all devices."""
     dist_bn: Literal["reduce", "broadcast"] = "reduce"

@@ -39,8 +39,9 @@ def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"{source}: unknown entry {key!r}; {hint}")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
     try:
-        return Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()})
+        return Config(**values)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

@@ -1,0 +1,159 @@
+"""Where a run computes: device, precision, how the processes of a run share a model and what they tell each other.
+
+Batch-norm policy with several processes: each keeps the running statistics of its own images, because statistics never
+influence training; whenever the network is judged or saved, the mean over the processes (or the first one's) is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from unloaf.batchnorm import tracking_norms
+from unloaf.engine.config import Config
+from unloaf.engine.memory import keep_freed_memory
+from unloaf.stages import Stage, inner_module
+
+
+def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
+    """The device of this process and its place among the processes of the run.
+
+    Args:
+        config: device, precision, trackers.
+        folder: where trackers write.
+
+    Raises:
+        ValueError: the machine cannot do what is asked for.
+    """
+    precision = {"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else "no"
+    kinds: list[KwargsHandler] = [DistributedDataParallelKwargs(
+        # Statistics are this process's own; every parameter of the main network gets a gradient in each step, but for
+        # stochastic depth, which drops blocks from the only pass there is.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=config.method == "stochastic-depth",
+    )]  # fmt: skip
+    try:
+        accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=precision,
+            kwargs_handlers=kinds,
+            log_with=list(config.trackers) or None,
+            project_dir=folder,
+        )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{error}; leave out --amp or --trackers, or choose others") from error
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and precision == "fp16":
+        raise ValueError("amp_dtype float16: needs an accelerator; on a CPU give --amp-dtype bfloat16")
+    if on_cpu and config.sync_bn:
+        raise ValueError("sync_bn: torch synchronises batch norm on accelerators only; leave it out")
+    if config.fsdp and accelerator.num_processes == 1:
+        raise ValueError("fsdp: one process has nobody to share the weights with; start several with torchrun")
+    if on_cpu:
+        keep_freed_memory()
+    return accelerator
+
+
+def share_model(accelerator: Accelerator, config: Config, model: nn.Module, stages: Sequence[Stage]) -> nn.Module:
+    """The model, placed on the device and wrapped for several processes."""
+    model = model.to(accelerator.device)
+    if config.sync_bn and accelerator.num_processes > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.fsdp:
+        modules = dict(model.named_modules())
+        for stage in stages:
+            for path in stage.blocks:
+                fully_shard(modules[path])
+        fully_shard(model)
+        return model
+    with warnings.catch_warnings():
+        # torch 2.15 renames the option; accelerate 1.15 does not know the new name yet.
+        warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
+        wrapped = accelerator.prepare_model(model)
+    # accelerate wraps `forward` for mixed precision; the loop enters autocast itself, once for all passes of a step,
+    # so that weights are cast once, and evaluation stays in full precision.
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    return wrapped
+
+
+def share_optimizer(accelerator: Accelerator, optimizer: Optimizer) -> Any:
+    """The optimizer, which with float16 leaves steps out whose gradients overflow."""
+    return accelerator.prepare_optimizer(optimizer)
+
+
+@contextmanager
+def adding_gradients(accelerator: Accelerator, config: Config, model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Gradients are exchanged between the processes in the last of the batches of a step only."""
+    if last:
+        yield
+    elif config.fsdp:
+        sharded: Any = model
+        sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_gradient_sync(True)
+    else:
+        with accelerator.no_sync(model):
+            yield
+
+
+def total(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The sum over the processes, for each of them."""
+    summed: Any = accelerator.reduce(values, reduction="sum")
+    return summed
+
+
+@contextmanager
+def shared_statistics(accelerator: Accelerator, config: Config, *models: nn.Module) -> Iterator[None]:
+    """Inside, batch norms hold the statistics with which a network is judged and saved; afterwards their own again."""
+    if accelerator.num_processes == 1:
+        yield
+        return
+    norms = [norm for model in models for norm in tracking_norms(inner_module(model))]
+    own = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    try:
+        for model in models:
+            distribute_bn(inner_module(model), accelerator.num_processes, reduce=config.dist_bn == "reduce")
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in own:
+                buffer.copy_(before)
+
+
+def gather_statistics(accelerator: Accelerator, model: nn.Module) -> Tensor | None:
+    """The batch-norm statistics of every process, (processes, numbers); None with one process, whose model has them."""
+    buffers = _statistics(model)
+    if accelerator.num_processes == 1 or not buffers:
+        return None
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
+    gathered: Any = accelerator.gather(flat[None])
+    return gathered.cpu()
+
+
+def put_statistics(accelerator: Accelerator, model: nn.Module, gathered: Tensor | None) -> None:
+    """Gives this process its batch-norm statistics back."""
+    buffers = _statistics(model)
+    if gathered is None or len(gathered) != accelerator.num_processes:
+        return
+    mine = gathered[accelerator.process_index]
+    with torch.no_grad():
+        for buffer, values in zip(buffers, mine.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    return [buffer for norm in tracking_norms(inner_module(model)) for buffer in norm.buffers(recurse=False)]

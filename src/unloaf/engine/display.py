@@ -1,0 +1,42 @@
+"""What a run shows while it goes on: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@dataclass(frozen=True)
+class Display:
+    """How to show something.
+
+    Attributes:
+        advance: moves the bar by one and puts a text beside it; nothing where there is no terminal.
+        line: prints a line that stays.
+    """
+
+    advance: Callable[[str], None]
+    line: Callable[[str], None]
+
+
+SILENT = Display(advance=lambda text: None, line=lambda text: None)
+
+
+@contextmanager
+def show_progress(console: Console, *, total: int, done: int = 0, label: str) -> Iterator[Display]:
+    """Gives the display of something that has so many parts, of which some are done already."""
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield Display(advance=SILENT.advance, line=line)
+        return
+    columns = (TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
+        task = progress.add_task("", total=total, completed=done, label=label)
+        yield Display(advance=lambda text: progress.update(task, advance=1, description=text), line=line)

@@ -1,0 +1,66 @@
+"""On what a run runs: hardware, versions, number of processes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("unloaf", "torch", "torchvision", "timm", "accelerate", "numpy", "scikit-learn")
+
+
+def environment(*, processes: int = 1) -> dict[str, Any]:
+    """Command, hardware and versions as plain values for JSON.
+
+    Args:
+        processes: how many train together.
+    """
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "hardware": hardware(),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def bits_depend_on(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for the same bits."""
+    return {name: environment[name] for name in ("hardware", "processes", "threads")} | {
+        "torch": environment["versions"]["torch"]
+    }
+
+
+def hardware() -> str:
+    """The processor that trains, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return (
+        f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,86 @@
+"""How weights follow gradients: optimizer, learning rate, clipping, moving average; all of it timm's."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, adaptive_clip_grad
+from torch import nn
+from torch.optim import Optimizer
+
+from unloaf.engine.config import Config
+
+
+def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
+    """The optimizer of this configuration.
+
+    Raises:
+        ValueError: timm has no optimizer of this name, or it takes no such setting.
+    """
+    names: list[str] = [str(known) for known in list_optimizers()]
+    name = config.opt.lower()
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        raise ValueError(f"opt {config.opt!r}: give {' or '.join(close) if close else 'sgd, adamw, lamb or another'}")
+    if name == "sgd" and config.momentum == 0:
+        name = "momentum"  # timm's plain SGD: Nesterov's needs a momentum
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            filter_bias_and_bn=not config.norm_decay,
+            layer_decay=config.layer_decay,
+        )
+    except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"opt {config.opt}: {error or 'cannot be built for this model'}") from error
+
+
+def build_schedule(config: Config, optimizer: Optimizer, *, steps_per_epoch: int) -> Any:
+    """Timm's schedule: ``step_update(n)`` sets the learning rate after n optimizer steps, a pure function of n.
+
+    Schedules with an end fall to ``min_lr`` in the last step, after a warm-up that is not part of their curve; the
+    epochs of step and multistep count from the beginning of the run.
+    """
+    staircase = config.sched in ("constant", "step", "multistep")
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        sched=config.sched,
+        num_epochs=config.epochs if staircase else config.epochs - config.warmup_epochs,
+        decay_epochs=config.decay_epochs,
+        decay_milestones=list(config.decay_milestones),
+        decay_rate=config.decay_rate,
+        min_lr=config.min_lr,
+        warmup_lr=0.01 * config.lr if config.warmup_lr is None else config.warmup_lr,
+        warmup_epochs=config.warmup_epochs,
+        warmup_prefix=not staircase,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return schedule
+
+
+def build_average(config: Config, model: nn.Module) -> Any | None:
+    """The moving average of the weights, a copy of the model; None when it is not asked for."""
+    if not config.model_ema:
+        return None
+    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+
+
+def clip_gradients(config: Config, accelerator: Any, model: nn.Module) -> None:
+    """Clips as configured, after the loss scale was taken out of the gradients."""
+    if config.clip_grad is None:
+        return
+    accelerator.unscale_gradients()
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if config.clip_mode == "norm":
+        nn.utils.clip_grad_norm_(parameters, config.clip_grad)
+    elif config.clip_mode == "value":
+        nn.utils.clip_grad_value_(parameters, config.clip_grad)
+    else:
+        adaptive_clip_grad(parameters, config.clip_grad)

@@ -1,0 +1,186 @@
+"""The folder of a run: who may write to it, and the files that grow with it. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from unloaf.engine.config import Config, dump_config, load_config
+
+# Settings that may change when a run is resumed: they decide where and how it runs, not what it learns.
+FREE_SETTINGS = frozenset({
+    "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "log_interval", "name",
+    "on_nan", "output", "trackers", "workers",
+})  # fmt: skip
+_GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt tells all
+
+
+class RunFolder:
+    """A folder DIR/NAME with args.yaml, env.json, summary.csv, metrics.jsonl, log.txt and checkpoints/.
+
+    Every line is handed to the system when its method returns, so a killed run keeps its history. A second process is
+    kept out by a lock that the system drops when its owner dies.
+
+    Args:
+        path: the folder, made when it is missing.
+
+    Raises:
+        ValueError: the folder cannot be made, or another process writes to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.is_new = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(path)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to the run folder {path}: {error.strerror}; give another --output"
+            ) from error
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        return self.path / "checkpoints"
+
+    def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
+        """Writes what was asked for and where it runs."""
+        self._write("args.yaml", dump_config(config))
+        self._write("env.json", json.dumps(environment, indent=2) + "\n")
+
+    def epoch(self, values: Mapping[str, Any]) -> None:
+        """Adds an epoch to summary.csv, under the names of the first one, and to metrics.jsonl."""
+        with (self.path / "summary.csv").open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writerow(values)
+            writer.writerow("" if value is None else value for value in values.values())
+        self.event("epoch", values)
+
+    def event(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        self._append("metrics.jsonl", json.dumps({"event": kind, **values}) + "\n")
+
+    def log(self, line: str) -> None:
+        """Adds a line, with the time, to log.txt."""
+        self._append("log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+
+    def sizes(self) -> dict[str, int]:
+        """How far the growing files have come, in bytes."""
+        return {name: (self.path / name).stat().st_size for name in _GROWING if (self.path / name).exists()}
+
+    def cut_back(self, sizes: Mapping[str, int]) -> None:
+        """Takes away what was written after a checkpoint: the resumed run writes it again."""
+        for name in _GROWING:
+            if (self.path / name).exists():
+                os.truncate(self.path / name, min(sizes.get(name, 0), (self.path / name).stat().st_size))
+
+    def discard(self) -> None:
+        """Removes a folder in which nothing was begun, so that its name is free for the corrected call."""
+        self.close()
+        if self.is_new and not (self.path / "args.yaml").exists():
+            self.path.rmdir()
+
+    def close(self) -> None:
+        """Lets other processes in."""
+        if not self._lock.closed:
+            (self.path / "run.lock").unlink(missing_ok=True)
+            self._lock.close()
+
+    def _write(self, name: str, text: str) -> None:
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def _append(self, name: str, text: str) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _lock(folder: Path) -> Any:
+    """An open file that is locked as long as this process lives; children that it forks do not hold the lock."""
+    path = folder / "run.lock"
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"run folder {folder} is in use by {owner}; wait for it, stop it or give another --name"
+            ) from None
+        if _is(path, file):
+            break
+        file.close()  # its owner removed it between our opening and locking it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+    file.flush()
+    return file
+
+
+def _is(path: Path, file: Any) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
+    """The folder of a new run, or of one that goes on.
+
+    Args:
+        config: gives output and name; without a name it is time-model-method.
+        resume: "auto" to go on with OUTPUT/NAME if it was begun, a path to go on with that run; None for a new run.
+
+    Raises:
+        ValueError: the folder exists, cannot be made or is in use, or its run had other settings.
+    """
+    if resume is None or resume == "auto":
+        if resume and config.name is None:
+            raise ValueError("resume auto: give --name, so that the run is found again")
+        path = Path(config.output) / (config.name or _name(config))
+    else:
+        path = run_of(Path(resume))
+    begun = (path / "args.yaml").exists()
+    if begun and resume is None:
+        raise ValueError(f"run folder {path} exists; give another --name, go on with --resume auto, or remove it")
+    if path.is_dir() and not begun and any(file.name != "run.lock" for file in path.iterdir()):
+        raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
+    if begun:
+        _check_same(config, load_config(path / "args.yaml"), path)
+    return RunFolder(path)
+
+
+def run_of(path: Path) -> Path:
+    """The folder of a run that was begun.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    if not (path / "args.yaml").is_file():
+        raise ValueError(f"{path} is no run: it has no args.yaml; give the folder that `unloaf train` named")
+    return path
+
+
+def _check_same(config: Config, begun: Config, path: Path) -> None:
+    asked, had = dataclasses.asdict(config), dataclasses.asdict(begun)
+    other = [name for name in asked if name not in FREE_SETTINGS and asked[name] != had[name]]
+    if other:
+        differences = ", ".join(f"{name} {had[name]} (now {asked[name]})" for name in other)
+        raise ValueError(
+            f"run {path} was begun with {differences}; resume with the same settings (unloaf train --resume {path}), "
+            "or give another --name"
+        )
+
+
+def _name(config: Config) -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.replace('/', '_')}-{config.method}"

@@ -1,0 +1,154 @@
+"""A run as a checkpoint and back, written while the training goes on.
+
+Order and augmentation of the images, dropout and draws are pure functions of (seed, position), so that a checkpoint
+needs no state of a random generator or a data worker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from unloaf.engine.checkpoint import Checkpoint, point_to, prune_checkpoints, save_checkpoint
+from unloaf.engine.devices import gather_statistics, put_statistics, shared_statistics
+from unloaf.engine.errors import CheckpointError
+from unloaf.engine.fit import Training
+from unloaf.engine.run_folder import RunFolder
+from unloaf.stages import inner_module
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def capture(training: Training) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Weights and state of a run between two steps, copied to the CPU; to be called by every process."""
+    where, average = training.accelerator, training.average
+    state: dict[str, Any] = {
+        "position": asdict(training.position),
+        "method": training.method.state_dict(),
+        "statistics": gather_statistics(where, training.model),
+        "average_statistics": gather_statistics(where, average.module) if average else None,
+        "scaler": where.scaler.state_dict() if where.scaler else None,
+    }
+    models = [training.model] if average is None else [training.model, average.module]
+    with shared_statistics(where, training.config, *models):
+        if training.config.fsdp:
+            weights = {"model": get_model_state_dict(training.model, options=_WHOLE)}
+            state["optimizer"] = get_optimizer_state_dict(training.model, training.optimizer.optimizer, options=_WHOLE)
+        else:
+            names = ("model", "model_ema")
+            weights = {
+                name: _copied(inner_module(model).state_dict()) for name, model in zip(names, models, strict=False)
+            }
+            state["optimizer"] = _copied(training.optimizer.optimizer.state_dict())
+    return weights, state
+
+
+def _copied(value: Any) -> Any:
+    """The same structure with tensors of its own on the CPU: training goes on while they are written."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copied(entry) for entry in value]
+    return value
+
+
+def restore(training: Training, checkpoint: Checkpoint) -> None:
+    """Puts a run where its checkpoint was taken.
+
+    Raises:
+        CheckpointError: the checkpoint is of another network, optimizer or method.
+    """
+    state, config = checkpoint.state, training.config
+    try:
+        if config.fsdp:
+            set_model_state_dict(training.model, dict(checkpoint.weights["model"]), options=_WHOLE)
+            set_optimizer_state_dict(training.model, training.optimizer.optimizer, state["optimizer"], options=_WHOLE)
+        else:
+            inner_module(training.model).load_state_dict(checkpoint.weights["model"])
+            training.optimizer.optimizer.load_state_dict(state["optimizer"])
+        if training.average is not None:
+            training.average.module.load_state_dict(checkpoint.weights["model_ema"])
+            put_statistics(training.accelerator, training.average.module, state["average_statistics"])
+        put_statistics(training.accelerator, training.model, state["statistics"])
+        training.method.load_state_dict(state["method"])
+        if training.accelerator.scaler is not None:
+            training.accelerator.scaler.load_state_dict(state["scaler"])
+        for name in asdict(training.position):
+            setattr(training.position, name, state["position"][name])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint.path} does not fit this run: {reason}") from error
+    training.schedule.step_update(training.position.updates)
+
+
+class Saver:
+    """Writes checkpoints in a thread of its own, one at a time; a failure is told at the next call.
+
+    Args:
+        folder: of the run.
+        keep: how many checkpoints stay.
+        metadata: texts for the header of the weights.
+    """
+
+    def __init__(self, folder: RunFolder, *, keep: int, metadata: Mapping[str, str]) -> None:
+        self._folder, self._keep, self._metadata = folder, keep, dict(metadata)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, weights: Mapping[str, Any], state: Mapping[str, Any], *, best: bool) -> None:
+        """Begins to write; waits for the checkpoint before it."""
+        self.wait()
+        whole = {**state, "files": self._folder.sizes()}
+        self._pending = self._thread.submit(self._write, step, weights, whole, best)
+
+    def check(self) -> None:
+        """Raises what the last write raised, if it has ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written; the one before is intact.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for a write that is under way, and says nothing of its failure: something else ended the run."""
+        self._thread.shutdown()
+
+    def _write(self, step: int, weights: Mapping[str, Any], state: Mapping[str, Any], best: bool) -> None:
+        for name in state["files"]:
+            _flush(self._folder.path / name)
+        path = save_checkpoint(self._folder.checkpoints, step, weights=weights, state=state, metadata=self._metadata)
+        link = self._folder.path / "model_best"
+        if best:
+            point_to(link, path)
+        protected = [link.resolve()] if link.exists() else []
+        prune_checkpoints(self._folder.checkpoints, keep=self._keep, protect=protected)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
