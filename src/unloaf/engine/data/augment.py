@@ -181,9 +181,23 @@ def _automatic(aa: str, data: Data, config: Config) -> Callable[[Image], Image]:
     if kind == "augmix":
         hparams["translate_pct"] = 0.3
     try:
-        return build.get(kind, auto_augment.auto_augment_transform)(aa, hparams)
+        policy = build.get(kind, auto_augment.auto_augment_transform)(aa, hparams)
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(f"aa {aa!r}: timm cannot read it ({error}); give rand-m9-mstd0.5-inc1 and its kind") from error
+    operations = policy.ops if hasattr(policy, "ops") else [op for branch in policy.policy for op in branch]
+    for operation in operations:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image, bits: int, **_: Any) -> Image:
+    """Keeps so many bits of each channel; timm asks for 0 at full magnitude, which Pillow refuses since version 13."""
+    from PIL import Image, ImageOps
+
+    if bits == 0:
+        return Image.new(image.mode, image.size)  # black, as before
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
 def _finish(data: Data, config: Config) -> Callable[[Tensor], Tensor]:

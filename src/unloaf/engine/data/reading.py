@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterable, Iterator
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -219,6 +220,8 @@ def explain_worker_death(error: BaseException, loader: DataLoader[Any] | None = 
     process, also between two batches.
     """
     workers = list(getattr(getattr(loader, "_iterator", None), "_workers", []))
+    if isinstance(error, (ConnectionError, EOFError)):
+        error = _await_death(error, workers)
     told = re.search(r"DataLoader worker \(pid(?:\(s\))? (\d+)", str(error))
     for number, worker in enumerate(workers):
         if (told and worker.pid == int(told[1])) or (told is None and not worker.is_alive()):
@@ -228,6 +231,15 @@ def explain_worker_death(error: BaseException, loader: DataLoader[Any] | None = 
         return None
     by = re.search(r"killed by signal: (.*?)\.? *$", str(error).splitlines()[0])
     return _obituary(f"data worker (pid {told[1]})", None, by[1] if by else None)
+
+
+def _await_death(error: BaseException, workers: list[Any]) -> BaseException:
+    """A broken connection shows before the process is gone, and torch's signal handler may speak up meanwhile."""
+    try:
+        wait([worker.sentinel for worker in workers], timeout=5)
+    except RuntimeError as told:
+        return told
+    return error
 
 
 def _obituary(who: str, code: int | None, signal_text: str | None = None) -> str:
