@@ -7,7 +7,7 @@ influence training; whenever the network is judged or saved, the mean over the p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from unloaf.batchnorm import tracking_norms
 from unloaf.engine.config import Config
 from unloaf.engine.memory import keep_freed_memory
-from unloaf.stages import Stage, inner_module
+from unloaf.stages import inner_module
 
 
 def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
@@ -66,16 +66,13 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
     return accelerator
 
 
-def share_model(accelerator: Accelerator, config: Config, model: nn.Module, stages: Sequence[Stage]) -> nn.Module:
+def share_model(accelerator: Accelerator, config: Config, model: nn.Module) -> nn.Module:
     """The model, placed on the device and wrapped for several processes."""
     model = model.to(accelerator.device)
     if config.sync_bn and accelerator.num_processes > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.fsdp:
-        modules = dict(model.named_modules())
-        for stage in stages:
-            for path in stage.blocks:
-                fully_shard(modules[path])
+        # As one group: replayed passes would gather the weights of blocks that do not run.
         fully_shard(model)
         return model
     with warnings.catch_warnings():

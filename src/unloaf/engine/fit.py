@@ -236,7 +236,7 @@ def prepare(
     stages = _stages(model, example, required=config.method != "common")
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    model = share_model(accelerator, config, model, stages)
+    model = share_model(accelerator, config, model)
     average = build_average(config, inner_module(model))
     optimizer = share_optimizer(accelerator, build_optimizer(config, inner_module(model)))
     return Training(
