@@ -153,9 +153,13 @@ def _train(words: list[str]) -> int:
     # Only the first process of a run owns its folder; it is opened before torch is loaded, so that a folder that
     # cannot be written is known at once.
     folder = open_run(config, resume=resume) if os.environ.get("RANK", "0") == "0" else None
-    from unloaf.engine.train import train
+    try:
+        from unloaf.engine.train import train
 
-    result = train(config, folder=folder, console=Console(stderr=True))
+        result = train(config, folder=folder, console=Console(stderr=True))
+    finally:
+        if folder is not None:
+            folder.discard()
     if folder is not None:
         test = result.test
         print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
         gradient_as_bucket_view=True,
         find_unused_parameters=config.method == "stochastic-depth",
     )]  # fmt: skip
+    # accelerate keeps its precision for the whole process; a second run in it may want another one.
+    AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",

@@ -85,7 +85,7 @@ class RunFolder:
                 os.truncate(self.path / name, min(sizes.get(name, 0), (self.path / name).stat().st_size))
 
     def discard(self) -> None:
-        """Removes a folder in which nothing was begun, so that its name is free for the corrected call."""
+        """Closes the folder, and removes one in which nothing was begun: its name is free for the corrected call."""
         self.close()
         if self.is_new and not (self.path / "args.yaml").exists():
             self.path.rmdir()

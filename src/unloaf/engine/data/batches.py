@@ -22,6 +22,7 @@ from unloaf.engine.data.reading import (
     Key,
     TrainReader,
     chunk_loader,
+    close_workers,
     read_chunks,
     refuse_many,
 )
@@ -81,6 +82,10 @@ class TrainBatches:
         """Names of the images skipped so far, by this process."""
         return tuple(sorted(self._bad))
 
+    def close(self) -> None:
+        """Ends the workers; another epoch would start new ones."""
+        close_workers(self._loader)
+
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
         """The batches of each optimizer step of an epoch.
 
@@ -114,9 +119,16 @@ class TrainBatches:
         for step in range(start, self.steps_per_epoch):
             yield [self._batch(next(chunks), epoch, step, part) for part in range(self._accumulation)]
 
+    def _note(self, bad: tuple[str, ...]) -> None:
+        self._bad.update(bad)
+        try:
+            refuse_many(self._bad, len(self._data.train))
+        except ValueError:
+            self.close()
+            raise
+
     def _batch(self, chunk: Chunk, epoch: int, step: int, part: int) -> Batch:
-        self._bad.update(chunk.bad)
-        refuse_many(self._bad, len(self._data.train))
+        self._note(chunk.bad)
         x, y = _on_device(chunk, self._data, self._device, size=self._data.train_img_size)
         off = self._config.mixup_off_epoch
         if self._mixup is None or (off and epoch >= off):
@@ -186,16 +198,27 @@ class EvalBatches:
         """Names of the images skipped so far, by this process."""
         return tuple(sorted(self._bad))
 
+    def close(self) -> None:
+        """Ends the workers; another pass would start new ones."""
+        close_workers(self._loader)
+
     def __len__(self) -> int:
         return -(-len(self._positions) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for part, chunk in zip(self._parts(), read_chunks(self._loader), strict=True):
-            self._bad.update(chunk.bad)
-            refuse_many(self._bad, len(self._images))
+            self._note(chunk.bad)
             left_out = chunk.replaced | (part >= len(self._images))
             chunk = chunk._replace(labels=chunk.labels.masked_fill(left_out, IGNORED))
             yield _on_device(chunk, self._data, self._device, size=self._data.img_size)
+
+    def _note(self, bad: tuple[str, ...]) -> None:
+        self._bad.update(bad)
+        try:
+            refuse_many(self._bad, len(self._images))
+        except ValueError:
+            self.close()
+            raise
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self._positions.split(self._batch_size) if len(self._positions) else ()

@@ -1,0 +1,221 @@
+"""Everything a run needs between two steps, built from its configuration, and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from unloaf.engine.config import Config
+from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
+from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
+from unloaf.engine.methods import build_method
+from unloaf.engine.models import build_model, load_initial_weights
+from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
+from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
+from unloaf.stages import NoResidualBlocksError, Stage, find_stages, inner_module
+from unloaf.subnet import Subnet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The networks of a run on a split: the main one, its moving average, its subnets."""
+
+    main: Accuracy
+    average: Accuracy | None = None
+    subnets: tuple[SubnetRow, ...] = ()
+
+
+@dataclass
+class Position:
+    """How far a run is, in numbers alone: what a checkpoint keeps beside weights and optimizer.
+
+    `epoch` is the one being trained, counted from 1, `step` the optimizer steps of it that were tried, `updates` those
+    of the whole run that were made, `skipped` those that were left out; `loss_sum` and `seconds` are over this epoch.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    updates: int = 0
+    skipped: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    lr: float = 0.0
+    best_top1: float = -1.0
+
+    def next_epoch(self) -> None:
+        """To the beginning of the next epoch."""
+        self.epoch, self.step, self.loss_sum, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything a run needs between two steps. The values are fixed, what they hold learns."""
+
+    config: Config
+    data: Data
+    batches: TrainBatches
+    model: nn.Module
+    stages: tuple[Stage, ...]
+    method: Any
+    optimizer: Any
+    schedule: Any
+    average: Any | None
+    accelerator: Accelerator
+    position: Position = field(default_factory=Position)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.batches.steps_per_epoch
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained."""
+        return self.position.epoch > self.config.epochs
+
+    def eval_batches(self, split: str) -> EvalBatches:
+        """This process's share of train, val or test, not augmented."""
+        images = getattr(self.data, split)
+        where = self.accelerator
+        return EvalBatches(
+            images, self.data, self.config, device=self.device, rank=where.process_index, world=where.num_processes
+        )
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that were tried since the run began."""
+        return (self.position.epoch - 1) * self.steps_per_epoch + self.position.step
+
+    def evaluate(
+        self,
+        split: str,
+        *,
+        subnets: Sequence[Subnet] = (),
+        on_batch: Callable[[], None] | None = None,
+    ) -> Evaluation:
+        """Loss and accuracy on train, val or test.
+
+        Args:
+            split: whose images.
+            subnets: which ones to judge besides, each with batch-norm statistics of its own.
+            on_batch: is called before every batch.
+        """
+        add = partial(total, self.accelerator)
+        models = [self.model] if self.average is None else [self.model, self.average.module]
+        with shared_statistics(self.accelerator, self.config, *models):
+            batches = _Watched(self.eval_batches(split), on_batch) if on_batch else self.eval_batches(split)
+            main, *average = (accuracy(inner_module(model), batches, reduce=add) for model in models)
+            rows = self._judge_subnets(batches, subnets, add)
+        return Evaluation(main, average[0] if average else None, rows)
+
+    def _judge_subnets(
+        self, batches: Iterable[Any], subnets: Sequence[Subnet], add: Callable[[Tensor], Tensor]
+    ) -> tuple[SubnetRow, ...]:
+        if not subnets:
+            return ()
+        rows = evaluate_subnets(
+            self.model,
+            self.stages,
+            batches,
+            subnets=subnets,
+            calibration=self.calibration_batches(),
+            reduce=add,
+        )
+        return tuple(rows)
+
+    def calibration_batches(self) -> Iterable[Batch]:
+        """The first training images, not augmented, the same on every process."""
+        count = min(self.config.recalibrate, len(self.data.train))
+        images = self.data.train.subset(torch.arange(count))
+        return EvalBatches(images, self.data, self.config, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """Batches, as often as one iterates over them, with something to do before each."""
+
+    batches: Iterable[Batch]
+    before: Callable[[], None]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            self.before()
+            yield batch
+
+
+def prepare(
+    config: Config, *, data: Data | None = None, model: nn.Module | None = None, folder: Path | None = None
+) -> Training:
+    """Loads the data and builds model, method and optimizer; nothing is trained yet.
+
+    Args:
+        config: the run.
+        data: the image set when it is loaded already.
+        model: train this network instead of config.model.
+        folder: where trackers write.
+
+    Raises:
+        ValueError: the data are not there, the model is unknown, or the method cannot train it.
+    """
+    accelerator = find_devices(config, folder=folder)
+    data = data or load_data(config)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
+    set_seed(config.seed)
+    model = model or _build(config, data)
+    if config.initial_checkpoint is not None:
+        load_initial_weights(model, Path(config.initial_checkpoint))
+    example = torch.zeros(2, data.in_chans, data.img_size, data.img_size)
+    stages = _stages(model, example, required=config.method != "common")
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model = share_model(accelerator, config, model)
+    average = build_average(config, inner_module(model))
+    optimizer = share_optimizer(accelerator, build_optimizer(config, inner_module(model)))
+    return Training(
+        config=config,
+        data=data,
+        batches=batches,
+        model=model,
+        stages=stages,
+        method=build_method(config, model, stages),
+        optimizer=optimizer,
+        schedule=build_schedule(config, optimizer.optimizer, steps_per_epoch=batches.steps_per_epoch),
+        average=average,
+        accelerator=accelerator,
+    )
+
+
+def _build(config: Config, data: Data) -> nn.Module:
+    return build_model(
+        config.model,
+        num_classes=data.num_classes,
+        in_chans=data.in_chans,
+        img_size=data.img_size,
+        width=config.width,
+        pretrained=config.pretrained,
+        drop=config.drop,
+        drop_path=config.drop_path,
+    )
+
+
+def _stages(model: nn.Module, example: Tensor, *, required: bool) -> tuple[Stage, ...]:
+    try:
+        return find_stages(model, example)
+    except NoResidualBlocksError:
+        if required:
+            raise
+        return ()
