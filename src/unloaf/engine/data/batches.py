@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from unloaf.engine.config import Config
 from unloaf.engine.data.augment import epoch_order
@@ -119,16 +120,8 @@ class TrainBatches:
         for step in range(start, self.steps_per_epoch):
             yield [self._batch(next(chunks), epoch, step, part) for part in range(self._accumulation)]
 
-    def _note(self, bad: tuple[str, ...]) -> None:
-        self._bad.update(bad)
-        try:
-            refuse_many(self._bad, len(self._data.train))
-        except ValueError:
-            self.close()
-            raise
-
     def _batch(self, chunk: Chunk, epoch: int, step: int, part: int) -> Batch:
-        self._note(chunk.bad)
+        _note_bad(chunk, self._bad, self._loader, count=len(self._data.train))
         x, y = _on_device(chunk, self._data, self._device, size=self._data.train_img_size)
         off = self._config.mixup_off_epoch
         if self._mixup is None or (off and epoch >= off):
@@ -207,21 +200,22 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for part, chunk in zip(self._parts(), read_chunks(self._loader), strict=True):
-            self._note(chunk.bad)
+            _note_bad(chunk, self._bad, self._loader, count=len(self._images))
             left_out = chunk.replaced | (part >= len(self._images))
             chunk = chunk._replace(labels=chunk.labels.masked_fill(left_out, IGNORED))
             yield _on_device(chunk, self._data, self._device, size=self._data.img_size)
 
-    def _note(self, bad: tuple[str, ...]) -> None:
-        self._bad.update(bad)
-        try:
-            refuse_many(self._bad, len(self._images))
-        except ValueError:
-            self.close()
-            raise
-
     def _parts(self) -> tuple[Tensor, ...]:
         return self._positions.split(self._batch_size) if len(self._positions) else ()
+
+
+def _note_bad(chunk: Chunk, seen: set[str], loader: DataLoader[Any], *, count: int) -> None:
+    seen.update(chunk.bad)
+    try:
+        refuse_many(seen, count)
+    except ValueError:
+        close_workers(loader)
+        raise
 
 
 def _on_device(chunk: Chunk, data: Data, device: torch.device, *, size: int) -> Batch:
