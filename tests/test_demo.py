@@ -105,8 +105,8 @@ def test_report_loads_nothing_from_elsewhere(tmp_path, small):
 
 
 def test_demo_runs_are_those_of_train(small):
-    data = load_data("digits")
     configs = {label: replace(build(), epochs=2, warmup_epochs=1) for label, build in small.items()}
+    data = load_data(configs["ST++"])
     console = Console(file=io.StringIO())
     runs = {run.label: run for run in demo.compare(configs, data=data, split="val", console=console)}
     for label in ("common training", "ST++"):

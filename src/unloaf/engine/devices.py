@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -45,8 +44,6 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
         gradient_as_bucket_view=True,
         find_unused_parameters=config.method == "stochastic-depth",
     )]  # fmt: skip
-    # accelerate keeps its precision for the whole process; a second run in it may want another one.
-    AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",
@@ -56,7 +53,10 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
             project_dir=folder,
         )
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{error}; leave out --amp or --trackers, or choose others") from error
+        # accelerate keeps one precision for the whole process.
+        other = "already been initialized" in str(error)
+        advice = "train in a process of its own" if other else "leave out --amp or --trackers, or choose others"
+        raise ValueError(f"amp {config.amp}, trackers {config.trackers}: {error}; {advice}") from error
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu and precision == "fp16":
         raise ValueError("amp_dtype float16: needs an accelerator; on a CPU give --amp-dtype bfloat16")
