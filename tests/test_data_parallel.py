@@ -1,6 +1,8 @@
 """Two gloo ranks give the mean of two single processes' gradients, each rank with subnets of its own."""
 
+import itertools
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,20 +15,28 @@ import unloaf
 from unloaf.engine.models import build_model
 
 RANKS = 2
+KINDS, MODES = ["st", "st++", "gkt"], ["lean", "one graph"]
+# In float32 only the mean itself rounds: each rank computes its own gradient as it would alone.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+DTYPES = list(TOLERANCE)
+SECONDS = 180
 
 
 def build(kind, model, stages, rank):
     if kind == "gkt":
         return unloaf.GroupKnowledgeTraining(model, stages, groups=2, loops=2, seed=rank)
-    sampler, inputs = unloaf.OrderedSampler(), unloaf.SmallerInputs(sides=(8, 12, 16))
+    sampler = unloaf.OrderedSampler()
+    if kind == "st":
+        return unloaf.StimulativeTraining(model, stages, sampler=sampler, num_subnets=2, seed=rank)
+    inputs = unloaf.SmallerInputs(sides=(8, 12, 16))
     return unloaf.stimulative_plus(model, stages, sampler=sampler, num_subnets=3, subnet_inputs=inputs, seed=rank)
 
 
-def network_and_batch(rank):
+def network_and_batch(rank, dtype):
     torch.manual_seed(0)
-    model = build_model("cifar/resnet20", num_classes=3, in_chans=3, width=4).double()
+    model = build_model("cifar/resnet20", num_classes=3, in_chans=3, width=4).to(dtype)
     generator = torch.Generator().manual_seed(rank)
-    x = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64)
+    x = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
     return model, unloaf.find_stages(model, x), x, torch.tensor([0, 1, 2, 0])
 
 
@@ -38,33 +48,42 @@ def step(method, x, y, mode):
     return torch.cat([p.grad.flatten() for p in method.model.parameters()])
 
 
-def work(rank, folder, bucket_view):
+def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
     grads = {}
-    for kind in ("st++", "gkt"):
-        for mode in ("lean", "one graph"):
-            model, stages, x, y = network_and_batch(rank)
-            wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=bucket_view)
-            grads[kind, mode] = step(build(kind, wrapped, stages, rank), x, y, mode)
-    torch.save({f"{kind}/{mode}": g for (kind, mode), g in grads.items()}, Path(folder) / f"rank{rank}.pt")
+    for kind, mode, dtype, bucket_view in itertools.product(KINDS, MODES, DTYPES, [False, True]):
+        model, stages, x, y = network_and_batch(rank, dtype)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=bucket_view)
+        grads[f"{kind}/{mode}/{dtype}/{bucket_view}"] = step(build(kind, wrapped, stages, rank), x, y, mode)
+    torch.save(grads, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["buckets", "bucket views"])
-def ranks(request):
+@pytest.fixture(scope="module")
+def ranks():
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, args=(folder, request.param), nprocs=RANKS)
-        return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+        processes = mp.spawn(work, args=(folder,), nprocs=RANKS, join=False)
+        deadline = time.monotonic() + SECONDS
+        try:
+            while not processes.join(timeout=1):
+                assert time.monotonic() < deadline, f"the ranks did not end within {SECONDS} s"
+        finally:
+            for process in processes.processes:
+                process.kill()
+        yield [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("kind", ["st++", "gkt"])
-@pytest.mark.parametrize("mode", ["lean", "one graph"])
-def test_gradients_are_the_mean_over_the_ranks(ranks, kind, mode):
+@pytest.mark.parametrize("bucket_view", [False, True], ids=["buckets", "bucket views"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_mean_over_the_ranks(ranks, kind, mode, dtype, bucket_view):
     alone = []
     for rank in range(RANKS):
-        model, stages, x, y = network_and_batch(rank)
+        model, stages, x, y = network_and_batch(rank, dtype)
         alone.append(step(build(kind, model, stages, rank), x, y, mode))
     expected = torch.stack(alone).mean(0)
     for grads in ranks:
-        assert (grads[f"{kind}/{mode}"] - expected).norm() < 1e-12 * expected.norm()
+        error = grads[f"{kind}/{mode}/{dtype}/{bucket_view}"] - expected
+        assert error.norm() < TOLERANCE[dtype] * expected.norm()
