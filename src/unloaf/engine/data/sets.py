@@ -119,16 +119,7 @@ def _memory(config: Config) -> Data:
 
 def _files(config: Config) -> Data:
     train, val, test = _find_splits(config)
-    _check_not_empty(config, train, config.train_split)
-    class_names = train.class_names or _numbered(train.images, config, config.train_split)
-    _check_count(config, len(class_names))
-    _check_labels(train.images, len(class_names), split=config.train_split)
-    _check_classes(train.images, class_names, split=config.train_split)
-    for split in (val, test):
-        if split is not None:
-            _check_not_empty(config, split, "the validation images")
-            _check_same_names(train, split)
-            _check_labels(split.images, len(class_names), split="the validation images")
+    class_names = _checked_classes(config, train, val, test)
     images = train.images
     if val is None:
         images, held = hold_out(images, round(config.val_fraction * len(images)))
@@ -153,6 +144,21 @@ def _files(config: Config) -> Data:
         img_size=img_size,
         train_img_size=train_img_size,
     )
+
+
+def _checked_classes(config: Config, train: Split, val: Split | None, test: Split | None) -> tuple[str, ...]:
+    """The names of the classes, once every split is found to fit them."""
+    _check_not_empty(config, train, config.train_split)
+    class_names = train.class_names or _numbered(train.images, config, config.train_split)
+    _check_count(config, len(class_names))
+    _check_labels(train.images, len(class_names), split=config.train_split)
+    _check_classes(train.images, class_names, split=config.train_split)
+    for split in (val, test):
+        if split is not None:
+            _check_not_empty(config, split, "the validation images")
+            _check_same_names(train, split)
+            _check_labels(split.images, len(class_names), split="the validation images")
+    return class_names
 
 
 _OPENERS: dict[str, Callable[[Path, str, Config], Split | None]] = {
