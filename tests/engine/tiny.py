@@ -1,0 +1,135 @@
+"""A run that takes a moment: three blocks with batch norm and dropout, 64 images of 8x8; and processes to spoil it."""
+
+import gc
+import io
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from unloaf.engine.config import Config
+from unloaf.engine.data import Data
+from unloaf.engine.data.images import ImageSet
+from unloaf.engine.train import TrainResult, train
+
+STEPS = 4  # 64 images, 16 to a step
+
+
+class TinyBlock(nn.Module):
+    """``x + f(x)``, four channels wide."""
+
+    def __init__(self, *, norm: bool, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.outer = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.dropout(torch.relu(self.norm(self.inner(x)))))
+
+
+class TinyNetwork(nn.Module):
+    """(N, 1, S, S) -> (N, 3). `on_forward` is called before every pass, with the network."""
+
+    def __init__(self, *, norm: bool = True, dropout: float = 0.1, classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.blocks = nn.Sequential(*(TinyBlock(norm=norm, dropout=dropout) for _ in range(3)))
+        self.head = nn.Linear(4, classes)
+        self.on_forward: Callable[[TinyNetwork], None] = lambda network: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.on_forward(self)
+        return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+
+
+def network(**options: Any) -> TinyNetwork:
+    """The same weights every time."""
+    torch.manual_seed(1)
+    return TinyNetwork(**options)
+
+
+def _images(count: int, seed: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    noise = torch.randint(0, 120, (count, 1, 8, 8), generator=generator)
+    return ImageSet((noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+
+def data(**changes: Any) -> Data:
+    """64 images to train on, 24 to validate, 24 to test; three shades of noise."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "num_classes": 3,
+        "class_names": ("dark", "grey", "bright"),
+        "train": _images(64, 0),
+        "val": _images(24, 1),
+        "test": _images(24, 2),
+        "mean": (120.0,),
+        "std": (60.0,),
+        "augment": "pad-crop",
+        "pad": 1,
+        "hflip": 0.5,
+        "img_size": 8,
+        "train_img_size": 8,
+    }
+    return Data(**values | changes)
+
+
+def config(**settings: Any) -> Config:
+    """Two epochs of four steps on the CPU."""
+    usual: dict[str, Any] = {"device": "cpu", "epochs": 2, "batch_size": 16, "lr": 0.05, "log_interval": 1}
+    return Config(**usual | settings)
+
+
+def quiet() -> Console:
+    """A console that nobody sees."""
+    return Console(file=io.StringIO(), force_terminal=False)
+
+
+def run(settings: Config, *, model: nn.Module | None = None, resume: str | None = None, **more: Any) -> TrainResult:
+    """`train` on the tiny data."""
+    return train(settings, console=quiet(), resume=resume, data=data(), model=model or network(), **more)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's state."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: Any, right: Any) -> bool:
+    """Whether two structures hold the same bits."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def fork(work: Callable[[], int | None], *, errors: Path | None = None) -> int:
+    """Starts a process in which the libraries are loaded already; its exit code is what `work` returns, 0 for None.
+
+    Importing torch anew would take seconds for each process.
+    """
+    if torch.cuda.is_available():
+        pytest.skip("autograd's threads for a GPU do not survive a fork")
+    gc.collect()  # data workers of earlier tests, and the threads that feed them, go with their loaders
+    if child := os.fork():
+        return child
+    code = 99
+    try:
+        code = work() or 0
+    except BaseException:
+        if errors is not None:
+            errors.write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
