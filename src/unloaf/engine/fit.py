@@ -128,7 +128,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> StepRow:
     """
     config, position = training.config, training.position
     # Dropout and drop path draw from here, differently on each process; a resumed run draws the same again.
-    seed_step(config.seed, position.epoch, position.step, training.accelerator.process_index)
+    seed_step(training.device, config.seed, position.epoch, position.step, training.accelerator.process_index)
     lr, before = training.optimizer.param_groups[0]["lr"], training.method.state_dict()
     training.optimizer.zero_grad(set_to_none=True)
     try:
