@@ -153,11 +153,11 @@ def _checked_classes(config: Config, train: Split, val: Split | None, test: Spli
     _check_count(config, len(class_names))
     _check_labels(train.images, len(class_names), split=config.train_split)
     _check_classes(train.images, class_names, split=config.train_split)
-    for split in (val, test):
+    for split, name in ((val, config.val_split or "validation"), (test, "test")):
         if split is not None:
-            _check_not_empty(config, split, "the validation images")
-            _check_same_names(train, split)
-            _check_labels(split.images, len(class_names), split="the validation images")
+            _check_not_empty(config, split, name)
+            _check_same_names(train, split, name=name)
+            _check_labels(split.images, len(class_names), split=name)
     return class_names
 
 
@@ -237,14 +237,14 @@ def _check_not_empty(config: Config, split: Split, where: str) -> None:
         raise ValueError(f"{config.dataset} in {config.data_dir}: no image in {where}; expected {expected}")
 
 
-def _check_same_names(train: Split, other: Split) -> None:
+def _check_same_names(train: Split, other: Split, *, name: str) -> None:
     if train.class_names == other.class_names:
         return
     ours, theirs = set(train.class_names or ()), set(other.class_names or ())
     missing, extra = sorted(ours - theirs), sorted(theirs - ours)
     parts = [f"missing there: {_some(missing)}"] * bool(missing) + [f"only there: {_some(extra)}"] * bool(extra)
     raise ValueError(
-        f"the classes of the validation images differ from those of the {len(ours)} training classes; "
+        f"the classes of {name} differ from the {len(ours)} classes of the training images; "
         f"{'; '.join(parts) or 'their order differs'}; give both the same class names"
     )
 
