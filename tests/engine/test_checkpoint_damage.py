@@ -255,6 +255,7 @@ def test_bombs_are_named_and_take_no_memory(tmp_path: Path, bomb: Callable[[Path
     # In a process of its own, because the peak of this one may lie above whatever the bomb takes.
     if (child := os.fork()) == 0:
         try:
+            resource.setrlimit(resource.RLIMIT_CPU, (20, 20))  # a bomb that goes off does not take the machine
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             with pytest.raises(CheckpointError) as caught:
                 load_checkpoint(folder)
