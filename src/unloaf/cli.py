@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from unloaf import __version__
-from unloaf.engine.config import Config, dump_config, load_config
+from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Report, parse, parse_train
+from unloaf.engine.config import dump_config
 from unloaf.engine.errors import CheckpointError, NonFiniteLossError, StoppedError
-from unloaf.engine.run_folder import open_run, run_of
+from unloaf.engine.run_folder import open_run
 
-
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Train a small network by every method and show what became of the networks inside it."""
-
-    output: str = "output/demo"
-    """Folder for report.html, results.json and results.csv."""
-    seeds: int = 1
-    """Repeat with this many seeds; gives mean and spread."""
-    epochs: int | None = None
-    """Train for another number of epochs, for a quick look."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds {self.seeds}: give at least 1")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"epochs {self.epochs}: give at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchStep:
-    """Measure time and memory of a training step against common training."""
-
-    model: str = "timm/resnet50"
-    """Network, as for train."""
-    input_size: int = 64
-    """Side of the images in pixels."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
-    """Images per step."""
-    num_subnets: int = 6
-    """Subnets per step of ST and ST++."""
-    methods: tuple[str, ...] = ("st", "st-inter-stage", "st++", "st++-one-side", "gkt")
-    """Methods to measure, also stochastic-depth; common training always is."""
-    repeats: int = 10
-    """Rounds over all methods; medians count."""
-    output: str | None = None
-    """Folder for step_time.json and step_time.csv."""
-
+if TYPE_CHECKING:
+    from unloaf.analysis.runs import NetworkRow, RunJudgement
 
 _HELP = """usage: unloaf COMMAND [OPTIONS]
 
@@ -66,6 +29,9 @@ Train residual networks so that the networks inside them stop loafing.
 commands:
   demo        train a small network by every method, write report.html
   train       train one network
+  eval        judge a trained run and the networks inside it
+  report      compare runs: a table, and a page with their curves
+  check-data  open every image of an image set, list the bad ones
   bench step  measure the cost of a training step
 
 options:
@@ -88,7 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()  # here, where a reader that has gone can be met
+        return code
+    except BrokenPipeError as error:
+        if _stdout_is_closed():
+            return 0
+        return _fail(error, code=1, debug=debug, text=f"{error}; --debug shows where")
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0
     except ValueError as error:
         return _fail(error, code=2, debug=debug)
     except NonFiniteLossError as error:
@@ -109,6 +83,17 @@ def _terminate(number: int, frame: Any) -> NoReturn:
     raise SystemExit(143)
 
 
+def _stdout_is_closed() -> bool:
+    """Whether the reader of the output has seen enough (`unloaf train --help | head -1`): no error, nothing to say."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end; what is left goes nowhere (docs.python.org, signal, note on SIGPIPE).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = None) -> int:
     if debug:
         raise error
@@ -118,20 +103,19 @@ def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = No
 
 
 def _run(words: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "train": _train, "bench": _bench}
-    if words and words[0] in commands:
-        return commands[words[0]](words[1:])
+    if words and words[0] in _COMMANDS:
+        return _COMMANDS[words[0]](words[1:])
     if words in (["--version"], ["-V"]):
         print(f"unloaf {__version__}")
     elif not words or words[0] in ("-h", "--help"):
         print(_HELP)
     else:
-        raise ValueError(f"unknown command {words[0]!r}; give {', '.join(commands)}, or --help")
+        raise ValueError(f"unknown command {words[0]!r}; give {', '.join(_COMMANDS)}, or --help")
     return 0
 
 
 def _demo(words: list[str]) -> int:
-    options = _parse(Demo, words, prog="unloaf demo")
+    options = parse(Demo, words, prog="unloaf demo")
     from unloaf.demo import run_demo, table
 
     result = run_demo(output=options.output, seeds=options.seeds, epochs=options.epochs, console=Console(stderr=True))
@@ -141,25 +125,17 @@ def _demo(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> int:
-    words, file = _take_value(words, "-c", "--config")
-    words, name = _take_value(words, "--recipe")
-    words, resume = _take_value(words, "--resume")
-    print_config = "--print-config" in words
-    words = [word for word in words if word != "--print-config"]
-    config = _parse(Config, words, prog="unloaf train", default=_defaults(file, name, resume), about=_ABOUT_TRAIN)
-    if print_config:
-        print(dump_config(config), end="")
+    asked = parse_train(words)
+    if asked.print_config:
+        print(dump_config(asked.config), end="")
         return 0
     # Only the first process of a run owns its folder; it is opened before torch is loaded, so that a folder that
     # cannot be written is known at once.
-    folder = open_run(config, resume=resume) if os.environ.get("RANK", "0") == "0" else None
-    try:
-        from unloaf.engine.train import train
+    first = os.environ.get("RANK", "0") == "0"
+    folder = open_run(asked.config, resume=asked.resume) if first else None
+    from unloaf.engine.train import train
 
-        result = train(config, folder=folder, console=Console(stderr=True))
-    finally:
-        if folder is not None:
-            folder.discard()
+    result = train(asked.config, folder=folder, console=Console(stderr=True))
     if folder is not None:
         test = result.test
         print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")
@@ -167,73 +143,121 @@ def _train(words: list[str]) -> int:
     return 0
 
 
-_ABOUT_TRAIN = (
-    "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. "
-    "-c FILE (--config) takes defaults from a YAML file such as a run's args.yaml, --recipe NAME from a recipe. "
-    "--resume auto goes on with OUTPUT/NAME if it was begun, --resume RUN with that run and its settings. "
-    "--print-config shows the configuration and stops."
-)
+def _eval(words: list[str]) -> int:
+    options = parse(Eval, words, prog="unloaf eval")
+    run, given = Path(options.run), {name: value for name, value in vars(options).items() if name not in _NOT_JUDGING}
+    output = Path(options.output) if options.output else run / "subnets.csv"
+    from unloaf.analysis.runs import judge_run, write_subnets
+
+    judgement = judge_run(run, **given, console=Console(stderr=True))
+    for line in _main_lines(judgement):
+        print(line)
+    if judgement.subnets:
+        print(f"\nsubnets, on the {judgement.split} images:")
+        _show(*_subnet_table(judgement.subnets))
+        write_subnets(judgement, output)
+        print(f"all {len(judgement.judged)} that were judged: {output}")
+    return 0
 
 
-def _defaults(file: str | None, name: str | None, resume: str | None) -> Config | None:
-    """The settings that the flags override: of a file, a recipe or the run that goes on."""
-    sources = {"-c": file, "--recipe": name, "--resume RUN": None if resume == "auto" else resume}
-    given = [flag for flag, value in sources.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} both give all settings; give one of them, and flags beside it")
-    if file is not None:
-        return load_config(file)
-    if name is not None:
-        from unloaf.recipes import recipe
+_NOT_JUDGING = ("run", "output")
 
-        return recipe(name)
-    return load_config(run_of(Path(resume)) / "args.yaml") if given and resume is not None else None
+
+def _main_lines(judgement: RunJudgement) -> list[str]:
+    average = ", moving average of the weights" if judgement.weights == "model_ema" else ""
+    size = f"{judgement.params:,} parameters, {judgement.gmacs:.4g} GMACs"
+    return [
+        *judgement.notes,
+        f"{judgement.run}, {judgement.checkpoint} (after epoch {judgement.epoch}){average}: {size}",
+        *(
+            f"{split} top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}"
+            for split, result in judgement.main.items()
+        ),
+    ]
+
+
+def _subnet_table(rows: Sequence[NetworkRow]) -> tuple[list[str], list[list[str]]]:
+    heads = ["depths", "top-1 %", "top-5 %", "loss", "parameters", "GMACs"]
+    return heads, [
+        [r.subnet, f"{r.top1:.2f}", f"{r.top5:.2f}", f"{r.loss:.4f}", f"{r.params:,}", f"{r.gmacs:.4g}"] for r in rows
+    ]
+
+
+def _report(words: list[str]) -> int:
+    options = parse(Report, words, prog="unloaf report")
+    from unloaf.analysis.histories import differences, read_histories, run_row, table_of
+
+    histories = read_histories(options.runs)
+    _show(*table_of([run_row(history) for history in histories]))
+    different = differences(histories)
+    if different:
+        heads = ["settings that differ", *(history.label for history in histories)]
+        _show(heads, [[name, *values] for name, values in different.items()])
+    if options.output is not None:
+        from unloaf.analysis.runs_page import runs_page, write_page
+
+        write_page(runs_page(histories), Path(options.output))
+        print(f"report: {options.output}")
+    return 0
+
+
+def _check_data(words: list[str]) -> int:
+    config = parse(CheckData, words, prog="unloaf check-data").config()
+    from unloaf.engine.data import check_images
+
+    report = check_images(config)
+    for split, counts in report.counts.items():
+        if sum(counts.values()):
+            print(f"{split}: {sum(counts.values())} images, {_classes(counts)}")
+    for name, reason in report.bad:
+        print(f"bad: {name}: {reason}")
+    if report.bad:
+        total = sum(sum(counts.values()) for counts in report.counts.values())
+        raise ValueError(
+            f"{len(report.bad)} of {total} images cannot be read; replace or remove them, "
+            "or train with --bad-images skip, which bears 1 %"
+        )
+    print("all images can be read")
+    return 0
+
+
+def _classes(counts: dict[str, int]) -> str:
+    if len(counts) <= 20:
+        return f"{len(counts)} classes: " + ", ".join(f"{name} {count}" for name, count in counts.items())
+    fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    return f"{len(counts)} classes of {counts[fewest]} ({fewest}) to {counts[most]} ({most}) images"
 
 
 def _bench(words: list[str]) -> int:
     if words[:1] != ["step"]:
         raise ValueError(f"bench {' '.join(words[:1])}: give 'bench step'")
-    options = _parse(BenchStep, words[1:], prog="unloaf bench step")
+    options = parse(BenchStep, words[1:], prog="unloaf bench step")
     from unloaf.bench import bench_step, table
 
     Console().print(table(bench_step(**vars(options))))
     return 0
 
 
-def _take_value(words: list[str], *flags: str) -> tuple[list[str], str | None]:
-    """The words without the flag, and its value: a configuration file is read before the flags that override it."""
-    rest: list[str] = []
-    value: str | None = None
-    iterator = iter(words)
-    for word in iterator:
-        flag, equals, text = word.partition("=")
-        if flag not in flags:
-            rest.append(word)
-        elif (value := text if equals else next(iterator, "")) == "":
-            raise ValueError(f"{flag}: give a file")
-    return rest, value
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": _demo,
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+    "check-data": _check_data,
+    "bench": _bench,
+}
 
 
-def _parse(kind: Any, words: list[str], *, prog: str, default: Any = None, about: str | None = None) -> Any:
-    """Tyro's parser, with one line for an error where tyro draws a box."""
-    box = io.StringIO()
-    extra = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=words, prog=prog, description=about, **extra)
-    except SystemExit as error:
-        if error.code == 0:
-            raise
-        raise ValueError(_reason(error, box.getvalue())) from error
-
-
-def _reason(error: SystemExit, box: str) -> str:
-    cause = error.__context__
-    while cause is not None and cause.__context__ is not None:
-        cause = cause.__context__
-    if isinstance(cause, ValueError) and "invalid literal" not in str(cause):
-        return str(cause)
-    # The first line is the title in its frame; where the output has no line characters there is no frame.
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    useful = [line for line in lines if line.strip("─-╰╯") and not line.startswith(("For full help", "Argument help"))]
-    return " ".join(useful[:3])
+def _show(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Prints a table; in a file or a pipe it is as wide as it needs to be."""
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000
+    with console.capture() as text:  # printed by print: rich ends the process itself where a pipe is closed
+        console.print(table)
+    print(text.get(), end="")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from unloaf.analysis.comparison import MethodRun, SizeRow
+if TYPE_CHECKING:
+    from unloaf.analysis.comparison import MethodRun, SizeRow
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; black for the baseline.
 _COLOURS = ("#222222", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a")
@@ -76,6 +77,55 @@ def _frame(axes: Any, sizes: Mapping[str, Sequence[SizeRow]], *, lowest: float) 
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=3)
+
+
+_LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str, log: bool = False) -> str:
+    """A line over epochs for each run, as SVG; runs beyond the palette are told apart by their dashes.
+
+    Args:
+        series: run to its (epoch, value) pairs; a run without any keeps its colour for the other pictures.
+        ylabel: what the value is, with its unit.
+        log: a logarithmic axis, where all values are above 0.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes: Any = figure.subplots()
+        for index, points in enumerate(series.values()):
+            colour, dashes = _look(index)
+            if points:
+                x, y = zip(*points, strict=True)
+                marker = "o" if len(points) == 1 else None
+                axes.plot(x, y, color=colour, linestyle=dashes, linewidth=2, marker=marker, zorder=3)
+        if log:
+            axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=3)
+        return _svg(figure)
+
+
+def _look(index: int) -> tuple[str, Any]:
+    return _COLOURS[index % len(_COLOURS)], _LINES[index // len(_COLOURS) % len(_LINES)]
+
+
+def key(labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Each run with a short piece of its line, as SVG: the legend of all `curves` of a page."""
+    dashes = {0: "", 1: ' stroke-dasharray="7 3"', 2: ' stroke-dasharray="2.5 2.5"'}
+    return [
+        (
+            label,
+            '<svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path d="M1 4h26" fill="none" stroke-width="3" '
+            f'stroke="{_look(index)[0]}"{dashes[index // len(_COLOURS) % len(_LINES)]}/></svg>',
+        )
+        for index, label in enumerate(labels)
+    ]
 
 
 def _svg(figure: Figure) -> str:

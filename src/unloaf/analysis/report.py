@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
-from unloaf.analysis.comparison import MethodRow
+if TYPE_CHECKING:
+    from unloaf.analysis.comparison import MethodRow
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -25,6 +27,10 @@ thead th { font-weight: 600; font-size: .86rem; color: #55555c; vertical-align: 
            border-bottom: 1.5px solid #9a9a9a; }
 .results { width: 100%; }
 .results td:first-child { font-weight: 600; }
+.runs th, .runs td { padding: .4rem .5rem; font-size: .86rem; }
+.runs th:nth-child(-n+3), .runs td:nth-child(-n+3) { text-align: left; }
+.runs th:first-child, .runs td:first-child { padding-left: 0; }
+.runs td:first-child { overflow-wrap: anywhere; white-space: normal; min-width: 8rem; }
 .settings { font-size: .88rem; }
 .settings td:first-child, .facts td:first-child { color: #55555c; }
 .facts td { text-align: left; white-space: normal; font-size: .88rem; vertical-align: top; overflow-wrap: anywhere; }
@@ -36,6 +42,10 @@ figure h3 { margin: 0 .3rem .3rem; font-size: .95rem; font-weight: 600; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
 figcaption { grid-column: 1 / -1; color: #5f5f66; font-size: .9rem; max-width: 46rem; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin: 1.2rem 0 0; padding: 0; list-style: none;
+          font-size: .92rem; }
+.legend li { display: flex; align-items: center; gap: .45rem; overflow-wrap: anywhere; }
+svg.key { width: 28px; height: 8px; flex: none; }
 code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 @media (max-width: 40rem) { th, td { padding: .4rem .5rem; font-size: .84rem; } thead th { font-size: .76rem; } }
 @media print { body { background: #fff; } }
@@ -65,6 +75,60 @@ def comparison_report(
         settings: per method, setting to value.
         facts: name to value: command, hardware, versions, seeds.
     """
+    parts = [
+        f'<p class="lead">{escape(lead)}</p>',
+        _results(rows),
+        _figure(pictures, caption),
+        "<h2>How to read this</h2>",
+        *(f"<p>{escape(paragraph)}</p>" for paragraph in explanation),
+        "<h2>Settings</h2>",
+        _settings(settings),
+        "<h2>Where it was measured</h2>",
+        _facts(facts),
+    ]
+    return _page(title, parts)
+
+
+def runs_report(
+    *,
+    title: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    legend: Sequence[tuple[str, str]],
+    pictures: Mapping[str, str],
+    caption: str,
+    differences: Mapping[str, Sequence[str]],
+    facts: Mapping[str, str],
+) -> str:
+    """The page that compares runs, HTML: table, curves, settings that differ, where they ran.
+
+    Args:
+        title: heading of the page.
+        table: heads and cells, a line for each run.
+        legend: each run with the SVG of its line.
+        pictures: heading to SVG.
+        caption: how to read the pictures.
+        differences: setting to its value in each run.
+        facts: run to its command, hardware and versions.
+    """
+    heads, lines = table
+    marks = "".join(f"<li>{svg}{escape(label)}</li>" for label, svg in legend)
+    parts = [_table("results runs", _head(heads), lines)]
+    if pictures:
+        parts += [f'<ul class="legend">{marks}</ul>', _figure(pictures, caption)]
+    if len(lines) > 1:
+        parts.append("<h2>Settings that differ</h2>")
+        names = ["setting", *(label for label, _ in legend)]
+        body = [[name, *values] for name, values in differences.items()]
+        parts.append(_table("settings", _head(names), body) if body else "<p>None.</p>")
+    parts += ["<h2>Where they ran</h2>", _facts(facts)]
+    return _page(title, parts)
+
+
+def _head(heads: Sequence[str]) -> str:
+    return "".join(f'<th scope="col">{"<br>".join(map(escape, head.splitlines()))}</th>' for head in heads)
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
     return "\n".join(
         [
             "<!doctype html>",
@@ -73,15 +137,7 @@ def comparison_report(
             f"<title>{escape(title)}</title>",
             f"<style>{_STYLE}</style></head><body><main>",
             f"<h1>{escape(title)}</h1>",
-            f'<p class="lead">{escape(lead)}</p>',
-            _results(rows),
-            _figure(pictures, caption),
-            "<h2>How to read this</h2>",
-            *(f"<p>{escape(paragraph)}</p>" for paragraph in explanation),
-            "<h2>Settings</h2>",
-            _settings(settings),
-            "<h2>Where it was measured</h2>",
-            _facts(facts),
+            *parts,
             "</main></body></html>",
             "",
         ]

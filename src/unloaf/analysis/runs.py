@@ -1,0 +1,298 @@
+"""A trained run in, the accuracy of its network and of the networks inside it out. Never trains."""
+
+from __future__ import annotations
+
+import csv
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from unloaf.engine.config import Config, load_config
+from unloaf.engine.display import show_progress
+from unloaf.engine.errors import CheckpointError
+from unloaf.engine.run_folder import run_of
+from unloaf.engine.training import Training, prepare
+from unloaf.evaluation import Accuracy, choose_subnets, evaluate_subnets
+from unloaf.stages import Stage, call_model, evaluating, inner_module
+from unloaf.subnet import Subnet, active_subnet
+
+_MOST_JUDGED = 256  # by pareto, which nobody asked to take a day
+
+
+@dataclass(frozen=True)
+class NetworkRow:
+    """A network inside a run, judged.
+
+    Attributes:
+        subnet: its depths, "3-4-6-3".
+        top1: accuracy in percent.
+        top5: share of images whose class is among the five highest logits, in percent.
+        loss: mean cross-entropy, in nats.
+        params: parameters as a network of its own.
+        gmacs: billions of multiply-adds for one image.
+    """
+
+    subnet: str
+    top1: float
+    top5: float
+    loss: float
+    params: int
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class RunJudgement:
+    """How good a run is at one of its checkpoints.
+
+    Attributes:
+        run: its folder.
+        checkpoint: name of the checkpoint's folder.
+        epoch: whole epochs that were trained by then.
+        weights: "model", or "model_ema" for the moving average.
+        params: parameters of the main network.
+        gmacs: billions of multiply-adds of the main network for one image.
+        main: the main network, by split.
+        split: the images that judged the subnets.
+        subnets: those that were asked for, the main network first; of pareto, smallest first.
+        judged: all that were judged.
+        notes: what a reader has to know of the checkpoint and the choice of the subnets.
+    """
+
+    run: Path
+    checkpoint: str
+    epoch: int
+    weights: str
+    params: int
+    gmacs: float
+    main: dict[str, Accuracy]
+    split: str
+    subnets: tuple[NetworkRow, ...]
+    judged: tuple[NetworkRow, ...]
+    notes: tuple[str, ...]
+
+
+def judge_run(
+    run: Path,
+    *,
+    subnets: str | None = None,
+    recalibrate: int | None = None,
+    checkpoint: str = "last",
+    split: str | None = None,
+    ema: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> RunJudgement:
+    """Judges a run at a checkpoint; writes nothing, and the run may still be training.
+
+    The main network is judged as it was while it trained: the accuracy on the validation images is the one in
+    summary.csv, digit for digit, on the same kind of device.
+
+    Args:
+        run: a folder that `unloaf train` made.
+        subnets: "all" ordered ones, "pareto" for those that no other beats, a number for so many, drawn as
+            `--eval-subnets` draws them, or None.
+        recalibrate: training images that re-estimate a subnet's batch-norm statistics; default: as in the run.
+        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
+        split: "val" or "test"; default: both for the main network, val for the subnets if there is one.
+        ema: judge the moving average of the weights.
+        batch_size: images in a pass; default: as in the run.
+        workers: processes that read images; default: as in the run.
+        data_dir: where the images are now; default: as in the run.
+        device: "auto" or "cpu".
+        console: shows a progress bar where it is a terminal.
+
+    Raises:
+        ValueError: the folder is no run, has no such checkpoint or images, or the network has no subnets.
+        CheckpointError: no checkpoint is intact.
+    """
+    config = load_config(run_of(run) / "args.yaml")
+    found, notes = _checkpoint(run, checkpoint)
+    weights = "model_ema" if ema else "model"
+    if weights not in found.weights:
+        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
+    given = {"recalibrate": recalibrate, "workers": workers, "data_dir": data_dir, "device": device}
+    training = prepare(_for_one_process(config, **{name: value for name, value in given.items() if value is not None}))
+    if batch_size is not None:
+        training = replace(training, config=replace(training.config, batch_size=batch_size))
+    _load(inner_module(training.model), found, weights)
+    splits = _splits(training, split, run)
+    main = {name: training.evaluate(name).main for name in splits}
+    chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
+    rows = _judge(training, chosen, split=splits[0], console=console)
+    position: Any = found.state["position"]
+    network = inner_module(training.model)
+    return RunJudgement(
+        run=run,
+        checkpoint=found.path.name,
+        epoch=position["epoch"] - 1,
+        weights=weights,
+        params=sum(p.numel() for p in network.parameters()),
+        gmacs=gmacs(network, _example(training)),
+        main=main,
+        split=splits[0],
+        subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
+        judged=tuple(rows),
+        notes=(*notes, *more),
+    )
+
+
+def _checkpoint(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
+    if which == "best":
+        if not (run / "model_best").exists():
+            raise ValueError(f"{run} has no model_best: no epoch was validated yet; leave --checkpoint out")
+        return _patiently(lambda: load_checkpoint(run / "model_best")), []
+    found, notes = _patiently(lambda: newest_checkpoint(run / "checkpoints"))
+    if found is None:
+        raise ValueError(f"{run} has no checkpoint yet; the first is written at the end of an epoch")
+    return found, notes
+
+
+def _patiently(read: Any) -> Any:
+    """A run that trains on may replace a checkpoint while it is read: what fails is tried again."""
+    for _ in range(2):
+        try:
+            return read()
+        except CheckpointError:
+            continue
+    return read()
+
+
+def _for_one_process(config: Config, **changes: Any) -> Config:
+    """The configuration without what only training needs: several devices, downloads, trackers, a second copy."""
+    return replace(
+        config,
+        amp=False,
+        cutmix=0.0,
+        fsdp=False,
+        initial_checkpoint=None,
+        mixup=0.0,
+        model_ema=False,
+        pretrained=False,
+        sync_bn=False,
+        torchcompile=False,
+        trackers=(),
+        **changes,
+    )
+
+
+def _load(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:
+    # The weights alone: batch-norm statistics of several processes are merged in them, as they were when judged.
+    try:
+        model.load_state_dict(checkpoint.weights[weights])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint.path} does not fit its args.yaml: {reason}") from error
+
+
+def _splits(training: Training, asked: str | None, run: Path) -> list[str]:
+    data = training.data
+    there = [name for name in ("val", "test") if len(getattr(data, name))]
+    if asked is not None and asked not in there:
+        raise ValueError(f"{run}: {data.name} has no {asked} images; it has {' and '.join(['train', *there])}")
+    if not there:
+        raise ValueError(f"{run}: {data.name} has neither validation nor test images; nothing can be judged")
+    if asked is not None:
+        return [asked]
+    return there[:1] if data.test is data.val else there
+
+
+def _chosen(stages: Sequence[Stage], asked: str | None, *, seed: int, run: Path) -> tuple[list[Subnet], list[str]]:
+    if asked is None:
+        return [], []
+    if not stages:
+        raise ValueError(f"{run}: its network has no residual blocks that could be skipped; leave --subnets out")
+    if asked == "all":
+        return choose_subnets(stages), []
+    count = prod(len(stage.legal_depths) for stage in stages)
+    if asked != "pareto":
+        return choose_subnets(stages, min(int(asked) + 1, count), seed=seed), []
+    if count <= _MOST_JUDGED:
+        return choose_subnets(stages), []
+    note = (
+        f"{_MOST_JUDGED} of {count} ordered subnets were drawn; others may be better (--subnets all judges every one)"
+    )
+    return choose_subnets(stages, _MOST_JUDGED, seed=seed), [note]
+
+
+def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console: Console | None) -> list[NetworkRow]:
+    if not chosen:
+        return []
+    model, stages, example = inner_module(training.model), training.stages, _example(training)
+    batches, calibration = training.eval_batches(split), training.calibration_batches()
+    rows = []
+    with show_progress(console or Console(quiet=True), total=len(chosen), label="subnets") as display:
+        for subnet in chosen:
+            [row] = evaluate_subnets(model, stages, batches, subnets=[subnet], calibration=calibration)
+            with active_subnet(model, stages, subnet):
+                cost = gmacs(model, example)
+            rows.append(NetworkRow(str(subnet), row.top1, row.top5, row.loss, row.params, cost))
+            display.advance(str(subnet))
+    return rows
+
+
+def _example(training: Training) -> torch.Tensor:
+    data = training.data
+    return torch.zeros(1, data.in_chans, data.img_size, data.img_size, device=training.device)
+
+
+def gmacs(model: nn.Module, image: Any) -> float:
+    """Billions of multiply-adds of a forward pass, by torch's flop counter: convolutions, linear layers, attention.
+
+    >>> from torch import nn
+    >>> round(gmacs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 32, 32)) * 1e9)  # 8 * 3 * 9 * 32 * 32
+    221184
+    """
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        call_model(model, image)
+    return counter.get_total_flops() / 2e9
+
+
+def pareto_front(rows: Sequence[NetworkRow]) -> list[NetworkRow]:
+    """Those that no other beats: no other is as cheap and as accurate, and better in one of the two; cheapest first.
+
+    >>> figures = {"a": (90.0, 3.0), "b": (80.0, 2.0), "c": (70.0, 2.0)}
+    >>> rows = [NetworkRow(name, top1, 100.0, 0.1, 1, cost) for name, (top1, cost) in figures.items()]
+    >>> [row.subnet for row in pareto_front(rows)]
+    ['b', 'a']
+    """
+
+    def beats(one: NetworkRow, other: NetworkRow) -> bool:
+        no_worse = one.gmacs <= other.gmacs and one.top1 >= other.top1
+        return no_worse and (one.gmacs < other.gmacs or one.top1 > other.top1)
+
+    front = [row for row in rows if not any(beats(other, row) for other in rows)]
+    return sorted(front, key=lambda row: (row.gmacs, row.top1))
+
+
+def write_subnets(judgement: RunJudgement, path: Path) -> None:
+    """Writes every subnet that was judged as a CSV file, in one piece; an older one is replaced.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    shared = {"split": judgement.split, "weights": judgement.weights, "checkpoint": judgement.checkpoint}
+    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}"
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            names = [*asdict(judgement.judged[0]), *shared]
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(asdict(row) | shared for row in judgement.judged)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; give another --output") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,265 @@
+"""What each command accepts, and how its words are read. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from unloaf.engine.config import Config, load_config
+from unloaf.engine.config.fields import Dataset
+from unloaf.engine.run_folder import run_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train a small network by every method and show what became of the networks inside it."""
+
+    output: str = "output/demo"
+    """Folder for report.html, results.json and results.csv."""
+    seeds: int = 1
+    """Repeat with this many seeds; gives mean and spread."""
+    epochs: int | None = None
+    """Train for another number of epochs, for a quick look."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds {self.seeds}: give at least 1")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs {self.epochs}: give at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Judge a trained run, also one that is still training: its main network and, if asked, networks inside it."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run, as `unloaf train` named it."""
+    subnets: str | None = None
+    """Also judge all ordered subnets, those that are best for their cost (pareto), or a number drawn with the run's
+    seed, and write subnets.csv into the run folder."""
+    recalibrate: int | None = None
+    """Training images from which the batch-norm statistics of a subnet are estimated; default: as in the run."""
+    checkpoint: Literal["last", "best"] = "last"
+    """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
+    split: Literal["val", "test"] | None = None
+    """Images that judge; default: both for the main network, val for subnets if there is one."""
+    ema: bool = False
+    """Judge the moving average of the weights."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
+    """Images in a forward pass; default: as in the run."""
+    workers: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """Processes that read images; default: as in the run."""
+    data_dir: str | None = None
+    """Folder of the image set; default: as in the run."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes an accelerator when there is one."""
+    output: str | None = None
+    """Write the table of subnets to this file instead."""
+
+    def __post_init__(self) -> None:
+        given = self.subnets
+        if given not in (None, "all", "pareto") and not (re.fullmatch("[0-9]{1,5}", given or "") and int(given or 0)):
+            raise ValueError(f"subnets {given!r}: give all, pareto or a number from 1 to 99999")
+        for name, low in (("recalibrate", 2), ("batch_size", 2), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} {value}: give at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Compare runs by what is in their folders, also while they train."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")] = ()
+    """Folders of the runs."""
+    output: str | None = None
+    """Write a page with the curves of the runs to this .html file."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("report: give at least one run folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckData:
+    """Open every image of an image set, count them, and list those that cannot be read."""
+
+    dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    """Folder of the image set."""
+    dataset: Dataset = "imagefolder"
+    """What lies in the folder, as for train."""
+    train_split: str = "train"
+    """Folder, split or shard prefix of the training images."""
+    val_split: str | None = None
+    """The same for validation; default: val, validation or test, whichever there is."""
+    input_key: str = "image"
+    """Column of the images, for hf."""
+    target_key: str = "label"
+    """Column of the labels, for hf."""
+    num_classes: int | None = None
+    """Classes that the labels must have; default: what the image set says."""
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 4
+    """Threads that open images."""
+
+    def config(self) -> Config:
+        """The part of a run's configuration that decides how images are read; nothing is held out."""
+        return Config(
+            dataset=self.dataset,
+            data_dir=self.dir,
+            train_split=self.train_split,
+            val_split=self.val_split,
+            input_key=self.input_key,
+            target_key=self.target_key,
+            num_classes=self.num_classes,
+            workers=self.workers,
+            val_fraction=0.0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStep:
+    """Measure time and memory of a training step against common training."""
+
+    model: str = "timm/resnet50"
+    """Network, as for train."""
+    input_size: int = 64
+    """Side of the images in pixels."""
+    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
+    """Images per step."""
+    num_subnets: int = 6
+    """Subnets per step of ST and ST++."""
+    methods: tuple[str, ...] = ("st", "st-inter-stage", "st++", "st++-one-side", "gkt")
+    """Methods to measure, also stochastic-depth; common training always is."""
+    repeats: int = 10
+    """Rounds over all methods; medians count."""
+    output: str | None = None
+    """Folder for step_time.json and step_time.csv."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """What `unloaf train` was asked for: the run, how to resume, and whether to train at all."""
+
+    config: Config
+    resume: str | None
+    print_config: bool
+
+
+_ABOUT_TRAIN = (
+    "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. "
+    "-c FILE (--config) takes defaults from a YAML file such as a run's args.yaml, --recipe NAME from a recipe. "
+    "--resume auto goes on with OUTPUT/NAME if it was begun, --resume RUN with that run and its settings. "
+    "--print-config shows the configuration and stops."
+)
+
+
+def parse_train(words: list[str]) -> Train:
+    """Reads the words after `unloaf train`.
+
+    Raises:
+        ValueError: a flag or value is not allowed; one line.
+        SystemExit: help was asked for and shown.
+    """
+    words, file = _take_value(words, "-c", "--config", kind="a file")
+    words, name = _take_value(words, "--recipe", kind="a name")
+    words, resume = _take_value(words, "--resume", kind="auto or a run folder")
+    show = "--print-config" in words
+    words = [word for word in words if word != "--print-config"]
+    about = _ABOUT_TRAIN
+    if "-h" in words or "--help" in words:
+        from unloaf.recipes import recipe_names
+
+        about = f"{about} Recipes: {', '.join(recipe_names())}."
+    default = _defaults(file, name, resume)
+    return Train(parse(Config, words, prog="unloaf train", default=default, about=about), resume, show)
+
+
+def _defaults(file: str | None, name: str | None, resume: str | None) -> Config | None:
+    """The settings that the flags override: of a file, a recipe or the run that goes on."""
+    sources = {"-c": file, "--recipe": name, "--resume RUN": None if resume == "auto" else resume}
+    given = [flag for flag, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both give all settings; give one of them, and flags beside it")
+    if file is not None:
+        return load_config(file)
+    if name is not None:
+        from unloaf.recipes import recipe
+
+        return recipe(name)
+    return load_config(run_of(Path(resume)) / "args.yaml") if given and resume is not None else None
+
+
+def _take_value(words: list[str], *flags: str, kind: str) -> tuple[list[str], str | None]:
+    """The words without the flag, and its value: a configuration file is read before the flags that override it."""
+    rest: list[str] = []
+    value: str | None = None
+    iterator = iter(words)
+    for word in iterator:
+        flag, equals, text = word.partition("=")
+        if flag not in flags:
+            rest.append(word)
+            continue
+        value = text if equals else next(iterator, "")
+        if value == "" or (value.startswith("-") and not equals):
+            raise ValueError(f"{flag}: give {kind}")
+    return rest, value
+
+
+def parse(kind: Any, words: list[str], *, prog: str, default: Any = None, about: str | None = None) -> Any:
+    """Tyro's parser, with one line for an error where tyro draws a box.
+
+    Args:
+        kind: a dataclass.
+        words: flags and values.
+        prog: how the command is called, for its help.
+        default: an instance whose values the flags override.
+        about: the first lines of the help; default: the docstring of `kind`.
+
+    Raises:
+        ValueError: a flag or value is not allowed.
+        SystemExit: help was asked for and shown.
+
+    >>> parse(Demo, ["--seeds", "3"], prog="unloaf demo").seeds
+    3
+    """
+    box = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, args=words, prog=prog, description=about, **extra)
+    except SystemExit as error:
+        if error.code == 0:
+            raise
+        raise ValueError(_reason(error, box.getvalue())) from error
+
+
+_NOT_A_NUMBER = {
+    "invalid literal for int() with base 10": "an integer",
+    "could not convert string to float": "a number",
+}
+
+
+def _reason(error: SystemExit, box: str) -> str:
+    # The first line is the title in its frame; where the output has no line characters there is no frame.
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    useful = [line for line in lines if line.strip("─-╰╯") and not line.startswith(("For full help", "Argument help"))]
+    text = " ".join(useful[:3])
+    flag = found[1] if (found := re.match(r"Error parsing (\S+): ", text)) else ""
+    cause = error.__context__
+    while cause is not None and cause.__context__ is not None:
+        cause = cause.__context__
+    if not isinstance(cause, ValueError):
+        return text
+    reason = str(cause)
+    for start, kind in _NOT_A_NUMBER.items():
+        if reason.startswith(start):
+            return f"{flag} {reason[len(start) + 2 :][:80]}: give {kind}"
+    if found := re.match(r"no type matching (.*) could be instantiated from (\[.*)\.$", reason, flags=re.M):
+        return f"{flag} {found[2][:80]}: give {found[1]}"
+    return reason
