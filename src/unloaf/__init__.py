@@ -21,6 +21,7 @@ _HOMES = {
     "losses": ["direction_kl_loss", "kl_loss"],
     "inputs": ["SmallerInputs"],
     "batchnorm": ["recalibrate_bn"],
+    "compilation": ["compile_blocks"],
     "methods": [
         "CommonTraining",
         "GroupKnowledgeTraining",
@@ -52,6 +53,7 @@ __all__ = [  # the same names again, for type checkers
     "Subnet",
     "SubnetRow",
     "active_subnet",
+    "compile_blocks",
     "direction_kl_loss",
     "enumerate_subnets",
     "evaluate_subnets",
@@ -63,6 +65,7 @@ __all__ = [  # the same names again, for type checkers
 
 if TYPE_CHECKING:
     from unloaf.batchnorm import recalibrate_bn
+    from unloaf.compilation import compile_blocks
     from unloaf.engine.errors import CheckpointError
     from unloaf.evaluation import SubnetRow, evaluate_subnets
     from unloaf.inputs import SmallerInputs

@@ -18,7 +18,7 @@ from torch import nn
 
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from unloaf.engine.config import Config
-from unloaf.engine.data import Data
+from unloaf.engine.data import Data, explain_worker_death
 from unloaf.engine.devices import total
 from unloaf.engine.display import SILENT, Display, show_progress
 from unloaf.engine.environment import bits_depend_on, environment
@@ -113,6 +113,7 @@ class Run:
         self.config, self.accelerator = training.config, training.accelerator
         self.stack, self.console = stack, console
         self.display: Display = SILENT
+        stack.callback(training.batches.close)
         self.environment = environment(processes=self.accelerator.num_processes)
         self.saver: Saver | None = None
         if folder is not None:
@@ -180,7 +181,10 @@ class Run:
             # Several processes can only save together, so only where all of them know of the end.
             if self.accelerator.num_processes == 1 or isinstance(error, (StoppedError, NonFiniteLossError)):
                 self._save_after(error)
-            self.say(f"stopped at step {training.steps_done}: {error}")
+            reason = explain_worker_death(error)
+            self.say(f"stopped at step {training.steps_done}: {reason or error}")
+            if reason is not None:
+                raise RuntimeError(reason) from error
             raise
 
     def _save_after(self, error: Exception) -> None:

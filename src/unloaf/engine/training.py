@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from unloaf.compilation import compile_blocks
 from unloaf.engine.config import Config
 from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
 from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
@@ -184,6 +185,8 @@ def prepare(
         model = model.to(memory_format=torch.channels_last)
     model = share_model(accelerator, config, model)
     average = build_average(config, inner_module(model))
+    if config.torchcompile:
+        compile_blocks(model, stages)
     optimizer = share_optimizer(accelerator, build_optimizer(config, inner_module(model)))
     return Training(
         config=config,

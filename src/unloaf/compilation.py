@@ -1,0 +1,56 @@
+"""torch.compile where it pays and stays bounded: block by block."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from unloaf.stages import Stage, inner_module
+from unloaf.subnet import check_stages
+
+# Of torch's cache of graphs, which all blocks of a class share: its default of 8 is less than a ResNet-50 has shapes.
+_RECOMPILE_LIMIT = 128
+
+
+def compile_blocks(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+) -> None:
+    """Compile the forward of each residual block; which blocks run is still decided in eager mode, for each pass.
+
+    Compiled as a whole, a model is compiled anew for each subnet. Compiled block by block there are graphs for each
+    distinct shape of a block (twice: batch norm that moves its statistics, and batch norm that leaves them alone) and
+    for new sizes of the input, however many subnets are drawn. A ``copy.deepcopy`` of the model is compiled too.
+
+    Args:
+        model: its blocks get a ``forward`` of their own; class, parameters and keys stay.
+        stages: from `find_stages`.
+        backend: of torch.compile.
+        mode: of torch.compile.
+
+    Raises:
+        ValueError: stages of another model, or a model inside `active_subnet`.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(), torch.randn(2, 3, 32, 32)
+    >>> unloaf.compile_blocks(model, unloaf.find_stages(model, x), backend="eager")
+    >>> with torch.no_grad():
+    ...     model(x).shape
+    torch.Size([2, 1000])
+    """
+    blocks = check_stages(inner_module(model), stages)
+    compiled = functools.cache(lambda kind: torch.compile(kind.forward, backend=backend, mode=mode))
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
+    for block in blocks.values():
+        # Bound as a method, so that the block of a copy runs on the copy's parameters.
+        block.__dict__["forward"] = MethodType(compiled(type(block)), block)

@@ -1,0 +1,83 @@
+"""Blocks compiled one by one: the same gradients, and few graphs."""
+
+import copy
+
+import pytest
+import torch
+
+import unloaf
+from unloaf.engine.models import build_model
+
+# torch looks at the gradients of activations while it traces, and warns about that itself.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+SIDES = (16, 24, 32)
+
+
+@pytest.fixture
+def counted():
+    """A backend that runs graphs as they are, and the list of those it was given."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return backend, graphs
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    model = build_model("cifar/resnet20", num_classes=10, width=4).double()
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    return model, unloaf.find_stages(model, x), x, torch.arange(4)
+
+
+def gradients(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def plus(model, stages):
+    inputs = unloaf.SmallerInputs(sides=SIDES)
+    return unloaf.stimulative_plus(model, stages, num_subnets=3, subnet_inputs=inputs, sampler=unloaf.OrderedSampler())
+
+
+def test_compiled_gradients_are_the_eager_ones(network, counted):
+    model, stages, x, y = network
+    eager = copy.deepcopy(model)
+    unloaf.compile_blocks(model, stages, backend=counted[0])
+    methods = plus(model, stages), plus(eager, stages)
+    for _ in range(5):
+        for method in methods:
+            method.backward(x, y)
+    expected = gradients(eager)
+    assert (gradients(model) - expected).norm() < 1e-10 * expected.norm()
+    assert len(counted[1]) > 0
+
+
+def test_graphs_are_bounded_by_shapes_and_sizes_over_50_steps(network, counted):
+    model, stages, x, y = network
+    backend, graphs = counted
+    unloaf.compile_blocks(model, stages, backend=backend)
+    method = plus(model, stages)
+    for _ in range(50):
+        method.backward(x, y)
+    shapes = 5  # an equal and two shape-changing kinds of block: 4, 4 to 8, 8, 8 to 16, 16 channels
+    assert len(graphs) <= shapes * len(SIDES) * 2
+    before = len(graphs)
+    for _ in range(10):
+        method.backward(x, y)
+    assert len(graphs) == before
+
+
+def test_copy_of_a_compiled_model_runs_on_its_own_parameters(network, counted):
+    model, stages, x, _ = network
+    unloaf.compile_blocks(model, stages, backend=counted[0])
+    copied = copy.deepcopy(model).eval()
+    before = copied(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x), before)
+    assert not torch.equal(model.eval()(x), before)
