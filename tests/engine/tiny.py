@@ -1,6 +1,5 @@
 """A run that takes a moment: three blocks with batch norm and dropout, 64 images of 8x8; and processes to spoil it."""
 
-import gc
 import io
 import os
 import traceback
@@ -36,17 +35,17 @@ class TinyBlock(nn.Module):
 
 
 class TinyNetwork(nn.Module):
-    """(N, 1, S, S) -> (N, 3). `on_forward` is called before every pass, with the network."""
+    """(N, 1, S, S) -> (N, 3). `on_forward` is called before every pass, with the network and its input."""
 
     def __init__(self, *, norm: bool = True, dropout: float = 0.1, classes: int = 3) -> None:
         super().__init__()
         self.stem = nn.Conv2d(1, 4, 3, padding=1)
         self.blocks = nn.Sequential(*(TinyBlock(norm=norm, dropout=dropout) for _ in range(3)))
         self.head = nn.Linear(4, classes)
-        self.on_forward: Callable[[TinyNetwork], None] = lambda network: None
+        self.on_forward: Callable[[TinyNetwork, Tensor], None] = lambda network, x: None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.on_forward(self)
+        self.on_forward(self, x)
         return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
 
 
@@ -122,7 +121,6 @@ def fork(work: Callable[[], int | None], *, errors: Path | None = None) -> int:
     """
     if torch.cuda.is_available():
         pytest.skip("autograd's threads for a GPU do not survive a fork")
-    gc.collect()  # data workers of earlier tests, and the threads that feed them, go with their loaders
     if child := os.fork():
         return child
     code = 99

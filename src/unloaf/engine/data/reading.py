@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Iterable, Iterator
@@ -177,6 +178,11 @@ def _as_read(chunk: Any) -> Any:
     return chunk
 
 
+def _leave_group(worker: int) -> None:
+    # A terminal's Ctrl-C goes to the whole group; the run wants its workers until its last step is saved.
+    os.setpgrp()
+
+
 def chunk_loader(reader: Any, plan: Iterable[list[Key]], *, workers: int, pin: bool) -> DataLoader[Any]:
     """A DataLoader that hands the lists of keys of the plan to the reader; its workers live on between passes.
 
@@ -189,6 +195,7 @@ def chunk_loader(reader: Any, plan: Iterable[list[Key]], *, workers: int, pin: b
         collate_fn=_as_read,
         pin_memory=pin,
         persistent_workers=workers > 0,
+        worker_init_fn=_leave_group,
         generator=torch.Generator().manual_seed(0),
     )
 

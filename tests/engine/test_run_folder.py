@@ -1,0 +1,176 @@
+"""The folder of a run: who may write to it, what is in it, and what a resumed run may change."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from unloaf.engine.config import Config, load_config
+from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, open_run
+
+
+def occupy(path: Path) -> int:
+    """A process that holds the folder until it is killed."""
+    ready = path.parent / "ready"
+
+    def work() -> None:
+        folder = RunFolder(path)
+        ready.touch()
+        time.sleep(60)
+        folder.close()
+
+    child = tiny.fork(work, errors=path.parent / "errors.txt")
+    end = time.monotonic() + 20
+    while not ready.exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return child
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def begin(config: Config) -> None:
+    folder = open_run(config)
+    folder.begin(config, {})
+    folder.close()
+
+
+def test_second_process_is_refused_with_process_and_host_of_the_first(tmp_path):
+    child = occupy(tmp_path / "run")
+    try:
+        with pytest.raises(ValueError, match=rf"in use by process {child} on {os.uname().nodename}.*another --name"):
+            open_run(tiny.config(output=str(tmp_path), name="run"), resume="auto")
+    finally:
+        kill(child)
+
+
+def test_lock_of_a_killed_process_is_taken_over(tmp_path):
+    kill(occupy(tmp_path / "run"))
+    assert (tmp_path / "run" / "run.lock").exists()
+    folder = RunFolder(tmp_path / "run")
+    assert f"process {os.getpid()} on " in (tmp_path / "run" / "run.lock").read_text()
+    folder.close()
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_closed_folder_can_be_opened_again(tmp_path):
+    RunFolder(tmp_path / "run").close()
+    RunFolder(tmp_path / "run").close()
+
+
+def test_existing_run_is_refused_without_resume(tmp_path):
+    config = tiny.config(output=str(tmp_path), name="run")
+    begin(config)
+    with pytest.raises(ValueError, match=r"run folder .*run exists; give another --name, go on with --resume auto"):
+        open_run(config)
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_folder_that_is_no_run_is_refused_and_left_alone(tmp_path, resume):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("everything")
+    with pytest.raises(ValueError, match=r"run folder .* exists and is no run; give another --name"):
+        open_run(tiny.config(output=str(tmp_path), name="run"), resume=resume)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_resume_of_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no run: it has no args\.yaml"):
+        open_run(tiny.config(output=str(tmp_path)), resume=str(tmp_path))
+
+
+def test_resume_auto_needs_a_name(tmp_path):
+    with pytest.raises(ValueError, match="resume auto: give --name"):
+        open_run(tiny.config(output=str(tmp_path)), resume="auto")
+
+
+def test_files_that_the_run_did_not_write_stay(tmp_path):
+    config = tiny.config(output=str(tmp_path), name="run", epochs=1)
+    run = tiny.run(config).path
+    foreign = [run / "notes.txt", run / "checkpoints" / "step-best.txt", run / "checkpoints" / "step-00000001" / "mine"]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    tiny.run(config, resume="auto")
+    assert [path.read_text() for path in foreign] == ["mine"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("lr", 0.01, r"lr 0\.05 \(now 0\.01\)"),
+        ("batch_size", 32, r"batch_size 16 \(now 32\)"),
+        ("method", "gkt", r"method st \(now gkt\)"),
+        ("epochs", 3, r"epochs 2 \(now 3\)"),
+        ("seed", 1, r"seed 0 \(now 1\)"),
+    ],
+)
+def test_other_settings_are_refused_on_resume_and_named(tmp_path, name, value, told):
+    config = tiny.config(method="st", output=str(tmp_path), name="run")
+    begin(config)
+    with pytest.raises(ValueError, match=f"was begun with {told}; resume with the same settings"):
+        open_run(replace(config, **{name: value}), resume="auto")
+
+
+def test_settings_that_change_no_bit_are_free_on_resume(tmp_path):
+    config = tiny.config(output=str(tmp_path), name="run")
+    begin(config)
+    changed = {"workers": 2, "log_interval": 7, "checkpoint_interval": 3, "checkpoint_hist": 5, "on_nan": "skip"}
+    assert changed.keys() <= FREE_SETTINGS
+    open_run(replace(config, **changed), resume="auto").close()
+
+
+def test_run_that_moved_goes_on_at_its_new_place(tmp_path):
+    path = tiny.run(tiny.config(output=str(tmp_path / "old"), name="run", epochs=1)).path
+    (tmp_path / "new").mkdir()
+    moved = path.rename(tmp_path / "new" / "other")
+    config = load_config(moved / "args.yaml")
+    assert tiny.run(config, resume=str(moved)).path == moved
+    assert not (tmp_path / "old" / "run").exists()
+
+
+def test_start_that_fails_leaves_no_folder(tmp_path):
+    config = tiny.config(model="timm/resnet5O", output=str(tmp_path), name="run")
+    with pytest.raises(ValueError, match="did you mean"):
+        tiny.train(config, console=tiny.quiet(), data=tiny.data())
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_that_fails_leaves_the_run_as_it_was(tmp_path):
+    config = tiny.config(output=str(tmp_path), name="run", epochs=1)
+    run = tiny.run(config).path
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="a step takes 16 images"):
+        tiny.train(config, console=tiny.quiet(), resume="auto", model=tiny.network(),
+                   data=tiny.data(train=tiny.data().train.subset(tiny.torch.arange(8))))  # fmt: skip
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["below a file", "read-only"])
+def test_unwritable_output_is_told_in_a_second_without_torch(tmp_path, kind):
+    (tmp_path / "file").touch()
+    output = tmp_path / "file" / "below" if kind == "below a file" else Path("/proc")
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('heavy', {'torch', 'timm', 'numpy'} & sys.modules.keys()))\n"
+        "from unloaf.cli import main; sys.exit(main())"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = ["train", "--output", str(output), "--name", "run"]
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith(f"unloaf: error: cannot write to the run folder {output}/run: ")
+    assert result.stderr.endswith("; give another --output\n")
+    assert result.stdout == "heavy set()\n"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
