@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -40,6 +41,10 @@ options:
   --debug     show the traceback of an error"""
 
 
+# Where a path was asked for that cannot be one, or that this user may not read.
+_BAD_PATHS = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code.
 
@@ -73,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=1, debug=debug)
     except KeyboardInterrupt as error:
         return _fail(error, code=130, debug=debug, text="stopped by Ctrl-C")
+    except OSError as error:
+        code = 2 if error.errno in _BAD_PATHS else 1
+        return _fail(error, code=code, debug=debug, text=str(error) + "; --debug shows where" * (code == 1))
     except Exception as error:
         return _fail(error, code=1, debug=debug, text=f"{type(error).__name__}: {error}; --debug shows where")
     finally:

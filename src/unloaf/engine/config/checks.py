@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import reprlib
 import types
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -78,7 +80,10 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 def check_types(config: Config) -> None:
     """Raises ValueError if a value is not of its field's type."""
     for name, hint in get_type_hints(type(config)).items():
-        _check_type(name, getattr(config, name), hint)
+        value = getattr(config, name)
+        _check_type(name, value, hint)
+        if isinstance(value, str):
+            _check_text(name, value)
 
 
 def check_ranges(config: Config) -> None:
@@ -87,7 +92,8 @@ def check_ranges(config: Config) -> None:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number != "auto" and not low <= number <= high:
-                raise ValueError(f"{name} {number}: give {meaning}")
+                most = f", at most {high:g}" if "at least" in meaning and high < number and high < _LARGEST else ""
+                raise ValueError(f"{name} {brief(number)}: give {meaning}{most}")
 
 
 def check_together(config: Config) -> None:
@@ -138,8 +144,33 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         return
     allowed = ", ".join(_describe(option) for option in _options(hint))
     advice = "; in YAML write 1.0e-3, not 1e-3, which YAML reads as text" if _is_number(value) else ""
-    close = difflib.get_close_matches(str(value), [str(a) for a in _literals(hint)], n=1)
-    raise ValueError(f"{name} {value!r}: give {allowed}" + (f"; did you mean {close[0]}?" if close else advice))
+    close = difflib.get_close_matches(str(value), _literals(hint), n=1) if isinstance(value, str) else []
+    raise ValueError(f"{name} {brief(value)}: give {allowed}" + (f"; did you mean {close[0]}?" if close else advice))
+
+
+def _check_text(name: str, value: str) -> None:
+    """Texts become file names and lines of args.yaml: what cannot be either is refused before training."""
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value) or not _is_unicode(value):
+        raise ValueError(f"{name} {brief(value)}: give a text without control characters, in Unicode")
+    if len(value) > 4000 or any(len(part.encode()) > 255 for part in value.split("/")):
+        raise ValueError(f"{name} {brief(value)}: too long for a path; give at most 255 bytes between two slashes")
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def brief(value: Any) -> str:
+    """The value as it is written in Python, at most some 100 letters of it: YAML aliases make 7 MB of 400 bytes."""
+    if isinstance(value, int) and abs(value) >= 10**40:  # Python writes no integer of more than 4,300 digits
+        return f"an integer of {math.ceil(abs(value).bit_length() * math.log10(2))} digits"
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, 100, 100
+    return short.repr(value)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

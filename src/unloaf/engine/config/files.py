@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from unloaf.engine.config.checks import brief
 from unloaf.engine.config.fields import Config
 
 
@@ -22,11 +23,14 @@ def load_config(path: str | Path) -> Config:
         ValueError: the file cannot be read, is no mapping, or holds an unknown or illegal entry.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        entries = yaml.safe_load(text)
+    except Exception as error:  # not only YAMLError: `!!bool maybe` is a KeyError, `[[[[...` a RecursionError
+        reason = " ".join(str(error).split()) if isinstance(error, (yaml.YAMLError, ValueError)) else repr(error)
+        raise ValueError(f"{path} is not YAML: {reason[:500]}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: give lines of the form 'epochs: 30', not {type(entries).__name__}")
     return _from_entries(entries, source=str(path))
@@ -36,9 +40,9 @@ def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
     known = [field.name for field in dataclasses.fields(Config)]
     for key in entries:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
+            close = difflib.get_close_matches(key, known, n=1) if isinstance(key, str) else []
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-            raise ValueError(f"{source}: unknown entry {key!r}; {hint}")
+            raise ValueError(f"{source}: unknown entry {brief(key)}; {hint}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
     try:
         return Config(**values)
