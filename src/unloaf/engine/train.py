@@ -182,7 +182,8 @@ class Run:
             if self.accelerator.num_processes == 1 or isinstance(error, (StoppedError, NonFiniteLossError)):
                 self._save_after(error)
             reason = explain_worker_death(error)
-            self.say(f"stopped at step {training.steps_done}: {reason or error}")
+            first_line = (reason or str(error)).strip().partition("\n")[0]
+            self.say(f"stopped at step {training.steps_done}: {first_line}")
             if reason is not None:
                 raise RuntimeError(reason) from error
             raise
