@@ -1,0 +1,272 @@
+"""`unloaf eval` and `unloaf report` on runs that were trained in this file."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from unloaf import cli
+from unloaf.analysis.histories import differences, read_histories, run_row
+from unloaf.analysis.runs import NetworkRow, gmacs, judge_run, pareto_front
+from unloaf.engine.config import Config
+from unloaf.engine.models import build_model
+from unloaf.engine.train import train
+
+
+def train_run(folder, name, **settings):
+    tiny = {"model": "cifar/resnet14", "width": 2, "batch_size": 64, "device": "cpu", "eval_subnets": 3}
+    config = Config(**(tiny | {"output": str(folder), "name": name} | settings))
+    return train(config, console=Console(file=io.StringIO())).path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three epochs with a moving average; nobody writes to it."""
+    return train_run(tmp_path_factory.mktemp("runs"), "first", epochs=3, model_ema=True, model_ema_decay=0.9)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "first", symlinks=True))
+
+
+def summary(run):
+    return list(csv.DictReader((run / "summary.csv").read_text().splitlines()))
+
+
+def events(run, kind):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [event for event in found if event["event"] == kind]
+
+
+def in_process(capsys, *words):
+    code = cli.main([str(word) for word in words])
+    return code, *capsys.readouterr()
+
+
+def test_main_network_has_the_logged_accuracy_to_the_last_digit(trained):
+    judged, logged = judge_run(trained), summary(trained)[-1]
+    assert judged.epoch == 3
+    assert str(judged.main["val"].top1) == logged["eval_top1"]
+    assert (str(judged.main["val"].loss), str(judged.main["val"].top5)) == (logged["eval_loss"], logged["eval_top5"])
+    [result] = events(trained, "result")
+    assert judged.main["test"].top1 == result["test_top1"]
+
+
+def test_best_checkpoint_has_the_accuracy_of_its_own_epoch(trained):
+    judged, logged = judge_run(trained, checkpoint="best", split="val"), summary(trained)
+    assert str(judged.main["val"].top1) == logged[judged.epoch - 1]["eval_top1"]
+    assert judged.main["val"].top1 == max(float(row["eval_top1"]) for row in logged)
+    assert set(judged.main) == {"val"}
+
+
+def test_moving_average_has_its_logged_accuracy(trained):
+    judged = judge_run(trained, ema=True)
+    assert str(judged.main["val"].top1) == summary(trained)[-1]["ema_top1"]
+    assert judged.weights == "model_ema"
+
+
+def test_drawn_subnets_are_those_of_the_run_with_their_accuracy(trained):
+    main, *rows = judge_run(trained, subnets="3").subnets
+    assert main.subnet == "2-2-2"
+    assert {row.subnet: row.top1 for row in rows} == events(trained, "subnets")[-1]["top1"]
+
+
+def test_other_batch_size_gives_the_same_accuracy(trained):
+    assert judge_run(trained, batch_size=300).main["val"].top1 == judge_run(trained).main["val"].top1
+
+
+def test_recalibration_on_other_images_changes_subnets_and_not_the_main_network(trained):
+    few, many = judge_run(trained, subnets="all", recalibrate=8), judge_run(trained, subnets="all")
+    assert few.main == many.main
+    assert few.subnets[0] == many.subnets[0]
+    assert few.subnets[1:] != many.subnets[1:]
+
+
+def test_pareto_front_by_hand():
+    figures = {"a": (90, 4), "b": (80, 2), "c": (85, 3), "d": (80, 3), "e": (79, 1), "f": (80, 2), "g": (90, 5)}
+    rows = [NetworkRow(name, top1, 100.0, 0.5, 10, cost) for name, (top1, cost) in figures.items()]
+    assert [row.subnet for row in pareto_front(rows)] == ["e", "b", "f", "c", "a"]
+
+
+def test_pareto_is_the_front_of_all(trained):
+    everyone, best = judge_run(trained, subnets="all"), judge_run(trained, subnets="pareto")
+    assert len(everyone.subnets) == 8  # two depths in each of three stages
+    assert best.judged == everyone.subnets
+    assert best.subnets == tuple(pareto_front(everyone.subnets))
+
+
+def test_many_subnets_are_drawn_and_said_so(trained, monkeypatch):
+    monkeypatch.setattr("unloaf.analysis.runs._MOST_JUDGED", 4)
+    judged = judge_run(trained, subnets="pareto")
+    assert len(judged.judged) == 4
+    assert "4 of 8 ordered subnets were drawn" in judged.notes[0]
+
+
+def test_gmacs_by_hand_and_as_published():
+    resnet20 = build_model("cifar/resnet20", num_classes=10, in_chans=3, img_size=32, width=16)
+    # Stride 2 in the first convolution of a stage, shortcuts without parameters: 3x3 convolutions alone.
+    stages = [
+        6 * 16 * 16 * 9 * 32**2,
+        (16 * 32 + 5 * 32 * 32) * 9 * 16**2,
+        (32 * 64 + 5 * 64 * 64) * 9 * 8**2,
+    ]
+    by_hand = 3 * 16 * 9 * 32**2 + sum(stages) + 64 * 10
+    assert gmacs(resnet20, torch.zeros(1, 3, 32, 32)) * 1e9 == by_hand
+    # torchvision's documentation of resnet50 states 4.09 GFLOPS, which are multiply-adds.
+    resnet50 = build_model("tv/resnet50", num_classes=1000, in_chans=3, img_size=224)
+    assert gmacs(resnet50, torch.zeros(1, 3, 224, 224)) == pytest.approx(4.09, abs=0.005)
+
+
+def test_command_prints_and_writes_every_subnet_and_nothing_else(run, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    code, out, err = in_process(capsys, "eval", run, "--subnets", "pareto")
+    assert (code, err) == (0, "")
+    top1 = float(summary(run)[-1]["eval_top1"])
+    assert f"val top-1 {top1:.2f} %" in out
+    assert re.search(r"^test top-1 ", out, flags=re.M)
+    rows = list(csv.DictReader((run / "subnets.csv").read_text().splitlines()))
+    assert len(rows) == 8
+    assert rows[0]["subnet"] == "2-2-2"
+    assert float(rows[0]["top1"]) == top1
+    assert {row["checkpoint"] for row in rows} == {(run / "last").resolve().name}
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    del after[run / "subnets.csv"]
+    assert after == before
+
+
+def test_command_writes_elsewhere(run, capsys, tmp_path):
+    code, _, _ = in_process(capsys, "eval", run, "--subnets", "1", "--output", tmp_path / "table.csv")
+    assert code == 0
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+    assert not (run / "subnets.csv").exists()
+
+
+def test_run_is_judged_while_it_trains(run):
+    # The lock of a run that trains, held by another process.
+    code = "import sys, time; from pathlib import Path; from unloaf.engine.run_folder import RunFolder\n"
+    code += "folder = RunFolder(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        owner = (run / "run.lock").read_text()
+        assert cli.main(["eval", str(run)]) == 0
+        assert (run / "run.lock").read_text() == owner
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_damaged_checkpoint_is_passed_over_and_said_so(run, capsys):
+    weights = (run / "last").resolve() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, out, _ = in_process(capsys, "eval", run, "--split", "val")
+    assert code == 0
+    assert out.startswith("passed over step-")
+    assert f"val top-1 {float(summary(run)[-2]['eval_top1']):.2f} %" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--subnets", "best"], "subnets 'best': give all, pareto or a number"),
+        (["-b", "1"], "batch_size 1: give at least 2"),
+        (["--output", "no/such/folder/table.csv", "--subnets", "1"], "give another --output"),
+    ],
+)
+def test_bad_option_is_answered(run, capsys, words, message):
+    code, _, err = in_process(capsys, "eval", run, *words)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_folder_without_a_run_or_a_checkpoint_is_answered(run, capsys, tmp_path):
+    code, _, err = in_process(capsys, "eval", tmp_path)
+    assert (code, "is no run" in err) == (2, True)
+    shutil.rmtree(run / "checkpoints")
+    code, _, err = in_process(capsys, "eval", run)
+    assert (code, "has no checkpoint yet" in err) == (2, True)
+    code, _, err = in_process(capsys, "eval", run, "--checkpoint", "best")
+    assert (code, "has no model_best" in err) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs")
+    return train_run(path, "second", epochs=2, method="common", lr=0.05, eval_subnets=0)
+
+
+def test_network_without_average_or_blocks_is_answered(second, capsys):
+    code, _, err = in_process(capsys, "eval", second, "--ema")
+    assert (code, "kept no moving average" in err) == (2, True)
+
+
+def test_report_states_what_the_folders_say(trained, second, capsys):
+    code, out, err = in_process(capsys, "report", trained, second)
+    assert (code, err) == (0, "")
+    [line] = [line.split() for line in out.splitlines() if line.startswith(" first ")]
+    logged, [result] = summary(trained), events(trained, "result")
+    assert line[:4] == ["first", "cifar/resnet14", "st", "3/3"]
+    best = max(logged, key=lambda row: float(row["eval_top1"]))
+    figures = [f"{float(best['eval_top1']):.2f}", f"({best['epoch']})", f"{float(logged[-1]['eval_top1']):.2f}"]
+    columns = ("ema_top1", "subnets_top1_mean", "subnets_top1_min")
+    figures += [f"{result['test_top1']:.2f}", *(f"{float(logged[-1][name]):.2f}" for name in columns)]
+    assert line[4:11] == figures
+    [learning_rate] = [line.split() for line in out.splitlines() if line.startswith(" lr ")]
+    assert learning_rate == ["lr", "0.1", "0.05"]
+
+
+def test_page_needs_no_other_file_and_shows_every_curve(trained, second, tmp_path, capsys):
+    page = tmp_path / "new" / "report.html"
+    code, out, _ = in_process(capsys, "report", trained, second, "--output", page)
+    assert code == 0
+    assert out.endswith(f"report: {page}\n")
+    html = page.read_text(encoding="utf-8")
+    assert re.findall(r'(?:src|href)="(?!#)', html) == []
+    assert html.count("<h3>") == 6
+    assert "Learning rate" in html
+    assert html.count('class="key"') == 2
+
+
+def test_report_of_a_run_that_has_just_begun_or_is_being_written(trained, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "begun", symlinks=True))
+    text = (run / "summary.csv").read_text()
+    (run / "summary.csv").write_text(text[: text.rindex(",")])  # the last line lacks a cell
+    (run / "metrics.jsonl").write_text('{"event": "res')
+    row = run_row(*read_histories([run]))
+    assert (row.done, row.test_top1) == (2, None)
+    (run / "summary.csv").unlink()
+    (run / "metrics.jsonl").unlink()
+    row = run_row(*read_histories([run]))
+    assert (row.done, row.best_top1, row.seconds) == (0, None, None)
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(trained, tmp_path):
+    copied = shutil.copytree(trained, tmp_path / "first", symlinks=True)
+    assert [history.label for history in read_histories([trained, copied])] == [str(trained), str(copied)]
+    assert differences(read_histories([trained, copied])) == {}
+
+
+def test_report_imports_no_torch(trained, tmp_path):
+    code = (
+        "import sys; from unloaf.cli import main; code = main(sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
+    )
+    words = ["report", str(trained), "--output", str(tmp_path / "page.html")]
+    assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True).returncode == 0
+
+
+def test_report_of_no_run_is_answered(tmp_path, capsys):
+    code, _, err = in_process(capsys, "report", tmp_path)
+    assert (code, "is no run" in err) == (2, True)
+    code, _, err = in_process(capsys, "report")
+    assert (code, "give at least one run folder" in err) == (2, True)
