@@ -161,6 +161,32 @@ def test_judged_subnets_are_in_the_record(tmp_path):
     assert float(row["subnets_top1_mean"]) == pytest.approx(sum(event["top1"].values()) / 2)
 
 
+class NormOnOnePixel(tiny.TinyNetwork):
+    """A batch norm after the pooling: it has no statistics of a single image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.last(self.blocks(self.stem(x)).mean(dim=(2, 3))))
+
+
+@pytest.mark.xfail(reason="a last calibration batch of 1 ends the run after its first epoch", strict=True)
+def test_subnets_are_judged_whatever_the_last_calibration_batch_holds():
+    training = begin(NormOnOnePixel(), epochs=1, eval_subnets=1, recalibrate=17)  # 16 and 1
+    row = train_epoch(training)
+    assert row.eval is not None
+    assert len(row.eval.subnets) == 1
+
+
+def test_last_batch_of_one_image_is_judged():
+    data = tiny.data()
+    data = replace(data, val=data.val.subset(torch.arange(17)))
+    training = prepare(tiny.config(epochs=1), data=data, model=NormOnOnePixel())
+    assert train_epoch(training).eval is not None
+
+
 def test_environment_names_versions_and_hardware(tmp_path):
     path = tiny.run(tiny.config(output=str(tmp_path), epochs=1)).path
     env = json.loads((path / "env.json").read_text())
