@@ -84,12 +84,20 @@ class TrainReader:
 
     def _cut(self, images: ImageSet, keys: list[Key]) -> Chunk:
         index = torch.tensor([key.image for key in keys])
-        draws = torch.stack([self._table(key.epoch, key.repeat)[key.image] for key in keys])
+        draws = self._draws(keys, index)
         at = index.to(images.images.device)
         pixels = crop_and_flip(images.images[at], draws, pad=self._data.pad)
         if changes_pixels(self._config):
             pixels = torch.stack([self._augment(as_picture(p), key) for p, key in zip(pixels, keys, strict=True)])
         return Chunk(pixels, images.labels[at], torch.zeros(len(keys), dtype=torch.bool), ())
+
+    def _draws(self, keys: list[Key], index: Tensor) -> Tensor:
+        draws = torch.empty(len(keys), 3, dtype=torch.int64)
+        tables = [(key.epoch, key.repeat) for key in keys]
+        for table in set(tables):  # one, or one for each repeat: not a look-up for each image
+            mine = torch.tensor([other == table for other in tables])
+            draws[mine] = self._table(*table)[index[mine]]
+        return draws
 
     def _augment(self, image: Image, key: Key) -> Tensor:
         seed_host("augment-image", self._config.seed, *key)
