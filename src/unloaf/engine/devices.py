@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
         gradient_as_bucket_view=True,
         find_unused_parameters=config.method == "stochastic-depth",
     )]  # fmt: skip
+    # accelerate leaves a tracker out without a word when its package is missing.
+    missing = set(config.trackers) - {str(tracker.value) for tracker in get_available_trackers()}
+    if missing:
+        raise ValueError(f"trackers {', '.join(sorted(missing))}: not installed; pip install it, or leave it out")
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",
