@@ -1,17 +1,21 @@
 """The command line: exit codes, one-line errors, and what it does not import."""
 
+import json
 import os
+import re
 import resource
-import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import unloaf
 from unloaf import cli
-from unloaf.engine.errors import NonFiniteLossError
+from unloaf.arguments import _ABOUT_TRAIN
+from unloaf.engine.errors import CheckpointError, NonFiniteLossError, StoppedError
+from unloaf.recipes import recipe_names
 
 # Small enough for a few seconds.
 TINY = ["--model", "cifar/resnet14", "--width", "2", "--epochs", "1", "-b", "256", "--device", "cpu", "--method", "st"]
@@ -33,7 +37,17 @@ def in_process(capsys, *words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["train", "--help"], ["train", "--epochs", "0"], ["train", "-c", "nofile"]]
+    "words",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["train", "--epochs", "0"],
+        ["train", "-c", "nofile"],
+        ["train", "--recipe", "norecipe"],
+        ["eval", "norun", "--subnets", "0"],
+        ["report", "norun"],
+    ],
 )
 def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
     # The best of three: other work on the machine can only add.
@@ -60,10 +74,22 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
         (["train", "-b", "many"], "-b/--batch-size"),
         (["train", "--bath-size", "64"], "--batch-size"),
         (["train", "--method", "sst"], "invalid choice 'sst'"),
+        (["train", "--epochs", "x"], "--epochs 'x': give an integer"),
         (["train", "--config"], "--config: give a file"),
+        (["train", "--recipe"], "--recipe: give a name"),
+        (["train", "--recipe", "--epochs"], "--recipe: give a name"),
+        (["train", "--resume"], "--resume: give auto or a run folder"),
+        (["train", "--recipe", "digits_stp"], "did you mean digits_stpp"),
+        (["train", "--recipe", "digits_st", "-c", "a.yaml"], "-c and --recipe both give all settings"),
+        (["train", "--resume", "norun"], "norun is no run"),
         (["train", "--dataset", "cifar100"], "give --data-dir"),
         (["demo", "--seeds", "0"], "seeds 0: give at least 1"),
-        (["trian"], "unknown command 'trian'; give demo, train, bench"),
+        (["trian"], "unknown command 'trian'; give demo, train, eval, report, check-data, bench"),
+        (["eval"], "RUN"),
+        (["eval", "r", "-b", "x"], "-b/--batch-size ['x']: give"),
+        (["report"], "give at least one run folder"),
+        (["check-data"], "DIR"),
+        (["check-data", "nofolder"], "nofolder is no folder"),
         (["bench"], "give 'bench step'"),
     ],
 )
@@ -90,7 +116,8 @@ def test_train_in_a_process_of_its_own(tmp_path):
     assert "\r" not in result.stderr + result.stdout
     again = run("train", *TINY, "--output", str(tmp_path), "--name", "run")
     assert again.returncode == 2
-    assert again.stderr == f"unloaf: error: run folder {tmp_path}/run exists; give another --name, or remove it\n"
+    remedy = "give another --name, go on with --resume auto, or remove it"
+    assert again.stderr == f"unloaf: error: run folder {tmp_path}/run exists; {remedy}\n"
 
 
 def test_flags_override_the_file(capsys, tmp_path):
@@ -103,7 +130,12 @@ def test_flags_override_the_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (NonFiniteLossError("main is not finite"), 3, "main is not finite"),
+        (NonFiniteLossError("main is not finite", terms={}), 3, "main is not finite"),
+        (StoppedError("stopped by SIGTERM", code=143), 143, "stopped by SIGTERM"),
+        (StoppedError("stopped by Ctrl-C", code=130), 130, "stopped by Ctrl-C"),
+        (CheckpointError("disk full: need 2 MB"), 1, "disk full: need 2 MB"),
+        (ValueError("dataset: no\nimages"), 2, "dataset: no images"),
+        (BrokenPipeError(32, "Broken pipe"), 1, "[Errno 32] Broken pipe; --debug shows where"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
         (RuntimeError("out of\nmemory"), 1, "RuntimeError: out of memory; --debug shows where"),
     ],
@@ -113,6 +145,7 @@ def test_exit_code_of_a_stopped_run(capsys, monkeypatch, error, code, text):
         raise error
 
     monkeypatch.setattr("unloaf.engine.train.train", stop)
+    monkeypatch.setattr(cli, "open_run", lambda *args, **kwargs: None)
     assert in_process(capsys, "train") == (code, "", f"unloaf: error: {text}\n")
 
 
@@ -121,20 +154,96 @@ def test_debug_shows_the_traceback():
         cli.main(["train", "--epochs", "0", "--debug"])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_stops_a_run_and_leaves_its_weights(tmp_path, number, code):
-    words = [*TINY, "--epochs", "100000", "--output", str(tmp_path), "--name", "run"]
-    process = subprocess.Popen(unloaf_command("train", *words), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    process.stderr.readline()  # the first epoch
-    os.kill(process.pid, number)
-    start = time.monotonic()
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert time.monotonic() - start < 10
-    assert "Traceback" not in err
-    assert (tmp_path / "run" / "model.safetensors").is_file()
-
-
 def test_version(capsys):
     assert in_process(capsys, "--version") == (0, f"unloaf {unloaf.__version__}\n", "")
+
+
+def test_help_lists_every_command(capsys):
+    _, out, _ = in_process(capsys, "--help")
+    listed = re.findall(r"^  ([a-z]+(?:-[a-z]+)?)(?: step)?  ", out, flags=re.M)
+    assert listed == list(cli._COMMANDS)
+    assert in_process(capsys) == (0, out, "")
+
+
+def test_help_of_train_names_what_is_no_setting_and_every_recipe(capsys):
+    code, out, _ = in_process(capsys, "train", "--help")
+    assert code == 0
+    about = " ".join(out.split())
+    for word in ("-c FILE", "--config", "--recipe NAME", "--resume auto", "--resume RUN", "--print-config"):
+        assert word in about
+    assert f"Recipes: {', '.join(recipe_names())}." in about
+
+
+def test_recipe_gives_defaults_that_flags_override(capsys):
+    code, out, _ = in_process(capsys, "train", "--recipe", "digits_gkt", "--seed", "7", "--print-config")
+    assert code == 0
+    assert {"method: gkt", "seed: 7"} <= set(out.splitlines())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train", "--print-config"]])
+def test_reader_that_leaves_early_ends_the_command_quietly(words):
+    reader, writer = os.pipe()
+    os.close(reader)  # gone before the first word, as `head -0` would be
+    process = subprocess.Popen(unloaf_command(*words), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_flags_of_train_are_those_of_the_list(capsys):
+    """Scripts of users name them: to remove or rename one is a decision, and so is a new one."""
+    _, out, _ = in_process(capsys, "train", "--help")
+    lines = [line.strip("│ ") for line in out.splitlines()]
+    settings = {flag for line in lines if line.startswith("-") for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", line)}
+    others = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", _ABOUT_TRAIN))
+    assert sorted(settings | others) == json.loads(Path(__file__).with_name("flags.json").read_text())
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two classes of three images; 1 of them is a text, another cut off."""
+    for split in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (8, 8), (number, index, 0)).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def test_good_images_are_counted(images, capsys):
+    assert in_process(capsys, "check-data", str(images)) == (
+        0,
+        "train: 6 images, 2 classes: cat 3, dog 3\nval: 6 images, 2 classes: cat 3, dog 3\nall images can be read\n",
+        "",
+    )
+
+
+def test_bad_images_are_listed_with_their_reasons(images, capsys):
+    (images / "train" / "cat" / "1.png").write_text("no image")
+    cut_off = images / "val" / "dog" / "2.png"
+    cut_off.write_bytes(cut_off.read_bytes()[:50])
+    code, out, err = in_process(capsys, "check-data", str(images), "-j", "2")
+    assert code == 2
+    first, second = [line for line in out.splitlines() if line.startswith("bad: ")]
+    assert "cat/1.png: no image format that Pillow knows" in first
+    assert "dog/2.png: " in second
+    assert err.startswith("unloaf: error: 2 of 12 images cannot be read; ")
+    assert err.count("\n") == 1
+
+
+def test_many_classes_are_summed_up(tmp_path, capsys):
+    for number in range(21):
+        folder = tmp_path / "train" / f"class{number:02}"
+        folder.mkdir(parents=True)
+        for index in range(1 + (number == 5)):
+            Image.new("RGB", (4, 4)).save(folder / f"{index}.png")
+    code, out, _ = in_process(capsys, "check-data", str(tmp_path))
+    assert code == 0
+    assert out.startswith("train: 22 images, 21 classes of 1 (class00) to 2 (class05) images\n")
+
+
+def test_image_set_in_memory_is_counted(capsys):
+    code, out, _ = in_process(capsys, "check-data", ".", "--dataset", "digits")
+    assert code == 0
+    assert out.startswith("train: 897 images, 10 classes: 0 ")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -93,12 +96,14 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 def _stdout_is_closed() -> bool:
     """Whether the reader of the output has seen enough (`unloaf train --help | head -1`): no error, nothing to say."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end; what is left goes nowhere (docs.python.org, signal, note on SIGPIPE).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
+    with contextlib.suppress(io.UnsupportedOperation):
+        output = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(output, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            # Python flushes once more at its end; what is left goes nowhere (docs.python.org, note on SIGPIPE).
+            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+            return True
     return False
 
 

@@ -212,7 +212,6 @@ def _describe(option: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     try:
-        float(value)
-    except (TypeError, ValueError):
+        return isinstance(value, str) and float(value) is not None
+    except ValueError:
         return False
-    return isinstance(value, str)
