@@ -182,7 +182,8 @@ def noise(steps: int, images_per_step: int) -> Data:
 def counting_hook(sent: list[int]) -> Callable[[Any, Any], Any]:
     """A communication hook of DistributedDataParallel that takes the mean and notes the bytes of each exchange."""
 
-    def hook(group: Any, bucket: Any) -> Any:
+    # No annotations: torch compares them with its own classes, and here they would be texts.
+    def hook(group, bucket):
         sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
         future = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
@@ -227,10 +228,10 @@ def measure(*, steps: int) -> dict[str, Any]:
     """Each method on one process and on two, with the same number of images for each process."""
     rows: dict[str, Any] = {}
     for world in (1, 2):
-        with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            probe.close()
+        with tempfile.TemporaryDirectory() as folder:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
             mp.spawn(_rank, args=(world, port, folder, steps), nprocs=world)
             for method, values in json.loads(Path(folder, "values.json").read_text()).items():
                 seconds, sent = zip(*values, strict=True)
