@@ -3,6 +3,7 @@
 The ranks are started once and do all jobs in turn; each test looks at the outcome of one job.
 """
 
+import copy
 import io
 import os
 import shutil
@@ -135,6 +136,16 @@ def relative(value, expected):
     return ((value - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
 
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
 # What the two ranks do. Each job returns what its tests look at, from both ranks.
 
 TRAININGS = {
@@ -193,6 +204,17 @@ def sharded(method):
     weights, _ = capture(training)
     names = [name for name, _ in Small("batch").named_parameters()]
     return {"weights": flat(weights["model"][name] for name in names) if weights["model"] else None}
+
+
+def captured(fsdp):
+    """Whether a checkpoint that is still being written changes with the training that goes on."""
+    training = prepare(replace(CONFIG, opt="adamw", lr=1e-3, fsdp=fsdp), data=data(), model=Small("batch"))
+    train_epoch(training)
+    weights, state = capture(training)
+    parts = {"weights": weights, "optimizer": state["optimizer"]}
+    before = copy.deepcopy(parts)
+    train_epoch(training)
+    return {name: same(parts[name], before[name]) for name in parts}
 
 
 def counted(method):
@@ -255,6 +277,7 @@ def work(rank, folder, port):
         "resumed": lambda: stopped_and_resumed(rank, folder / "ddp", replace(CONFIG, method="st++"), norm="batch"),
         "on one": lambda: stopped_and_resumed(rank, folder / "one", replace(CONFIG, method="common")),
         **{f"fsdp {method}": lambda method=method: sharded(method) for method in METHODS},
+        **{f"captured {fsdp}": lambda fsdp=fsdp: captured(fsdp) for fsdp in (False, True)},
         "fsdp resumed": lambda: stopped_and_resumed(rank, folder / "fsdp", replace(CONFIG, fsdp=True), norm="batch"),
     }
     for name, job in jobs.items():
@@ -341,19 +364,15 @@ def test_gradients_are_exchanged_once_a_step(outcome, method):
         assert result["sent"] == [[result["bytes"]]] * 3
 
 
+@pytest.mark.parametrize("fsdp", [False, True], ids=["copied", "sharded"])
+def test_a_checkpoint_does_not_change_while_training_goes_on(outcome, fsdp):
+    for result in outcome(f"captured {fsdp}"):
+        assert result == {"weights": True, "optimizer": True}
+
+
 def last(run):
     checkpoint = load_checkpoint(run / "last")
     return checkpoint.weights["model"], checkpoint.state
-
-
-def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 @pytest.mark.parametrize(("job", "kind"), [("resumed", "ddp"), ("fsdp resumed", "fsdp")])

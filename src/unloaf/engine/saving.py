@@ -45,8 +45,10 @@ def capture(training: Training) -> tuple[dict[str, dict[str, Any]], dict[str, An
     models = [training.model] if average is None else [training.model, average.module]
     with shared_statistics(where, training.config, *models):
         if training.config.fsdp:
-            weights = {"model": get_model_state_dict(training.model, options=_WHOLE)}
-            state["optimizer"] = get_optimizer_state_dict(training.model, training.optimizer.optimizer, options=_WHOLE)
+            # Copied again: torch hands out what lies on the CPU already as it is.
+            weights = {"model": _copied(get_model_state_dict(training.model, options=_WHOLE))}
+            optimizer = get_optimizer_state_dict(training.model, training.optimizer.optimizer, options=_WHOLE)
+            state["optimizer"] = _copied(optimizer)
         else:
             names = ("model", "model_ema")
             weights = {
