@@ -17,6 +17,9 @@ import unloaf.demo
 import unloaf.engine.data
 from unloaf import arguments, cli
 from unloaf.engine.config import Config, dump_config
+from unloaf.engine.fit import EpochRow
+from unloaf.engine.run_folder import FREE_SETTINGS
+from unloaf.engine.train import summary
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -152,3 +155,19 @@ def test_options_are_stated_with_their_defaults(heading: str, kind: type):
     positional = {"run", "runs", "dir"}
     known = {f.name: f.default for f in fields(kind) if f.name not in positional}
     assert defaults(section) == {"--" + name.replace("_", "-"): text(value) for name, value in known.items()}
+
+
+def section(heading: str) -> str:
+    return TEXTS["docs/command-line.md"].partition(f"# {heading}\n")[2].partition("\n#")[0]
+
+
+def test_settings_that_may_change_on_resume_are_stated():
+    stated = section("Resuming").partition("may change:")[2].partition(". ")[0]
+    assert set(re.findall(r"`(\w+)`", stated)) == FREE_SETTINGS
+
+
+def test_columns_of_the_summary_are_stated_in_their_order():
+    row = EpochRow(epoch=1, steps=1, train_loss=1.0, eval=None, lr=0.1, seconds=1.0)
+    table = section("The run folder").partition("Columns of `summary.csv`")[2].partition("Events")[0]
+    stated = [name for cell in re.findall(r"^\| ([a-z][\w, ]*) \|", table, flags=re.M) for name in cell.split(", ")]
+    assert stated[1:] == list(summary(row, Config(model_ema=True, eval_subnets=1)))
