@@ -45,13 +45,11 @@ def test_step_schedule_counts_epochs_from_the_beginning_of_the_run():
     assert seen == pytest.approx([0.4] * 8 + [0.04] * 8 + [0.004] * 4)
 
 
-@pytest.mark.xfail(reason="timm's schedule by steps decays one step before the epoch", strict=True)
 def test_multistep_schedule_decays_at_its_milestones():
     seen = rates(epochs=4, sched="multistep", decay_milestones=(1, 3), decay_rate=0.5)
     assert seen == pytest.approx([0.4] * 4 + [0.2] * 8 + [0.1] * 4)
 
 
-@pytest.mark.xfail(reason="timm's schedule by steps decays one step before the epoch", strict=True)
 def test_warm_up_of_a_staircase_is_part_of_its_epochs():
     seen = rates(epochs=3, sched="multistep", decay_milestones=(2,), warmup_epochs=1, warmup_lr=0.2)
     assert seen == pytest.approx([0.2, 0.25, 0.3, 0.35] + [0.4] * 4 + [0.04] * 4)
@@ -184,7 +182,6 @@ def test_layer_decay_gives_the_layers_below_smaller_rates():
     assert all(g["lr"] == pytest.approx(0.1 * g["lr_scale"]) for g in training.optimizer.param_groups)
 
 
-@pytest.mark.xfail(reason="timm only logs that it has no effect", strict=True)
 def test_layer_decay_that_has_no_effect_is_refused():
     with pytest.raises(ValueError, match="layer_decay"):
         begin(layer_decay=0.5)

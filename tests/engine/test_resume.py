@@ -152,7 +152,6 @@ def test_outcome_sees_one_changed_bit_of_the_optimizer(tmp_path):
     assert not tiny.same(outcome(path), before)
 
 
-@pytest.mark.xfail(reason="args.yaml is not written whole or not at all", strict=True)
 def test_killed_while_its_settings_were_written_it_starts_anew(tmp_path, monkeypatch):
     config = tiny.config(output=str(tmp_path), name="run", epochs=1)
 
@@ -171,7 +170,6 @@ def die(link: Path, target: Path) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.xfail(reason="links that a kill left behind are not put right by a run that is at its end", strict=True)
 @pytest.mark.parametrize("link", ["last", "model_best"])
 def test_killed_before_a_link_was_set_it_is_set_when_resumed(tmp_path, monkeypatch, link):
     """The last checkpoint of the run, which is its best one too."""
@@ -213,7 +211,6 @@ def fault_after_an_update(patch: pytest.MonkeyPatch) -> tiny.TinyNetwork:
     return tiny.network()
 
 
-@pytest.mark.xfail(reason="the state in the middle of a step is saved as that of the step before", strict=True)
 @pytest.mark.parametrize("fault", [fault_in_a_pass, fault_after_an_update])
 def test_fault_in_the_middle_of_a_step_leaves_a_checkpoint_of_the_step_before(tmp_path, monkeypatch, fault):
     config = tiny.config(

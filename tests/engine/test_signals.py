@@ -198,7 +198,6 @@ def test_signal_to_the_whole_process_group(tmp_path, command, number, code, work
     assert load_checkpoint(run / "last").step == logged_steps(run)
 
 
-@pytest.mark.xfail(reason="a worker that SIGTERM ends raises in the run, which then exits 1", strict=False)
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_signal_to_every_process_of_a_job(tmp_path, command, number, code):
     """As Slurm and systemd send it, whatever group a process is in."""

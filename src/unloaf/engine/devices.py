@@ -83,6 +83,7 @@ def share_model(accelerator: Accelerator, config: Config, model: nn.Module) -> n
         # As one group: replayed passes would gather the weights of blocks that do not run.
         fully_shard(model)
         return model
+    forward = model.__dict__.get("forward")
     with warnings.catch_warnings():
         # torch 2.15 renames the option; accelerate 1.15 does not know the new name yet.
         warnings.filterwarnings("ignore", message=".broadcast_buffers. is deprecated", category=FutureWarning)
@@ -90,6 +91,9 @@ def share_model(accelerator: Accelerator, config: Config, model: nn.Module) -> n
     # accelerate wraps `forward` for mixed precision; the loop enters autocast itself, once for all passes of a step,
     # so that weights are cast once, and evaluation stays in full precision.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    model.__dict__.pop("forward", None)
+    if forward is not None:
+        model.__dict__["forward"] = forward
     return wrapped
 
 

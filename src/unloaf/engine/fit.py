@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from unloaf.batchnorm import statistics_unless_raised
 from unloaf.engine.config import Config
@@ -100,7 +102,7 @@ def train_epoch(
     row = EpochRow(
         epoch=position.epoch,
         steps=position.step,
-        train_loss=position.loss_sum / max(1, position.step),
+        train_loss=position.mean_loss,
         eval=_validate(training, on_eval_batch),
         lr=position.lr,
         seconds=position.seconds,
@@ -127,6 +129,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> StepRow:
         NonFiniteLossError: a loss is NaN or infinite and config.on_nan is stop; the run is where it was before.
     """
     config, position = training.config, training.position
+    position.whole = False
     # Dropout and drop path draw from here, differently on each process; a resumed run draws the same again.
     seed_step(training.device, config.seed, position.epoch, position.step, training.accelerator.process_index)
     lr, before = training.optimizer.param_groups[0]["lr"], training.method.state_dict()
@@ -138,6 +141,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> StepRow:
         training.optimizer.zero_grad(set_to_none=True)
         if config.on_nan == "stop":
             training.method.load_state_dict(before)
+            position.whole = True
             raise
         terms, subnets, made = error.terms, (), False
     else:
@@ -145,8 +149,10 @@ def train_step(training: Training, batches: Sequence[Batch]) -> StepRow:
     loss = sum(terms.values())
     position.step += 1
     position.skipped += not made
+    position.made += made
     position.loss_sum += loss if made else 0.0
     position.lr = lr
+    position.whole = True
     return StepRow(training.steps_done, position.epoch, loss, terms, subnets, lr, made)
 
 
@@ -162,10 +168,13 @@ def _gradients(training: Training, batches: Sequence[Batch]) -> tuple[dict[str, 
             outputs.append(_add_gradients(training, batch, scale))
     names = list(outputs[0].terms)
     summed = torch.stack([torch.stack([out.terms[name].float() for name in names]) for out in outputs]).sum(0)
+    means = total(accelerator, summed) / (len(batches) * accelerator.num_processes)
     # Read once for all: on an accelerator each reading waits for the device.
-    values = (total(accelerator, summed) / (len(batches) * accelerator.num_processes)).tolist()
+    *values, norm = torch.cat([means, _gradient_norm(training)]).tolist()
     terms = dict(zip(names, values, strict=True))
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    if not bad and not math.isfinite(norm):
+        bad = ["the gradient"]
     if bad:
         raise NonFiniteLossError(
             f"{', '.join(bad)} is not finite in step {training.steps_done + 1} (epoch {training.position.epoch}); the "
@@ -174,6 +183,18 @@ def _gradients(training: Training, batches: Sequence[Batch]) -> tuple[dict[str, 
             terms=terms,
         )
     return terms, tuple(outputs[-1].subnets)
+
+
+def _gradient_norm(training: Training) -> Tensor:
+    """Norm of all gradients, shape (1,): a finite loss can have a gradient that is not, such as that of sqrt at 0.
+
+    0 with float16, where the loss scale is there to overflow now and then.
+    """
+    grads = [p.grad for p in training.model.parameters() if p.grad is not None]
+    if training.accelerator.scaler is not None or not grads:
+        return torch.zeros(1, device=training.device)
+    norm = torch.nn.utils.get_total_norm(grads)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).reshape(1).float()
 
 
 def _add_gradients(training: Training, batch: Batch, scale: Any) -> StepOutput:

@@ -25,6 +25,8 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3)
         raise ValueError(f"opt {config.opt!r}: give {' or '.join(close) if close else 'sgd, adamw, lamb or another'}")
+    if config.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise ValueError(f"layer_decay {config.layer_decay}: this model does not name its layers; give a timm/ model")
     if name == "sgd" and config.momentum == 0:
         name = "momentum"  # timm's plain SGD: Nesterov's needs a momentum
     try:
@@ -48,6 +50,7 @@ def build_schedule(config: Config, optimizer: Optimizer, *, steps_per_epoch: int
     epochs of step and multistep count from the beginning of the run.
     """
     staircase = config.sched in ("constant", "step", "multistep")
+    schedule: Any
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=config.sched,
@@ -62,6 +65,8 @@ def build_schedule(config: Config, optimizer: Optimizer, *, steps_per_epoch: int
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
+    if config.sched == "multistep":
+        schedule.decay_t = [step + 1 for step in schedule.decay_t]  # timm looks one step ahead (bisect of t + 1)
     return schedule
 
 

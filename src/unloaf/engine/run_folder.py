@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ FREE_SETTINGS = frozenset({
     "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "log_interval", "name",
     "on_nan", "output", "trackers", "workers",
 })  # fmt: skip
+_UNFINISHED = ".args.yaml"
+_BEFORE_BEGINNING = ("run.lock", "env.json", _UNFINISHED)  # what a run that was killed at once leaves behind
 _GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt tells all
 
 
@@ -54,8 +57,10 @@ class RunFolder:
 
     def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
         """Writes what was asked for and where it runs."""
-        self._write("args.yaml", dump_config(config))
         self._write("env.json", json.dumps(environment, indent=2) + "\n")
+        # Last and whole, or not at all: with it the run counts as begun.
+        self._write(_UNFINISHED, dump_config(config))
+        os.replace(self.path / _UNFINISHED, self.path / "args.yaml")
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         """Adds an epoch to summary.csv, under the names of the first one, and to metrics.jsonl."""
@@ -68,7 +73,8 @@ class RunFolder:
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
-        self._append("metrics.jsonl", json.dumps({"event": kind, **values}) + "\n")
+        line = json.dumps({"event": kind, **_json(values)}, allow_nan=False)
+        self._append("metrics.jsonl", line + "\n")
 
     def log(self, line: str) -> None:
         """Adds a line, with the time, to log.txt."""
@@ -102,6 +108,15 @@ class RunFolder:
     def _append(self, name: str, text: str) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
+
+
+def _json(value: Any) -> Any:
+    """The value as JSON knows it: NaN and infinity, which it does not, become null."""
+    if isinstance(value, Mapping):
+        return {key: _json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lock(folder: Path) -> Any:
@@ -153,7 +168,7 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
     begun = (path / "args.yaml").exists()
     if begun and resume is None:
         raise ValueError(f"run folder {path} exists; give another --name, go on with --resume auto, or remove it")
-    if path.is_dir() and not begun and any(file.name != "run.lock" for file in path.iterdir()):
+    if path.is_dir() and not begun and any(file.name not in _BEFORE_BEGINNING for file in path.iterdir()):
         raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
     if begun:
         _check_same(config, load_config(path / "args.yaml"), path)

@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import nn
 
-from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, point_to
 from unloaf.engine.config import Config
 from unloaf.engine.data import Data, explain_worker_death
 from unloaf.engine.devices import total
@@ -128,6 +128,7 @@ class Run:
         training, config = self.training, self.config
         if checkpoint is not None:
             restore(training, checkpoint)
+            self._link(checkpoint)
         if self.folder is not None:
             if checkpoint is None:
                 self.folder.begin(config, self.environment)
@@ -143,6 +144,13 @@ class Run:
             settings = {name: str(value) for name, value in asdict(config).items()}
             self.accelerator.init_trackers("unloaf", config=settings)
             self.stack.callback(self.accelerator.end_training)
+
+    def _link(self, checkpoint: Checkpoint) -> None:
+        """The run may have been killed between writing this checkpoint and pointing to it."""
+        if self.folder is not None:
+            point_to(self.folder.path / "last", checkpoint.path)
+            if checkpoint.state.get("best"):
+                point_to(self.folder.path / "model_best", checkpoint.path)
 
     def _opening(self, checkpoint: Checkpoint | None) -> list[str]:
         training, config, world = self.training, self.config, self.accelerator.num_processes
@@ -178,8 +186,10 @@ class Run:
             if self.saver is not None:
                 self.saver.wait()
         except Exception as error:
-            # Several processes can only save together, so only where all of them know of the end.
-            if self.accelerator.num_processes == 1 or isinstance(error, (StoppedError, NonFiniteLossError)):
+            # Several processes can only save together, so only where all of them know of the end; and what an error
+            # in the middle of a step leaves behind is no state of the run.
+            alone = self.accelerator.num_processes == 1 and training.position.whole
+            if alone or isinstance(error, (StoppedError, NonFiniteLossError)):
                 self._save_after(error)
             reason = explain_worker_death(error)
             first_line = (reason or str(error)).strip().partition("\n")[0]
@@ -262,7 +272,7 @@ class Run:
     def save(self, *, best: bool) -> None:
         """Begins to write a checkpoint of the present position."""
         weights, state = capture(self.training)
-        state["bits_depend_on"] = bits_depend_on(self.environment)
+        state |= {"bits_depend_on": bits_depend_on(self.environment), "best": best}
         if self.saver is not None:
             self.saver.save(self.training.steps_done, weights, state, best=best)
 
@@ -321,10 +331,10 @@ def step_line(row: StepRow, training: Training, seconds: float) -> str:
     config, position = training.config, training.position
     world = training.accelerator.num_processes
     images = config.batch_size * world * config.accumulation(world)
-    mean = position.loss_sum / max(1, position.step)
     return (
         f"train {row.epoch}/{config.epochs} [{position.step}/{training.steps_per_epoch}]  "
-        f"loss {row.loss:.4f} ({mean:.4f})  lr {row.lr:.3g}  {seconds:.3f} s/step  {images / seconds:.0f} images/s"
+        f"loss {row.loss:.4f} ({position.mean_loss:.4f})  lr {row.lr:.3g}  "
+        f"{seconds:.3f} s/step  {images / seconds:.0f} images/s"
     )
 
 

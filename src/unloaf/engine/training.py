@@ -39,21 +39,29 @@ class Position:
     """How far a run is, in numbers alone: what a checkpoint keeps beside weights and optimizer.
 
     `epoch` is the one being trained, counted from 1, `step` the optimizer steps of it that were tried, `updates` those
-    of the whole run that were made, `skipped` those that were left out; `loss_sum` and `seconds` are over this epoch.
+    of the whole run that were made, `skipped` those that were left out; `made`, `loss_sum` and `seconds` are over this
+    epoch. `whole` is False in the middle of a step, of which nothing may be saved.
     """
 
     epoch: int = 1
     step: int = 0
     updates: int = 0
     skipped: int = 0
+    made: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
     lr: float = 0.0
     best_top1: float = -1.0
+    whole: bool = True
+
+    @property
+    def mean_loss(self) -> float:
+        """Of the steps that were made in this epoch; 0 before the first."""
+        return self.loss_sum / max(1, self.made)
 
     def next_epoch(self) -> None:
         """To the beginning of the next epoch."""
-        self.epoch, self.step, self.loss_sum, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+        self.epoch, self.step, self.made, self.loss_sum, self.seconds = self.epoch + 1, 0, 0, 0.0, 0.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,7 @@ class Training:
     def calibration_batches(self) -> Iterable[Batch]:
         """The first training images, not augmented, the same on every process."""
         count = min(self.config.recalibrate, len(self.data.train))
+        count -= count % self.config.batch_size == 1  # batch norm has no statistics of a single image
         images = self.data.train.subset(torch.arange(count))
         return EvalBatches(images, self.data, self.config, device=self.device)
 

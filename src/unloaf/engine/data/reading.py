@@ -186,9 +186,14 @@ def _as_read(chunk: Any) -> Any:
     return chunk
 
 
-def _leave_group(worker: int) -> None:
-    # A terminal's Ctrl-C goes to the whole group; the run wants its workers until its last step is saved.
+_LAST_SECONDS = 20  # for what the run still does once it is told to end
+
+
+def _outlive_signals(worker: int) -> None:
+    # A terminal's Ctrl-C goes to the whole group, and some batch systems send SIGTERM to every process; the run wants
+    # its workers until its last step is saved. Not for ever: a stuck one must still end.
     os.setpgrp()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
 
 
 def chunk_loader(reader: Any, plan: Iterable[list[Key]], *, workers: int, pin: bool) -> DataLoader[Any]:
@@ -203,7 +208,7 @@ def chunk_loader(reader: Any, plan: Iterable[list[Key]], *, workers: int, pin: b
         collate_fn=_as_read,
         pin_memory=pin,
         persistent_workers=workers > 0,
-        worker_init_fn=_leave_group,
+        worker_init_fn=_outlive_signals,
         generator=torch.Generator().manual_seed(0),
     )
 
