@@ -7,6 +7,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
+# A file is tested in one process: its tests may share what is dear to set up.
+PYTEST_PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
+
 .PHONY: help demo install test test-slow lint format lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -17,10 +20,10 @@ demo: $(VENV)/.engine ## train a small network four ways on real data and write 
 install: $(VENV)/.dev ## create the environment in .venv
 
 test: $(VENV)/.dev ## the default test suite (ARGS="-k name" to choose)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PYTEST_PROCESSES) $(ARGS)
 
 test-slow: $(VENV)/.dev ## the long counts
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(PYTEST_PROCESSES) $(ARGS)
 
 lint: $(VENV)/.dev ## style, types, import contracts
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ import socket
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The tests' tensors are tiny: a second thread waits more than it works, and sums would differ between machines. Also for
+# the processes that tests start; accelerate would give each of two ranks a core's worth of threads of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -12,7 +15,6 @@ from hypothesis import settings
 
 import unloaf
 
-# The tests' tensors are tiny: a second thread waits more than it works, and sums would differ between machines.
 torch.set_num_threads(1)
 
 # No deadline: the first example pays for lazy set-up inside torch.
