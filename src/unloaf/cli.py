@@ -20,7 +20,7 @@ from rich.table import Table
 from unloaf import __version__
 from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Report, parse, parse_train
 from unloaf.engine.config import dump_config
-from unloaf.engine.errors import CheckpointError, NonFiniteLossError, StoppedError
+from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError
 from unloaf.engine.run_folder import open_run
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.code if isinstance(error.code, int) else 0
     except ValueError as error:
         return _fail(error, code=2, debug=debug)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, NonFiniteWeightsError) as error:
         return _fail(error, code=3, debug=debug)
     except StoppedError as error:
         return _fail(error, code=error.code, debug=debug)

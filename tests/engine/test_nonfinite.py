@@ -15,8 +15,9 @@ from torch import Tensor
 
 from unloaf import cli
 from unloaf.engine.checkpoint import load_checkpoint
-from unloaf.engine.errors import NonFiniteLossError
-from unloaf.engine.fit import Training, prepare, train_epoch
+from unloaf.engine.errors import NonFiniteLossError, NonFiniteWeightsError
+from unloaf.engine.fit import Training, prepare, train_epoch, train_step
+from unloaf.engine.saving import capture
 from unloaf.engine.train import train
 
 
@@ -154,14 +155,16 @@ def test_train_loss_is_the_mean_over_the_steps_that_were_made():
     assert row.train_loss == pytest.approx(sum(made) / 3)
 
 
-def test_finite_loss_with_a_gradient_that_is_not_leaves_finite_weights():
+@pytest.mark.parametrize("notice", [lambda training, batch: capture(training), train_step], ids=["saving", "next step"])
+def test_weights_that_a_gradient_spoiled_are_named_and_not_saved(notice):
     training = begin(method="common")
     loss = training.method.criterion
     # The root's slope at 0 is infinite, and infinity times 0 is no number.
     training.method.criterion = lambda logits, y: loss(logits, y) + (logits - logits).square().sum().sqrt()
-    with pytest.raises(NonFiniteLossError):
-        train_epoch(training)
-    assert all(tensor.isfinite().all() for tensor in training.model.state_dict().values())
+    batches = list(training.batches.epoch(1))
+    train_step(training, batches[0])
+    with pytest.raises(NonFiniteWeightsError, match=r"is not finite after step 1: a gradient was not"):
+        notice(training, batches[1])
 
 
 def test_metrics_of_a_step_that_is_left_out_can_be_read(tmp_path, monkeypatch):

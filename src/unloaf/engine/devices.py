@@ -121,6 +121,8 @@ def adding_gradients(accelerator: Accelerator, config: Config, model: nn.Module,
 
 def total(accelerator: Accelerator, values: Tensor) -> Tensor:
     """The sum over the processes, for each of them."""
+    if accelerator.num_processes == 1:
+        return values
     summed: Any = accelerator.reduce(values, reduction="sum")
     return summed
 

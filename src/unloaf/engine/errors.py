@@ -15,6 +15,10 @@ class NonFiniteLossError(FloatingPointError):
         self.terms = dict(terms)
 
 
+class NonFiniteWeightsError(FloatingPointError):
+    """A weight became NaN or infinite; the last checkpoint is from before."""
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be written, or what is on the disk is not what was written.
 

@@ -25,15 +25,20 @@ from torch.distributed.checkpoint.state_dict import (
 from unloaf.engine.checkpoint import Checkpoint, point_to, prune_checkpoints, save_checkpoint
 from unloaf.engine.devices import gather_statistics, put_statistics, shared_statistics
 from unloaf.engine.errors import CheckpointError
-from unloaf.engine.fit import Training
 from unloaf.engine.run_folder import RunFolder
+from unloaf.engine.training import Training, check_weights
 from unloaf.stages import inner_module
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def capture(training: Training) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Weights and state of a run between two steps, copied to the CPU; to be called by every process."""
+    """Weights and state of a run between two steps, copied to the CPU; to be called by every process.
+
+    Raises:
+        NonFiniteWeightsError: there is nothing worth to be kept.
+    """
+    check_weights(training)
     where, average = training.accelerator, training.average
     state: dict[str, Any] = {
         "position": asdict(training.position),

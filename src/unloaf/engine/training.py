@@ -12,11 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unloaf.compilation import compile_blocks
 from unloaf.engine.config import Config
 from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
 from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
+from unloaf.engine.errors import NonFiniteWeightsError
 from unloaf.engine.methods import build_method
 from unloaf.engine.models import build_model, load_initial_weights
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
@@ -164,6 +166,21 @@ class _Watched:
         for batch in self.batches:
             self.before()
             yield batch
+
+
+def check_weights(training: Training) -> None:
+    """Raises NonFiniteWeightsError if a weight is NaN or infinite.
+
+    A finite loss can have a gradient that is not, such as that of sqrt at 0. Looking at all gradients in each step cost
+    5 to 9 % of a step of 10 ms; so the weights are looked at before they are saved, and when a loss is not finite.
+    """
+    for name, weight in training.model.named_parameters():
+        own = weight.to_local() if isinstance(weight, DTensor) else weight
+        if not bool(own.isfinite().all()):
+            raise NonFiniteWeightsError(
+                f"{name} is not finite after step {training.steps_done}: a gradient was not, though its loss was; the "
+                f"last checkpoint is from before that; train anew with a lower --lr than {training.config.lr}"
+            )
 
 
 def prepare(

@@ -221,7 +221,10 @@ def read_chunks(loader: DataLoader[Any]) -> Iterator[Chunk]:
         RuntimeError: a worker died.
     """
     try:
-        chunks = iter(loader)
+        reader: Any = loader.dataset
+        plan: Any = loader.batch_sampler
+        # In this process torch's iterator would only add to the time of small batches, 0.1 ms each.
+        chunks = iter(loader) if loader.num_workers or loader.pin_memory else map(reader.__getitems__, plan)
         while (chunk := next(chunks, None)) is not None:
             if isinstance(chunk, Failure):
                 close_workers(loader)
