@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -14,8 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from unloaf.analysis.choice import pareto_front
+from unloaf.analysis.costs import CostRow, gmacs, measure_subnets, measured_rounds, write_csv
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.display import show_progress
@@ -23,7 +21,7 @@ from unloaf.engine.errors import CheckpointError
 from unloaf.engine.run_folder import run_of
 from unloaf.engine.training import Training, prepare
 from unloaf.evaluation import Accuracy, choose_subnets, evaluate_subnets
-from unloaf.stages import Stage, call_model, evaluating, inner_module
+from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, active_subnet
 
 _MOST_JUDGED = 256  # by pareto, which nobody asked to take a day
@@ -66,6 +64,7 @@ class RunJudgement:
         subnets: those that were asked for, the main network first; of pareto, smallest first.
         judged: all that were judged.
         notes: what a reader has to know of the checkpoint and the choice of the subnets.
+        costs: the same subnets as `judged`, with measured time where that was asked for.
     """
 
     run: Path
@@ -79,6 +78,7 @@ class RunJudgement:
     subnets: tuple[NetworkRow, ...]
     judged: tuple[NetworkRow, ...]
     notes: tuple[str, ...]
+    costs: tuple[CostRow, ...] = ()
 
 
 def judge_run(
@@ -93,6 +93,8 @@ def judge_run(
     workers: int | None = None,
     data_dir: str | None = None,
     device: str = "auto",
+    timed: Sequence[int] = (),
+    repeats: int = 30,
     console: Console | None = None,
 ) -> RunJudgement:
     """Judges a run at a checkpoint; writes nothing, and the run may still be training.
@@ -112,6 +114,8 @@ def judge_run(
         workers: processes that read images; default: as in the run.
         data_dir: where the images are now; default: as in the run.
         device: "auto" or "cpu".
+        timed: batch sizes at which the time of the judged subnets is measured.
+        repeats: passes that are timed, of each subnet and batch size.
         console: shows a progress bar where it is a terminal.
 
     Raises:
@@ -132,6 +136,7 @@ def judge_run(
     main = {name: training.evaluate(name).main for name in splits}
     chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
     rows = _judge(training, chosen, split=splits[0], console=console)
+    costs = _costs(training, chosen, rows, timed=timed, repeats=repeats, console=console)
     position: Any = found.state["position"]
     network = inner_module(training.model)
     return RunJudgement(
@@ -146,6 +151,7 @@ def judge_run(
         subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
         judged=tuple(rows),
         notes=(*notes, *more),
+        costs=tuple(costs),
     )
 
 
@@ -243,38 +249,36 @@ def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console:
     return rows
 
 
+def _costs(
+    training: Training,
+    chosen: Sequence[Subnet],
+    rows: Sequence[NetworkRow],
+    *,
+    timed: Sequence[int],
+    repeats: int,
+    console: Console | None,
+) -> list[CostRow]:
+    """The judged subnets again, with their time if batch sizes are given."""
+    judged = [CostRow(r.subnet, r.params, r.gmacs, top1=r.top1, top5=r.top5, loss=r.loss) for r in rows]
+    if not timed or not chosen:
+        return judged
+    model, example = inner_module(training.model), _example(training)
+    with show_progress(console or Console(quiet=True), total=measured_rounds(repeats), label="time") as display:
+        measured = measure_subnets(
+            model,
+            training.stages,
+            example,
+            chosen,
+            batch_sizes=timed,
+            repeats=repeats,
+            on_pass=lambda: display.advance(""),
+        )
+    return [replace(row, timings=cost.timings) for row, cost in zip(judged, measured, strict=True)]
+
+
 def _example(training: Training) -> torch.Tensor:
     data = training.data
     return torch.zeros(1, data.in_chans, data.img_size, data.img_size, device=training.device)
-
-
-def gmacs(model: nn.Module, image: Any) -> float:
-    """Billions of multiply-adds of a forward pass, by torch's flop counter: convolutions, linear layers, attention.
-
-    >>> from torch import nn
-    >>> round(gmacs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 32, 32)) * 1e9)  # 8 * 3 * 9 * 32 * 32
-    221184
-    """
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        call_model(model, image)
-    return counter.get_total_flops() / 2e9
-
-
-def pareto_front(rows: Sequence[NetworkRow]) -> list[NetworkRow]:
-    """Those that no other beats: no other is as cheap and as accurate, and better in one of the two; cheapest first.
-
-    >>> figures = {"a": (90.0, 3.0), "b": (80.0, 2.0), "c": (70.0, 2.0)}
-    >>> rows = [NetworkRow(name, top1, 100.0, 0.1, 1, cost) for name, (top1, cost) in figures.items()]
-    >>> [row.subnet for row in pareto_front(rows)]
-    ['b', 'a']
-    """
-
-    def beats(one: NetworkRow, other: NetworkRow) -> bool:
-        no_worse = one.gmacs <= other.gmacs and one.top1 >= other.top1
-        return no_worse and (one.gmacs < other.gmacs or one.top1 > other.top1)
-
-    front = [row for row in rows if not any(beats(other, row) for other in rows)]
-    return sorted(front, key=lambda row: (row.gmacs, row.top1))
 
 
 def write_subnets(judgement: RunJudgement, path: Path) -> None:
@@ -284,15 +288,4 @@ def write_subnets(judgement: RunJudgement, path: Path) -> None:
         ValueError: the folder cannot be written.
     """
     shared = {"split": judgement.split, "weights": judgement.weights, "checkpoint": judgement.checkpoint}
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}"
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            names = [*asdict(judgement.judged[0]), *shared]
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) | shared for row in judgement.judged)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; give another --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_csv([asdict(row) | shared for row in judgement.judged], path)

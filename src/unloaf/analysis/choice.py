@@ -1,0 +1,121 @@
+"""Which subnet to take: those that no other beats, and the best within limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+Row = TypeVar("Row")
+
+
+def pareto_front(rows: Sequence[Row], *, cost: str = "gmacs") -> list[Row]:
+    """Those that no other beats: no other is as cheap and as accurate, and better in one of the two; cheapest first.
+
+    Args:
+        rows: with ``top1`` and the cost as attributes, such as `CostRow`.
+        cost: "gmacs", "params" or "latency".
+
+    Raises:
+        ValueError: a row has no accuracy, or not this cost.
+
+    >>> from unloaf.analysis.costs import CostRow
+    >>> figures = {"a": (90.0, 3.0), "b": (80.0, 2.0), "c": (70.0, 2.0)}
+    >>> rows = [CostRow(name, 1, gmacs, top1=top1) for name, (top1, gmacs) in figures.items()]
+    >>> [row.subnet for row in pareto_front(rows)]
+    ['b', 'a']
+    """
+    ordered = sorted(rows, key=lambda row: (_figure(row, cost), -_figure(row, "top1")))
+    front: list[Row] = []
+    for row in ordered:
+        last = front[-1] if front else None
+        equal = last is not None and all(_figure(row, name) == _figure(last, name) for name in (cost, "top1"))
+        if last is None or equal or _figure(row, "top1") > _figure(last, "top1"):
+            front.append(row)
+    return front
+
+
+_MISSING = {
+    "top1": "has no accuracy; judge the subnets first (`unloaf subnets RUN`)",
+    "latency": "was not timed; measure it first (`measure_subnets`, or `unloaf subnets RUN --latency`)",
+}
+
+
+def _figure(row: Any, name: str) -> float:
+    value = getattr(row, name, None)
+    if value is None:
+        raise ValueError(f"subnet {row.subnet} {_MISSING.get(name, f'has no {name}')}")
+    return value
+
+
+def pick_subnet(
+    rows: Sequence[Row],
+    *,
+    max_latency: float | None = None,
+    max_gmacs: float | None = None,
+    max_params: float | None = None,
+    min_top1: float | None = None,
+) -> Row:
+    """The most accurate subnet within the limits or, with ``min_top1``, the cheapest within them that reaches it.
+
+    Cheapest is by latency where all rows were timed, by GMACs otherwise. Of two that are equal the cheaper, or the more
+    accurate, is taken.
+
+    Args:
+        rows: subnets with accuracy and costs, as `CostRow`; ``unloaf subnets RUN`` makes them.
+        max_latency: milliseconds, median of a pass at the smallest batch size that was measured.
+        max_gmacs: billions of multiply-adds.
+        max_params: parameters.
+        min_top1: percent.
+
+    Raises:
+        ValueError: none fits (the message names the nearest ones), there is no row, or a figure that counts
+            is missing.
+
+    >>> import unloaf
+    >>> from unloaf.analysis.costs import CostRow
+    >>> figures = {"3-3": (900, 0.9, 92.0), "2-3": (700, 0.7, 91.0), "1-1": (300, 0.3, 80.0)}
+    >>> rows = [CostRow(name, params, gmacs, top1=top1) for name, (params, gmacs, top1) in figures.items()]
+    >>> unloaf.pick_subnet(rows, max_gmacs=0.8).subnet
+    '2-3'
+    >>> unloaf.pick_subnet(rows, min_top1=79).subnet
+    '1-1'
+    """
+    if not rows:
+        raise ValueError("there are no rows to pick from; judge some subnets first")
+    given = {"latency": max_latency, "gmacs": max_gmacs, "params": max_params}
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    within = [row for row in rows if all(_figure(row, name) <= limit for name, limit in limits.items())]
+    if not within:
+        nearest = _named(sorted(rows, key=lambda row: _excess(row, limits)), limits)
+        raise ValueError(f"no subnet has {_wanted(limits)}; the nearest: {nearest}")
+    cost = "latency" if all(getattr(row, "latency", None) is not None for row in within) else "gmacs"
+    if min_top1 is None:
+        return min(within, key=lambda row: (-_figure(row, "top1"), _figure(row, cost)))
+    good = [row for row in within if _figure(row, "top1") >= min_top1]
+    if not good:
+        asked = f"top-1 of at least {min_top1} %" + (f" with {_wanted(limits)}" if limits else "")
+        nearest = _named(sorted(within, key=lambda row: -_figure(row, "top1")), {cost: 0.0})
+        raise ValueError(f"no subnet has {asked}; the nearest: {nearest}")
+    return min(good, key=lambda row: (_figure(row, cost), -_figure(row, "top1")))
+
+
+_UNITS = {"latency": "latency {:.4g} ms", "gmacs": "{:.4g} GMACs", "params": "{:,.0f} parameters"}
+
+
+def _wanted(limits: Mapping[str, float]) -> str:
+    return "at most " + " and ".join(_UNITS[name].format(limit) for name, limit in limits.items())
+
+
+def _excess(row: Any, limits: Mapping[str, float]) -> float:
+    """How far the row is beyond the limit that it misses most."""
+    return max(_figure(row, name) / limit if limit > 0 else math.inf for name, limit in limits.items())
+
+
+def _named(rows: Sequence[Any], costs: Iterable[str]) -> str:
+    described = []
+    for row in rows[:3]:
+        top1 = getattr(row, "top1", None)
+        figures = [] if top1 is None else [f"top-1 {top1:.2f} %"]
+        described.append(f"{row.subnet} ({', '.join([*figures, *(_UNITS[c].format(_figure(row, c)) for c in costs)])})")
+    return "; ".join(described)
