@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 
 from unloaf.engine.config import Config
-from unloaf.engine.fit import one_thread, train_step
+from unloaf.engine.loop import one_thread, train_step
 from unloaf.engine.training import Training, prepare
 
 STEPS = 14

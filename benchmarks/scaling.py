@@ -31,7 +31,7 @@ from unloaf.engine.config import Config
 from unloaf.engine.data import Data
 from unloaf.engine.data.images import ImageSet
 from unloaf.engine.environment import environment
-from unloaf.engine.fit import prepare, train_epoch
+from unloaf.engine.loop import prepare, train_epoch
 from unloaf.engine.methods import build_method
 from unloaf.engine.models import build_model
 from unloaf.stages import find_stages

@@ -15,7 +15,7 @@ from unloaf import demo
 from unloaf.analysis.comparison import MethodRun, Spread, method_rows, size_rows
 from unloaf.analysis.plots import accuracy_over_size
 from unloaf.engine.data import load_data
-from unloaf.engine.fit import fit, one_thread
+from unloaf.engine.loop import fit, one_thread
 from unloaf.recipes import digits
 
 RECIPES = [digits.common, digits.stochastic_depth, digits.stimulative, digits.stimulative_plus, digits.group_knowledge]

@@ -17,7 +17,7 @@ import unloaf.demo
 import unloaf.engine.data
 from unloaf import arguments, cli
 from unloaf.engine.config import Config, dump_config
-from unloaf.engine.fit import EpochRow
+from unloaf.engine.loop import EpochRow
 from unloaf.engine.run_folder import FREE_SETTINGS
 from unloaf.engine.train import summary
 

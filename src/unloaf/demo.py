@@ -23,7 +23,7 @@ from unloaf.engine.config import Config
 from unloaf.engine.data import Data, EvalBatches, load_data
 from unloaf.engine.display import show_progress
 from unloaf.engine.environment import environment
-from unloaf.engine.fit import Training, one_thread, prepare, train_epoch
+from unloaf.engine.loop import Training, one_thread, prepare, train_epoch
 from unloaf.evaluation import SubnetRow, evaluate_subnets
 from unloaf.recipes import digits
 

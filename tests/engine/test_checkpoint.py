@@ -10,7 +10,6 @@ import pytest
 import torch
 from checkpoint_tools import STATE, WEIGHTS, reseal, same, save_tiny, write_manifest
 
-import unloaf.engine.checkpoint
 from unloaf.engine.checkpoint import (
     clean_up,
     load_checkpoint,
@@ -158,7 +157,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, mask: int):
 @pytest.mark.parametrize("swap", [True, False], ids=["in one rename", "in two"])
 def test_the_same_step_again_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool):
     if not swap:
-        monkeypatch.setattr(unloaf.engine.checkpoint, "_exchange", lambda one, other: False)
+        monkeypatch.setattr("unloaf.engine.checkpoint.store._exchange", lambda one, other: False)
     save_tiny(tmp_path)
     save_checkpoint(tmp_path / "checkpoints", 7, weights={}, state={"new": 1})
     assert load_checkpoint(tmp_path / "last").state == {"new": 1}

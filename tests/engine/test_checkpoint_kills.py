@@ -74,6 +74,6 @@ def test_a_writer_that_copies_in_place_would_be_noticed(tmp_path: Path, monkeypa
     def copy_in_place(temporary: Path, target: Path) -> None:
         shutil.copytree(temporary, target, dirs_exist_ok=True)
 
-    monkeypatch.setattr("unloaf.engine.checkpoint._publish", copy_in_place)
+    monkeypatch.setattr("unloaf.engine.checkpoint.store._publish", copy_in_place)
     with pytest.raises(Exception, match=r"SHA-256|bytes|manifest"):
         test_last_always_loads_and_no_folder_is_torn(tmp_path, 400, lambda number: 5)

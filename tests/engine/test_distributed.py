@@ -31,7 +31,7 @@ from unloaf.engine.config import Config
 from unloaf.engine.data import Data
 from unloaf.engine.data.images import ImageSet
 from unloaf.engine.errors import StoppedError
-from unloaf.engine.fit import prepare, train_epoch, train_step
+from unloaf.engine.loop import prepare, train_epoch, train_step
 from unloaf.engine.saving import capture
 from unloaf.engine.train import train
 from unloaf.stages import inner_module

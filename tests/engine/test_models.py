@@ -67,7 +67,7 @@ def test_timm_and_torchvision_models(name, kwargs, shape):
         ("restnet20", "did you mean cifar/resnet20"),
         ("cifar/resnet21", "no such cifar model"),
         ("cifar/resnet2", "6n \\+ 2 layers, not 2; give 8 or 14"),
-        ("nothing-like-it", "give cifar/NAME, timm/NAME or tv/NAME"),
+        ("nothing-like-it", "give cifar/NAME, timm/NAME, tv/NAME or hf/NAME"),
         ("hub/resnet18", "no such model"),
     ],
 )

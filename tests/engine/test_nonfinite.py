@@ -16,7 +16,7 @@ from torch import Tensor
 from unloaf import cli
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.errors import NonFiniteLossError, NonFiniteWeightsError
-from unloaf.engine.fit import Training, prepare, train_epoch, train_step
+from unloaf.engine.loop import Training, prepare, train_epoch, train_step
 from unloaf.engine.saving import capture
 from unloaf.engine.train import train
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from unloaf.engine.checkpoint import load_checkpoint
-from unloaf.engine.fit import Training, prepare, train_epoch
+from unloaf.engine.loop import Training, prepare, train_epoch
 from unloaf.engine.models import build_model
 
 

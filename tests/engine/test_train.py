@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.data import load_data
-from unloaf.engine.fit import Training, fit, prepare, train_epoch
+from unloaf.engine.loop import Training, fit, prepare, train_epoch
 from unloaf.engine.saving import Saver
 from unloaf.engine.train import Run, train
 

@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR ResNets, every timm model, every torchvision classifier."""
+"""Networks by name: the CIFAR ResNets, every timm model and torchvision classifier, transformers by configuration."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def build_model(
 
     Args:
         name: "cifar/resnet20", "timm/resnet50", "tv/resnet50"; the family may be left out
-            when only one has the name.
+            when only one has the name. "hf/FOLDER" is the network of a local config.json of transformers, "hf/ViTConfig" or
+            "hf/ViTForImageClassification" that of a class with its default values; no code of the folder is run.
         num_classes: classes of the head.
         in_chans: channels of an image.
         img_size: side in pixels, for models that are built for one side (vision transformers).
@@ -55,6 +56,12 @@ def build_model(
             if pretrained:
                 raise ValueError("there are no published weights; leave out --pretrained")
             return _cifar(bare, num_classes=num_classes, in_chans=in_chans, width=width)
+        if family == "hf":
+            from unloaf.engine.transformers_models import build_transformer
+
+            return build_transformer(
+                bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained
+            )
         if family == "timm":
             return _timm(
                 bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained, **rates
@@ -66,6 +73,8 @@ def build_model(
 
 def _resolve(name: str) -> tuple[str, str]:
     family, slash, bare = name.partition("/")
+    if slash and family == "hf":
+        return family, bare
     if slash and family in ("cifar", "timm", "tv"):
         if bare in _names(family) or (family == "cifar" and _is_cifar(bare)):
             return family, bare
@@ -98,7 +107,7 @@ def _suggest(name: str, families: list[str]) -> str:
     names = {f"{family}/{known}": known for family in families for known in _names(family)}
     close = set(difflib.get_close_matches(name, names.values(), n=3))
     matches = [full for full, known in names.items() if known in close]
-    return f"; did you mean {', '.join(matches[:5])}?" if matches else "; give cifar/NAME, timm/NAME or tv/NAME"
+    return f"; did you mean {', '.join(matches[:5])}?" if matches else "; give cifar/NAME, timm/NAME, tv/NAME or hf/NAME"
 
 
 def _cifar(name: str, *, num_classes: int, in_chans: int, width: int) -> nn.Module:

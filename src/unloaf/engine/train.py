@@ -23,7 +23,7 @@ from unloaf.engine.devices import total
 from unloaf.engine.display import SILENT, Display, show_progress
 from unloaf.engine.environment import bits_depend_on, environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
-from unloaf.engine.fit import EpochRow, StepRow, Training, prepare, train_epoch
+from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
 from unloaf.engine.run_folder import RunFolder, open_run
 from unloaf.engine.saving import Saver, capture, restore
 from unloaf.engine.signals import StopRequest, stop_requests

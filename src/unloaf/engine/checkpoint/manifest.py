@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unloaf.engine.checkpoint.tensorfiles import damaged, reading
 from unloaf.engine.errors import CheckpointError
-from unloaf.engine.tensorfiles import damaged, reading
 
 FORMAT_VERSION = 1
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.safetensors|state\.pt")

@@ -26,9 +26,8 @@ from typing import Any
 
 from torch import Tensor
 
-from unloaf.engine.errors import CheckpointError
-from unloaf.engine.manifest import FILE_NAME, checked_texts, flush, read_manifest, seal, verified
-from unloaf.engine.tensorfiles import (
+from unloaf.engine.checkpoint.manifest import FILE_NAME, checked_texts, flush, read_manifest, seal, verified
+from unloaf.engine.checkpoint.tensorfiles import (
     plain_state,
     read_state,
     read_weights,
@@ -37,6 +36,7 @@ from unloaf.engine.tensorfiles import (
     write_state,
     write_weights,
 )
+from unloaf.engine.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}-[0-9a-f]{8}")

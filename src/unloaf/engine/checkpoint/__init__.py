@@ -1,0 +1,24 @@
+"""Checkpoints on the disk: written whole or not at all, and never trusted when read.
+
+`store` has their life, `manifest` what they must be, `tensorfiles` the formats.
+"""
+
+from unloaf.engine.checkpoint.store import (
+    Checkpoint,
+    clean_up,
+    load_checkpoint,
+    newest_checkpoint,
+    point_to,
+    prune_checkpoints,
+    save_checkpoint,
+)
+
+__all__ = [
+    "Checkpoint",
+    "clean_up",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "point_to",
+    "prune_checkpoints",
+    "save_checkpoint",
+]
