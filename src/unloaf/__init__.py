@@ -21,6 +21,7 @@ _HOMES = {
     "losses": ["direction_kl_loss", "kl_loss"],
     "inputs": ["SmallerInputs"],
     "batchnorm": ["recalibrate_bn"],
+    "export": ["export_subnet"],
     "compilation": ["compile_blocks"],
     "methods": [
         "CommonTraining",
@@ -31,6 +32,7 @@ _HOMES = {
         "stimulative_plus",
     ],
     "evaluation": ["SubnetRow", "evaluate_subnets"],
+    "analysis.choice": ["pick_subnet"],
     "engine.errors": ["CheckpointError"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -57,17 +59,21 @@ __all__ = [  # the same names again, for type checkers
     "direction_kl_loss",
     "enumerate_subnets",
     "evaluate_subnets",
+    "export_subnet",
     "find_stages",
     "kl_loss",
+    "pick_subnet",
     "recalibrate_bn",
     "stimulative_plus",
 ]
 
 if TYPE_CHECKING:
+    from unloaf.analysis.choice import pick_subnet
     from unloaf.batchnorm import recalibrate_bn
     from unloaf.compilation import compile_blocks
     from unloaf.engine.errors import CheckpointError
     from unloaf.evaluation import SubnetRow, evaluate_subnets
+    from unloaf.export import export_subnet
     from unloaf.inputs import SmallerInputs
     from unloaf.losses import direction_kl_loss, kl_loss
     from unloaf.methods import (
