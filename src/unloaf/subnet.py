@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from unloaf.stages import Stage, first_tensor, inner_module
+from unloaf.stages import Form, Stage, first_tensor, inner_module, result_of, stand_in
 
 BlockMode = Literal["block", "branch"]
 
@@ -185,16 +185,26 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
                 module.__dict__["forward"] = forward
 
 
-@replaces_forward
-def skip(_: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """Stand-in for the forward of a skipped block: returns its input."""
-    return first_tensor(args, kwargs)
+@dataclass(frozen=True)
+class Skip:
+    """Stand-in for the forward of a skipped block: returns its input, in the form of its output."""
+
+    form: Form | None = None
+    unloaf_replaces_forward: ClassVar[bool] = True
+
+    def __call__(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The arguments in place of what the block would return."""
+        return stand_in(self.form, args, kwargs)
 
 
 @replaces_forward
-def residual_branch(block: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def residual_branch(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for the forward of a block without its skip connection, for additive blocks: ``block(x) - x``."""
-    return type(block).forward(block, *args, **kwargs) - first_tensor(args, kwargs)
+    output = type(block).forward(block, *args, **kwargs)
+    stream, result = first_tensor(args, kwargs), result_of(output)
+    assert result is not None
+    branch = result - stream
+    return branch if output is result else type(output)(branch if item is result else item for item in output)
 
 
 @replaces_forward
@@ -224,7 +234,7 @@ def _shortcut_attribute(block: nn.Module) -> str | None:
     return None
 
 
-def branch_of(path: str, block: nn.Module, *, additive: bool) -> Callable[..., Tensor]:
+def branch_of(path: str, block: nn.Module, *, additive: bool) -> Callable[..., Any]:
     """The function that runs the block without its skip connection.
 
     Raises:
@@ -240,7 +250,7 @@ def branch_of(path: str, block: nn.Module, *, additive: bool) -> Callable[..., T
     return activated_branch
 
 
-def branches(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> dict[str, Callable[..., Tensor]]:
+def branches(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> dict[str, Callable[..., Any]]:
     """For each block that the subnet runs without its skip connection: the function that does so."""
     modes = subnet.modes(stages)
     if subnet.shortcut is None:
@@ -257,8 +267,8 @@ def branches(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> dict[
 def active_subnet(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> Iterator[None]:
     """Run the model as one of its subnets for the time of a ``with`` block.
 
-    Skipped blocks return their input. Class, parameters, state_dict keys and hooks of the model stay as they are, and
-    the model is whole again on exit, exceptions included.
+    Skipped blocks return their input, in a tuple where they return tuples. Class, parameters, state_dict keys and hooks
+    of the model stay as they are, and the model is whole again on exit, exceptions included.
 
     Raises:
         ValueError: the subnet is not one of these stages, or the model already runs as a subnet.
@@ -276,7 +286,9 @@ def active_subnet(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> 
     check_subnet(stages, subnet)
     modules = check_stages(inner, stages)
     modes = subnet.modes(stages)
-    replacements: dict[str, Callable[..., Any]] = dict.fromkeys((path for path in modules if path not in modes), skip)
+    replacements: dict[str, Callable[..., Any]] = {
+        path: Skip(stage.form(path)) for stage in stages for path in stage.blocks if path not in modes
+    }
     replacements |= branches(inner, stages, subnet)
     check_whole(modules.values())  # all blocks: kept ones are not replaced, but may be shadowed from outside
     with replaced_forwards({modules[path]: function for path, function in replacements.items()}):

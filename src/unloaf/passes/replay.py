@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unloaf.inputs import resize
 from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
-from unloaf.stages import Stage, call_model, first_tensor, inner_module
+from unloaf.stages import Form, Stage, call_model, inner_module, stand_in
 from unloaf.subnet import branches, check_stages, check_subnet, replaced_forwards
 
 
@@ -34,7 +34,9 @@ class Session:
         for subnet in {request.subnet for request in passes}:
             branch |= branches(self.inner, stages, subnet)
         self._replacements: dict[nn.Module, Callable[..., Any]] = {
-            module: _BlockForward(self, path, module.forward, branch.get(path)) for path, module in blocks.items()
+            blocks[path]: _BlockForward(self, path, blocks[path].forward, branch.get(path), stage.form(path))
+            for stage in stages
+            for path in stage.blocks
         }
         for path, module in between_blocks(self.inner, blocks):
             self._replacements.setdefault(module, _ModuleForward(self, path, module.forward))
@@ -122,15 +124,20 @@ class _BlockForward:
     unloaf_replaces_forward = True
 
     def __init__(
-        self, session: Session, path: str, forward: Callable[..., Any], branch: Callable[..., Any] | None
+        self,
+        session: Session,
+        path: str,
+        forward: Callable[..., Any],
+        branch: Callable[..., Any] | None,
+        form: Form | None,
     ) -> None:
-        self.session, self.path, self.whole, self.branch = session, path, forward, branch
+        self.session, self.path, self.whole, self.branch, self.form = session, path, forward, branch, form
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session = self.session
         mode = session.run.modes.get(self.path)
         if mode is None:
-            return first_tensor(args, kwargs)
+            return stand_in(self.form, args, kwargs)
         following = session.state.following.get((self.path, mode))
         if following is None:
             raise ValueError(f"block {self.path!r} was called out of the order of its stages; find the stages again")

@@ -1,0 +1,27 @@
+"""Where a model's residual blocks are: found by what the blocks compute, not by their class names."""
+
+from unloaf.stages.find import find_stages
+from unloaf.stages.stage import (
+    Form,
+    NoResidualBlocksError,
+    Stage,
+    call_model,
+    evaluating,
+    first_tensor,
+    inner_module,
+    result_of,
+    stand_in,
+)
+
+__all__ = [
+    "Form",
+    "NoResidualBlocksError",
+    "Stage",
+    "call_model",
+    "evaluating",
+    "find_stages",
+    "first_tensor",
+    "inner_module",
+    "result_of",
+    "stand_in",
+]
