@@ -10,6 +10,7 @@ bare step.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -74,8 +75,9 @@ def main() -> None:
         assert training.steps_per_epoch == STEPS
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(options.rounds):
-            for name, run in runs.items():
-                seconds[name].append(seconds_per_step(run))
+            # In another order each time: what ran before leaves its mark on caches and clock.
+            for name in random.sample(list(runs), len(runs)):
+                seconds[name].append(seconds_per_step(runs[name]))
     bare = statistics.median(seconds["bare step"])
     print(f"torch {torch.__version__}, {options.rounds} rounds, bare step {1e3 * bare:.2f} ms")
     for name, times in seconds.items():
