@@ -22,6 +22,8 @@ _HOMES = {
     "inputs": ["SmallerInputs"],
     "batchnorm": ["recalibrate_bn"],
     "export": ["export_subnet"],
+    "saved": ["load_subnet"],
+    "elastic": ["load_elastic"],
     "compilation": ["compile_blocks"],
     "methods": [
         "CommonTraining",
@@ -62,6 +64,8 @@ __all__ = [  # the same names again, for type checkers
     "export_subnet",
     "find_stages",
     "kl_loss",
+    "load_elastic",
+    "load_subnet",
     "pick_subnet",
     "recalibrate_bn",
     "stimulative_plus",
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from unloaf.analysis.choice import pick_subnet
     from unloaf.batchnorm import recalibrate_bn
     from unloaf.compilation import compile_blocks
+    from unloaf.elastic import load_elastic
     from unloaf.engine.errors import CheckpointError
     from unloaf.evaluation import SubnetRow, evaluate_subnets
     from unloaf.export import export_subnet
@@ -92,6 +97,7 @@ if TYPE_CHECKING:
         StochasticSampler,
         enumerate_subnets,
     )
+    from unloaf.saved import load_subnet
     from unloaf.stages import NoResidualBlocksError, Stage, find_stages
     from unloaf.subnet import Subnet, active_subnet
 

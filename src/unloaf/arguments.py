@@ -66,10 +66,106 @@ class Eval:
         given = self.subnets
         if given not in (None, "all", "pareto") and not (re.fullmatch("[0-9]{1,5}", given or "") and int(given or 0)):
             raise ValueError(f"subnets {given!r}: give all, pareto or a number from 1 to 99999")
-        for name, low in (("recalibrate", 2), ("batch_size", 2), ("workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} {value}: give at least {low}")
+        _check_least(self, recalibrate=2, batch_size=2, workers=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subnets:
+    """What the subnets of a run or of a model cost, and of a run how good they are."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
+    """Folder of a run, or a network as for train."""
+    num: str = "16"
+    """How many ordered subnets beside the main network, all, or, of a run, pareto for those that no other beats."""
+    latency: bool = False
+    """Measure how long a forward pass takes."""
+    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["-b"])] = (1, 32)
+    """Images in a measured pass, one number or several."""
+    repeats: int = 30
+    """Passes that are timed, of each subnet and batch size."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes an accelerator when there is one."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Of a run: the newest checkpoint that is not damaged, or the one with the best validation accuracy."""
+    split: Literal["val", "test"] | None = None
+    """Of a run: images that judge the subnets; default: val if there is one."""
+    ema: bool = False
+    """Of a run: judge the moving average of the weights."""
+    data_dir: str | None = None
+    """Of a run: folder of the image set; default: as in the run."""
+    img_size: int | None = None
+    """Of a model: side of the images in pixels; default: its own."""
+    num_classes: int | None = None
+    """Of a model: classes of the head; default: 1000, 10 for cifar/."""
+    output: str | None = None
+    """Write the table to this CSV file too."""
+
+    def __post_init__(self) -> None:
+        if self.num not in ("all", "pareto") and not (re.fullmatch("[0-9]{1,5}", self.num) and int(self.num)):
+            raise ValueError(f"num {self.num!r}: give all, pareto or a number from 1 to 99999")
+        if not self.batch_size or min(self.batch_size) < 1:
+            raise ValueError(f"batch_size {self.batch_size}: give one or more numbers of at least 1")
+        _check_least(self, repeats=1, img_size=1, num_classes=1)
+
+    @property
+    def timed(self) -> tuple[int, ...]:
+        """Batch sizes to measure."""
+        return self.batch_size if self.latency else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Look a model over before it is trained: what can be skipped, what a step would cost. Nothing is trained."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """timm/NAME, tv/NAME, cifar/NAME, hf/FOLDER or hf/CLASS, or module:function of yours, which is imported and run."""
+    img_size: int | None = None
+    """Side of the images in pixels; default: the model's own."""
+    num_classes: int | None = None
+    """Classes of the head; default: 1000, 10 for cifar/."""
+    json: bool = False
+    """Print everything as JSON."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, img_size=1, num_classes=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a subnet of a run as an ordinary model, or a run as one elastic file."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run."""
+    depths: str | None = None
+    """Kept blocks of each stage, as in 3,3,5,3; default: the whole network."""
+    format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
+    """Weights with a JSON file beside them, a model that timm reloads, a torch.export program, or ONNX."""
+    recalibrate: int | None = None
+    """Training images from which batch-norm statistics are estimated; default: as in the run."""
+    elastic: bool = False
+    """Write one file of which any depth can be run, in place of a subnet."""
+    checkpoint: Literal["last", "best"] = "last"
+    """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
+    ema: bool = False
+    """Export the moving average of the weights."""
+    output: str | None = None
+    """Folder of the results; default: a new one in the folder of the run."""
+    push_to_hub: str | None = None
+    """Also upload it under this name, by the library of timm or Hugging Face; never done unless asked for."""
+
+    def __post_init__(self) -> None:
+        if self.depths is not None and not re.fullmatch("[0-9]{1,4}(,[0-9]{1,4})*", self.depths):
+            raise ValueError(f"depths {self.depths!r}: give a number for each stage, as in 3,3,5,3")
+        if self.elastic and (self.depths is not None or self.format != "state_dict"):
+            raise ValueError("elastic holds all depths in a format of its own; leave --depths and --format out")
+        _check_least(self, recalibrate=2)
+
+
+def _check_least(options: Any, **least: int) -> None:
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name} {value}: give at least {low}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import os
 import select
 import signal
@@ -18,12 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from unloaf import __version__
-from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Report, parse, parse_train
+from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Export, Inspect, Report, Subnets, parse, parse_train
 from unloaf.engine.config import dump_config
 from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError
 from unloaf.engine.run_folder import open_run
 
 if TYPE_CHECKING:
+    from unloaf.analysis.costs import CostRow
     from unloaf.analysis.runs import NetworkRow, RunJudgement
 
 _HELP = """usage: unloaf COMMAND [OPTIONS]
@@ -34,6 +36,9 @@ commands:
   demo        train a small network by every method, write report.html
   train       train one network
   eval        judge a trained run and the networks inside it
+  subnets     what the networks inside a run or a model cost
+  inspect     look a model over: stages, subnets, what a step would cost
+  export      write a network inside a run as an ordinary model
   report      compare runs: a table, and a page with their curves
   check-data  open every image of an image set, list the bad ones
   bench step  measure the cost of a training step
@@ -85,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 2 if error.errno in _BAD_PATHS else 1
         return _fail(error, code=code, debug=debug, text=str(error) + "; --debug shows where" * (code == 1))
     except Exception as error:
-        return _fail(error, code=1, debug=debug, text=f"{type(error).__name__}: {error}; --debug shows where")
+        return _fail(error, code=1, debug=debug, text=f"{_named(error)}; --debug shows where")
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -113,6 +118,12 @@ def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = No
     message = " ".join((text or str(error)).split())
     print(f"unloaf: error: {message}", file=sys.stderr)
     return code
+
+
+def _named(error: Exception) -> str:
+    """Class and first line of an error nobody expected: a C++ compiler's filled a thousand lines."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def _run(words: list[str]) -> int:
@@ -196,6 +207,111 @@ def _subnet_table(rows: Sequence[NetworkRow]) -> tuple[list[str], list[list[str]
     ]
 
 
+def _subnets(words: list[str]) -> int:
+    options = parse(Subnets, words, prog="unloaf subnets")
+    rows = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
+    from unloaf.analysis.choice import pareto_front
+    from unloaf.analysis.costs import cost_records, write_csv
+
+    cost = "latency" if options.timed else "gmacs"
+    front = {row.subnet for row in pareto_front(rows, cost=cost)} if rows[0].top1 is not None else None
+    shown = [row for row in rows if row.subnet in front] if front and options.num == "pareto" else rows
+    _show(*_cost_table(shown, front))
+    for timing in rows[0].timings[:1]:
+        print(f"median and 95th percentile of {timing.repeats} passes, on {timing.device}, {timing.threads} thread(s)")
+    if front is not None:
+        price = "milliseconds at the smallest batch" if options.timed else "GMACs"
+        print(f"* no other subnet is as accurate and as cheap in {price}, and better in one of the two")
+    if options.output is not None:
+        records = [
+            record | ({} if front is None else {"pareto": record["subnet"] in front}) for record in cost_records(rows)
+        ]
+        write_csv(records, Path(options.output))
+        print(f"all {len(rows)}: {options.output}")
+    return 0
+
+
+def _is_run(source: str) -> bool:
+    family, slash, _ = source.partition("/")
+    is_model = not slash or family in ("cifar", "timm", "tv", "hf")
+    return not is_model or (Path(source) / "args.yaml").is_file()
+
+
+def _costs_of_run(options: Subnets) -> list[CostRow]:
+    if options.img_size is not None or options.num_classes is not None:
+        raise ValueError("a run has its images and classes; leave --img-size and --num-classes out")
+    from unloaf.analysis.runs import judge_run
+
+    given = {
+        name: getattr(options, name)
+        for name in ("checkpoint", "split", "ema", "data_dir", "device", "timed", "repeats")
+    }
+    judgement = judge_run(Path(options.source), subnets=options.num, **given, console=Console(stderr=True))
+    for line in _main_lines(judgement):
+        print(line)
+    print(f"\nsubnets, on the {judgement.split} images:")
+    return list(judgement.costs)
+
+
+def _costs_of_model(options: Subnets) -> list[CostRow]:
+    if options.num == "pareto":
+        raise ValueError("num pareto: a model that is not trained has no accuracy; give a run, or all or a number")
+    from unloaf.inspection import cost_of_model
+
+    given = {name: getattr(options, name) for name in ("timed", "repeats", "device", "img_size", "num_classes")}
+    return cost_of_model(options.source, number=options.num, **given)
+
+
+def _cost_table(rows: Sequence[CostRow], front: set[str] | None) -> tuple[list[str], list[list[str]]]:
+    judged, best = front is not None, front or set()
+    times = [f"{name}, batch of {t.batch_size}" for t in rows[0].timings for name in ("ms (p95)", "images/s")]
+    heads = ["depths", *(["", "top-1 %"] if judged else []), "parameters", "GMACs", *times]
+    return heads, [
+        [
+            row.subnet,
+            *(["*" if row.subnet in best else "", f"{row.top1:.2f}"] if judged else []),
+            f"{row.params:,}",
+            f"{row.gmacs:.4g}",
+            *(
+                text
+                for t in row.timings
+                for text in (f"{t.median_ms:.4g} ({t.p95_ms:.4g})", f"{t.images_per_second:,.0f}")
+            ),
+        ]
+        for row in rows
+    ]
+
+
+def _inspect(words: list[str]) -> int:
+    options = parse(Inspect, words, prog="unloaf inspect")
+    from unloaf.inspection import as_plain, inspect_model, sections
+
+    found = inspect_model(options.model, img_size=options.img_size, num_classes=options.num_classes)
+    if options.json:
+        print(json.dumps(as_plain(found), indent=2))
+        return 0
+    for section in sections(found):
+        print("\n".join(section.lines))
+        if section.rows:
+            _show(section.heads, section.rows)
+    return 0
+
+
+def _export(words: list[str]) -> int:
+    options = parse(Export, words, prog="unloaf export")
+    from unloaf import release
+
+    run = Path(options.run)
+    given = {name: getattr(options, name) for name in ("recalibrate", "checkpoint", "ema", "push_to_hub")}
+    output = None if options.output is None else Path(options.output)
+    if options.elastic:
+        written = release.export_elastic(run, output=output, **given)
+    else:
+        written = release.export_run(run, depths=options.depths, format=options.format, output=output, **given)
+    print(f"export: {written}")
+    return 0
+
+
 def _report(words: list[str]) -> int:
     options = parse(Report, words, prog="unloaf report")
     from unloaf.analysis.histories import differences, read_histories, run_row, table_of
@@ -255,17 +371,23 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": _demo,
     "train": _train,
     "eval": _eval,
+    "subnets": _subnets,
+    "inspect": _inspect,
+    "export": _export,
     "report": _report,
     "check-data": _check_data,
     "bench": _bench,
 }
 
 
+_OF_WORDS = ("blocks", "cannot be skipped", "class", "note")
+
+
 def _show(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Prints a table; in a file or a pipe it is as wide as it needs to be."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index else "left", overflow="fold")
+        table.add_column(head, justify="right" if index and head not in _OF_WORDS else "left", overflow="fold")
     for line in lines:
         table.add_row(*line)
     console = Console(markup=False, highlight=False)

@@ -31,8 +31,9 @@ def build_model(
 
     Args:
         name: "cifar/resnet20", "timm/resnet50", "tv/resnet50"; the family may be left out
-            when only one has the name. "hf/FOLDER" is the network of a local config.json of transformers, "hf/ViTConfig" or
-            "hf/ViTForImageClassification" that of a class with its default values; no code of the folder is run.
+            when only one has the name. "hf/FOLDER" is the network of a local config.json of
+            transformers, "hf/ViTConfig" or "hf/ViTForImageClassification" that of a class with its
+            default values; no code of the folder is run.
         num_classes: classes of the head.
         in_chans: channels of an image.
         img_size: side in pixels, for models that are built for one side (vision transformers).
@@ -107,7 +108,9 @@ def _suggest(name: str, families: list[str]) -> str:
     names = {f"{family}/{known}": known for family in families for known in _names(family)}
     close = set(difflib.get_close_matches(name, names.values(), n=3))
     matches = [full for full, known in names.items() if known in close]
-    return f"; did you mean {', '.join(matches[:5])}?" if matches else "; give cifar/NAME, timm/NAME, tv/NAME or hf/NAME"
+    return (
+        f"; did you mean {', '.join(matches[:5])}?" if matches else "; give cifar/NAME, timm/NAME, tv/NAME or hf/NAME"
+    )
 
 
 def _cifar(name: str, *, num_classes: int, in_chans: int, width: int) -> nn.Module:

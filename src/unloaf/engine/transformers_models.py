@@ -15,13 +15,18 @@ _MOST_PARAMETERS = 2_000_000_000
 
 
 def build_transformer(
-    name: str, *, num_classes: int | None = None, in_chans: int = 3, img_size: int | None = None, pretrained: bool = False
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    img_size: int | None = None,
+    pretrained: bool = False,
 ) -> nn.Module:
     """The network of a configuration, with fresh weights or, from a folder, its own.
 
     Args:
-        name: a folder with config.json, or the name of a class of transformers: a configuration ("ViTConfig") or a model
-            ("T5EncoderModel"), with its default values.
+        name: a folder with config.json, or the name of a class of transformers: a configuration ("ViTConfig") or a
+            model ("T5EncoderModel"), with its default values.
         num_classes: classes of the head, for image classifiers.
         in_chans: channels of an image.
         img_size: side in pixels, where the configuration has one.
@@ -52,10 +57,10 @@ def build_transformer(
             raise ValueError("a class has no published weights; give a folder with weights, or leave out --pretrained")
         return build.from_pretrained(folder, config=config, local_files_only=True, ignore_mismatched_sizes=True)
     with torch.device("meta"):
-        count = sum(p.numel() for p in build._from_config(config).parameters())
+        count = sum(p.numel() for p in build(config).parameters())
     if count > _MOST_PARAMETERS:
         raise ValueError(f"has {count:,} parameters with its default values; give a folder with a smaller config.json")
-    return build._from_config(config)
+    return build(config)
 
 
 def example_of(model: nn.Module, *, img_size: int | None = None) -> Tensor | dict[str, Tensor]:
