@@ -1,0 +1,304 @@
+"""A trained run in, files out that need no run folder: one subnet as a network, or all of them in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from unloaf.batchnorm import recalibrate_bn, tracking_norms
+from unloaf.elastic import ElasticModel, load_elastic, save_elastic
+from unloaf.evaluation import Accuracy, choose_subnets
+from unloaf.export import export_subnet, parse_subnet
+from unloaf.release.card import NetworkFacts, model_card
+from unloaf.release.formats import Format, Written, check_format, timm_config, write_format
+from unloaf.release.opened import OpenedRun, open_trained
+from unloaf.saved import new_folder
+from unloaf.subnet import Subnet
+
+__all__ = ["ElasticResult", "ExportResult", "Format", "export_elastic", "export_run"]
+
+_MOST_STORED = 64  # subnets of an elastic file that nobody asked to hold more
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A subnet that was exported.
+
+    Attributes:
+        folder: where its files are.
+        files: their sizes in bytes, by name.
+        subnet: its depths, "3-3-5-3".
+        format: state_dict, timm, pt2 or onnx.
+        metrics: accuracy by split, of the exported network.
+        params: parameters.
+        gmacs: billions of multiply-adds for one image.
+        difference: largest absolute difference of the logits, read back against exported, on fresh inputs.
+        loading: Python lines that load it.
+        notes: what a reader has to know of the checkpoint.
+        pushed: where it was uploaded to, if it was.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    subnet: str
+    format: Format
+    metrics: dict[str, Accuracy]
+    params: int
+    gmacs: float
+    difference: float
+    loading: str
+    notes: tuple[str, ...] = ()
+    pushed: str | None = None
+
+
+@dataclass(frozen=True)
+class ElasticResult:
+    """A network that was exported with the statistics of its subnets.
+
+    Attributes:
+        folder: where its files are.
+        files: their sizes in bytes, by name.
+        networks: the subnets, the whole network first, judged.
+        statistics: bytes of the stored statistics; the rest is one set of weights.
+        loading: Python lines that load it.
+        notes: what a reader has to know of the checkpoint and the choice of subnets.
+        pushed: where it was uploaded to, if it was.
+    """
+
+    folder: Path
+    files: dict[str, int]
+    networks: tuple[NetworkFacts, ...]
+    statistics: int
+    loading: str
+    notes: tuple[str, ...] = field(default=())
+    pushed: str | None = None
+
+
+def export_run(
+    run: str | Path,
+    *,
+    subnet: str,
+    output: str | Path,
+    format: str = "state_dict",
+    checkpoint: str = "last",
+    ema: bool = False,
+    recalibrate: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    push_to_hub: str | None = None,
+) -> ExportResult:
+    """Writes a subnet of a run as a network of its own, with a model card; the folder appears whole or not at all.
+
+    Args:
+        run: a folder that `unloaf train` made; it is not changed.
+        subnet: depths, "3,3,5,3", or what ``str(subnet)`` gives.
+        output: the new folder.
+        format: state_dict (safetensors and a JSON for `load_subnet`), timm, pt2 (torch.export) or onnx.
+        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
+        ema: export the moving average of the weights.
+        recalibrate: training images that re-estimate the subnet's batch-norm statistics; 0 leaves them as they are;
+            default: as in the run. The whole network keeps its own.
+        data_dir: where the images are now; default: as in the run.
+        device: "auto" or "cpu", for the estimate and the accuracy; files are made on the CPU.
+        push_to_hub: name of a repository on the Hugging Face hub that the folder is uploaded to.
+
+    Raises:
+        ValueError: no run, no such subnet or format, a package is missing, the form cannot hold the network, or the
+            folder exists.
+        CheckpointError: no checkpoint is intact.
+    """
+    kind = check_format(format)
+    opened = open_trained(
+        Path(run), checkpoint=checkpoint, ema=ema, recalibrate=recalibrate, data_dir=data_dir, device=device
+    )
+    chosen = parse_subnet(opened.training.stages, subnet)
+    network = _subnet_of(opened, chosen)
+    facts = _facts(opened, network, str(chosen))
+    network.cpu().eval()
+    with new_folder(Path(output)) as folder:
+        written = write_format(kind, folder, opened, network, chosen)
+        (folder / "README.md").write_text(_card(opened, chosen, facts, written, kind), encoding="utf-8")
+    pushed = None if push_to_hub is None else _push(Path(output), push_to_hub, opened, written)
+    return ExportResult(
+        folder=Path(output),
+        files=_sizes(Path(output)),
+        subnet=str(chosen),
+        format=kind,
+        metrics=dict(facts.metrics),
+        params=facts.params,
+        gmacs=facts.gmacs,
+        difference=written.difference,
+        loading=written.loading.replace("FOLDER", str(output)),
+        notes=opened.notes,
+        pushed=pushed,
+    )
+
+
+def export_elastic(
+    run: str | Path,
+    *,
+    output: str | Path,
+    subnets: Sequence[str] | int | None = None,
+    checkpoint: str = "last",
+    ema: bool = False,
+    recalibrate: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    push_to_hub: str | None = None,
+) -> ElasticResult:
+    """Writes a run's network once, with batch-norm statistics for some of its subnets, for `load_elastic`.
+
+    Args:
+        run: a folder that `unloaf train` made; it is not changed.
+        output: the new folder.
+        subnets: which ones, by name; a number draws so many ordered ones beside the whole network; default: all
+            ordered ones, or 64 of them where there are more.
+        checkpoint: "last" or "best".
+        ema: export the moving average of the weights.
+        recalibrate: training images for the statistics of each subnet; default: as in the run.
+        data_dir: where the images are now; default: as in the run.
+        device: "auto" or "cpu", for the estimate and the accuracy.
+        push_to_hub: name of a repository on the Hugging Face hub that the folder is uploaded to.
+
+    Raises:
+        ValueError: see `export_run`; also ``recalibrate`` of 0 for a network with batch norm.
+        CheckpointError: no checkpoint is intact.
+    """
+    opened = open_trained(
+        Path(run), checkpoint=checkpoint, ema=ema, recalibrate=recalibrate, data_dir=data_dir, device=device
+    )
+    if not opened.recalibrate and tracking_norms(opened.network):
+        raise ValueError("recalibrate 0: each subnet of an elastic file has statistics of its own; give 2 or more")
+    chosen, notes = _chosen(opened, subnets)
+    model = ElasticModel(opened.network.eval(), opened.training.stages)
+    networks = []
+    for subnet in chosen:
+        if subnet != Subnet.full(model.stages):
+            model.recalibrate(subnet, _calibration(opened))
+        networks.append(_facts(opened, model.export(subnet), str(subnet)))
+    model.cpu()
+    loading = f'import unloaf\n\nmodel = unloaf.load_elastic("FOLDER")\nlogits = model(images, subnet="{chosen[-1]}")'
+    with new_folder(Path(output)) as folder:
+        save_elastic(folder, model, opened.architecture, more={"preprocessing": opened.preprocessing})
+        load_elastic(folder)
+        card = _elastic_card(opened, networks, loading, notes)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    pushed = None if push_to_hub is None else _push(Path(output), push_to_hub, opened, None)
+    stored = [model.statistics(subnet) for subnet in chosen]
+    return ElasticResult(
+        folder=Path(output),
+        files=_sizes(Path(output)),
+        networks=tuple(networks),
+        statistics=sum(tensor.nbytes for values in stored for tensor in values.values()),
+        loading=loading.replace("FOLDER", str(output)),
+        notes=(*opened.notes, *notes),
+        pushed=pushed,
+    )
+
+
+def _subnet_of(opened: OpenedRun, subnet: Subnet) -> nn.Module:
+    stages = opened.training.stages
+    network = export_subnet(opened.network.eval(), stages, subnet)
+    if opened.recalibrate and subnet != Subnet.full(stages):
+        recalibrate_bn(network, _calibration(opened))
+    return network
+
+
+def _calibration(opened: OpenedRun) -> Any:
+    device = opened.training.device
+    return (batch[0].to(device) for batch in opened.training.calibration_batches())
+
+
+def _chosen(opened: OpenedRun, asked: Sequence[str] | int | None) -> tuple[list[Subnet], list[str]]:
+    """The whole network first, then those that were asked for."""
+    stages, seed = opened.training.stages, opened.config.seed
+    full = Subnet.full(stages)
+    if asked is None:
+        everyone = choose_subnets(stages)
+        if len(everyone) <= _MOST_STORED:
+            return everyone, []
+        note = f"{_MOST_STORED} of {len(everyone)} ordered subnets have statistics; --subnets chooses others."
+        return choose_subnets(stages, _MOST_STORED, seed=seed), [note]
+    if isinstance(asked, int):
+        if asked < 1:
+            raise ValueError(f"subnets {asked}: give at least 1")
+        return choose_subnets(stages, min(asked + 1, len(choose_subnets(stages))), seed=seed), []
+    return list(dict.fromkeys([full, *(parse_subnet(stages, text) for text in asked)])), []
+
+
+def _facts(opened: OpenedRun, network: nn.Module, name: str) -> NetworkFacts:
+    return NetworkFacts(name, opened.measure(network), *opened.cost(network))
+
+
+def _origin(opened: OpenedRun) -> str:
+    average = " (moving average of the weights)" if opened.weights == "model_ema" else ""
+    epochs = "1 epoch" if opened.epoch == 1 else f"{opened.epoch} epochs"
+    return f"{opened.config.model}, trained on {opened.config.dataset} for {epochs}{average}"
+
+
+def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Written, kind: Format) -> str:
+    full = Subnet.full(opened.training.stages)
+    summary = [
+        f"The subnet {subnet} of {_origin(opened)} by the method `{opened.config.method}`: an ordinary network without "
+        f"the other blocks of {full}. The accuracy below is that of this network, measured after the export."
+    ]
+    notes = []
+    if tracking_norms(opened.network) and subnet != full:
+        used = opened.training.config.recalibrate
+        statistics = (
+            f"were re-estimated on {used:,} training images" if opened.recalibrate else "are the whole network's"
+        )
+        notes.append(f"Its batch-norm statistics {statistics}.")
+    return model_card(
+        title=f"{opened.config.model} {subnet}",
+        summary=summary,
+        networks=[facts],
+        loading=written.loading,
+        preprocessing=opened.preprocessing,
+        config=opened.config,
+        notes=notes,
+        library="timm" if kind == "timm" else None,
+    )
+
+
+def _elastic_card(opened: OpenedRun, networks: Sequence[NetworkFacts], loading: str, notes: Sequence[str]) -> str:
+    summary = [
+        f"{_origin(opened)}, by the method `{opened.config.method}`: one set of weights whose depth is "
+        "chosen for each call, with batch-norm statistics for each of these subnets."
+    ]
+    return model_card(
+        title=f"{opened.config.model}, elastic",
+        summary=summary,
+        networks=networks,
+        loading=loading,
+        preprocessing=opened.preprocessing,
+        config=opened.config,
+        notes=notes,
+    )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+
+
+def _push(folder: Path, repository: str, opened: OpenedRun, written: Written | None) -> str:
+    """Uploads by timm's or Hugging Face's own function; the files stay where they are in any case."""
+    from huggingface_hub import HfApi
+
+    try:
+        if written is not None and written.twin is not None:
+            from timm.models import push_to_hf_hub
+
+            push_to_hf_hub(written.twin, repository, model_config=timm_config(opened), safe_serialization=True)
+            HfApi().upload_file(repo_id=repository, path_or_fileobj=str(folder / "README.md"), path_in_repo="README.md")
+        else:
+            HfApi().create_repo(repository, exist_ok=True)
+            HfApi().upload_folder(repo_id=repository, folder_path=str(folder))
+    except Exception as error:  # network, token, name: whatever the hub answers
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder} is written, but {repository} could not be uploaded: {text}") from error
+    return repository

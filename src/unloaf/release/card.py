@@ -1,0 +1,111 @@
+"""The model card: what a network is, how good it is, what it costs, how it was trained and how it is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from unloaf.engine.config import Config
+from unloaf.evaluation import Accuracy
+
+_PACKAGES = ("unloaf", "torch", "timm", "torchvision")
+_ALWAYS = ("dataset", "model", "method", "epochs", "batch_size", "lr", "weight_decay", "seed")
+# Where a run ran and what it wrote, or the machine's own paths.
+_ELSEWHERE = {
+    "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "eval_interval",
+    "eval_subnets", "initial_checkpoint", "log_interval", "name", "on_nan", "output", "recalibrate", "trackers",
+    "workers",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkFacts:
+    """A line of the card's table.
+
+    Attributes:
+        subnet: its depths, "3-4-6-3".
+        metrics: accuracy by split, measured on the network that is described.
+        params: parameters.
+        gmacs: billions of multiply-adds for one image.
+    """
+
+    subnet: str
+    metrics: Mapping[str, Accuracy]
+    params: int
+    gmacs: float
+
+
+def model_card(
+    *,
+    title: str,
+    summary: Sequence[str],
+    networks: Sequence[NetworkFacts],
+    loading: str,
+    preprocessing: Mapping[str, Any],
+    config: Config,
+    notes: Sequence[str] = (),
+    library: str | None = None,
+) -> str:
+    """The text of README.md, with the front matter that model hubs read."""
+    front = ["---", "tags:", "- image-classification", "- unloaf", *([f"library_name: {library}"] if library else [])]
+    lines = [*front, "---", f"# {title}", "", *summary, ""]
+    lines += ["## Accuracy and cost", "", *_table(networks), ""]
+    lines += [*notes, ""] if notes else []
+    lines += ["## How to load it", "", "```python", loading, "```", "", *_preprocessing(preprocessing), ""]
+    lines += ["## How it was trained", "", *_settings(config), ""]
+    lines += ["## Versions", "", ", ".join(f"{name} {found}" for name, found in versions().items()) + ".", ""]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that made the files, as far as they are installed."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _table(networks: Sequence[NetworkFacts]) -> list[str]:
+    splits = list(networks[0].metrics)
+    measured = [f"{split} {name}" for split in splits for name in ("top-1", "top-5")]
+    head = ["subnet", *measured, "parameters", "GMACs"]
+    rows = [
+        [
+            row.subnet,
+            *(f"{value:.2f} %" for split in splits for value in (row.metrics[split].top1, row.metrics[split].top5)),
+            f"{row.params:,}",
+            f"{row.gmacs:.4g}",
+        ]
+        for row in networks
+    ]
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _preprocessing(values: Mapping[str, Any]) -> list[str]:
+    channels, height, width = values["input_size"]
+
+    def numbers(key: str) -> str:
+        return ", ".join(f"{value:.4f}" for value in values[key])
+
+    return [
+        f"Images have {channels} channels of {height} x {width} pixels in [0, 1], less the mean ({numbers('mean')}), "
+        f"divided by the standard deviation ({numbers('std')}); {values['interpolation']} interpolation."
+    ]
+
+
+def _settings(config: Config) -> list[str]:
+    default = Config()
+    rows = [
+        (field.name, getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in _ELSEWHERE
+        and (field.name != "width" or config.model.startswith("cifar/"))
+        and (field.name in _ALWAYS or getattr(config, field.name) != getattr(default, field.name))
+    ]
+    text = "Trained by unloaf. Settings that are not listed have their default values."
+    return [text, "", "| setting | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]

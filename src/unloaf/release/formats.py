@@ -1,0 +1,222 @@
+"""The forms in which a subnet leaves: each is written, read back and compared before it counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unloaf.export import block_counts
+from unloaf.release.opened import OpenedRun
+from unloaf.saved import load_subnet, save_subnet
+from unloaf.stages import evaluating
+from unloaf.subnet import Subnet
+
+Format = Literal["state_dict", "timm", "pt2", "onnx"]
+# Of the largest logit. Other kernels add in another order; float32 has 24 bits, deep networks lose a few more.
+_ROUNDING = {"state_dict": 0.0, "timm": 0.0, "pt2": 1e-5, "onnx": 1e-5}
+_TIMM_DEPTHS = ("layers", "depths", "depth")
+_COMPARED = ((2, 11), (3, 12))  # batch size and seed of the inputs
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        loading: Python lines that load it from the folder.
+        difference: largest absolute difference of the logits, reloaded against exported.
+        twin: of timm's form, the network that timm built.
+    """
+
+    loading: str
+    difference: float
+    twin: nn.Module | None = None
+
+
+def write_format(kind: Format, folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
+    """Writes a network, in eval mode and on the CPU, in one of the forms.
+
+    Raises:
+        ValueError: the form cannot hold this network, a package is missing, or what was read back is not the same.
+    """
+    return _WRITERS[kind](folder, opened, network, subnet)
+
+
+def check_format(kind: str) -> Format:
+    """The form by its name; ValueError if there is none, or if a package for it is missing."""
+    if kind not in _WRITERS:
+        raise ValueError(f"format {kind!r}: give {', '.join(_WRITERS)}")
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if kind == "onnx" and missing:
+        raise ValueError(f"format onnx needs {', '.join(missing)}; install the extra onnx: pip install 'unloaf[onnx]'")
+    return kind  # type: ignore[return-value]
+
+
+def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
+    more = {"preprocessing": opened.preprocessing}
+    save_subnet(folder, network, opened.architecture, opened.training.stages, subnet, more=more)
+    difference = _difference("state_dict", opened, network, load_subnet(folder))
+    return Written('import unloaf\n\nmodel = unloaf.load_subnet("FOLDER")', difference)
+
+
+def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
+    import timm
+    from timm.models import save_for_hf
+
+    twin, name, arguments = _timm_twin(opened, network)
+    save_for_hf(twin, str(folder), model_config=timm_config(opened), model_args=arguments, safe_serialization=True)
+    with _quiet():
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    difference = _difference("timm", opened, network, again)
+    words = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    loading = (
+        'import timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n'
+        "# or, for other uses of the weights:\n"
+        f'model = timm.create_model("{name}"{words}, checkpoint_path="FOLDER/model.safetensors").eval()'
+    )
+    return Written(loading, difference, twin)
+
+
+def timm_config(opened: OpenedRun) -> dict[str, Any]:
+    """What timm's configuration says beside the architecture: classes and preprocessing of this run."""
+    described = {"tag": "unloaf", **opened.preprocessing, "test_input_size": opened.preprocessing["input_size"]}
+    if not opened.config.pretrained:  # timm would fill in where its own weights of this name come from
+        described |= {"license": None, "origin_url": None, "paper_ids": None}
+    names = [str(name) for name in opened.training.data.class_names]
+    return {"pretrained_cfg": described} | ({"label_names": names} if names else {})
+
+
+def _timm_twin(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The same network built by timm alone: found by trying its three keywords, and compared bit for bit."""
+    import timm
+
+    published = getattr(network, "pretrained_cfg", None)
+    if published is None or not type(network).__module__.startswith("timm."):
+        raise ValueError(f"model {opened.config.model} is none of timm's; take --format state_dict")
+    name, settings = published["architecture"], opened.architecture
+    arguments: dict[str, Any] = {key: settings[key] for key in ("num_classes", "in_chans")}
+    if published.get("fixed_input_size"):
+        arguments["img_size"] = settings["img_size"]
+    kinds = {type(opened.network.get_submodule(path)) for s in opened.training.stages for path in s.blocks}
+    counts = block_counts(network, kinds)
+    reasons = []
+    for keyword in _TIMM_DEPTHS:
+        depths: dict[str, Any] = {keyword: (counts[0] if counts else 0) if keyword == "depth" else counts}
+        try:
+            with torch.random.fork_rng(devices=[]), _quiet():
+                twin: nn.Module = timm.create_model(name, **arguments, **depths).eval()
+            twin.load_state_dict(network.state_dict())
+            _difference("timm", opened, network, twin)
+            return twin, name, arguments | depths
+        except Exception as error:  # whatever a constructor that is not made for it raises
+            reasons.append(f"{keyword}={depths[keyword]}: {' '.join(str(error).split())[:80]}")
+    raise ValueError(
+        f"timm's {name} cannot be built with these blocks alone ({'; '.join(reasons)}); take --format state_dict"
+    )
+
+
+def _write_pt2(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
+    file = folder / "model.pt2"
+    with _refusals("torch.export"):
+        batch = ({0: torch.export.Dim("batch", min=1, max=2**20)},)
+        program = torch.export.export(network, (opened.noise(2, 0),), dynamic_shapes=batch)
+        torch.export.save(program, file)
+        again = torch.export.load(file).module()
+    difference = _difference("pt2", opened, network, again)
+    return Written('import torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()', difference)
+
+
+def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
+    import onnxruntime
+
+    file = folder / "model.onnx"
+    with _refusals("the ONNX exporter"), _quiet():
+        torch.onnx.export(
+            network,
+            (opened.noise(2, 0),),
+            file,
+            dynamo=True,
+            dynamic_shapes=({0: "batch"},),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+
+    def again(x: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
+
+    difference = _difference("onnx", opened, network, again)
+    loading = (
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("FOLDER/model.onnx")\n'
+        'logits = session.run(["logits"], {"images": images})[0]  # float32, (batch, channels, height, width)'
+    )
+    return Written(loading, difference)
+
+
+_WRITERS: dict[str, Callable[[Path, OpenedRun, nn.Module, Subnet], Written]] = {
+    "state_dict": _write_state_dict,
+    "timm": _write_timm,
+    "pt2": _write_pt2,
+    "onnx": _write_onnx,
+}
+
+
+def _difference(kind: Format, opened: OpenedRun, network: nn.Module, again: Any) -> float:
+    """Largest absolute difference on fresh inputs of two batch sizes; ValueError where it is more than rounding."""
+    worst, largest = 0.0, 1.0
+    with evaluating(network):
+        for batch, seed in _COMPARED:
+            x = opened.noise(batch, seed)
+            ours, theirs = network(x), again(x)
+            if ours.shape != theirs.shape:
+                raise ValueError(f"logits of shape {tuple(theirs.shape)} came back instead of {tuple(ours.shape)}")
+            worst = max(worst, float((ours - theirs).abs().max()))
+            largest = max(largest, float(ours.abs().max()))
+    if not worst <= _ROUNDING[kind] * largest:
+        raise ValueError(
+            f"format {kind}: the logits that came back differ by up to {worst:.1e} (of up to {largest:.1e}), more than "
+            f"{_ROUNDING[kind]:.0e} of them; take another --format"
+        )
+    return worst
+
+
+@contextmanager
+def _refusals(exporter: str) -> Iterator[None]:
+    """Turns what an exporter raises, whole pages, into its first cause."""
+    try:
+        yield
+    except Exception as error:  # exporters have errors of many kinds
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = " ".join(str(cause).split())[:300]
+        raise ValueError(
+            f"{exporter} refuses this network ({type(cause).__name__}: {text}); take another --format"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and progress that exporters and timm print."""
+    loggers = [logging.getLogger(name) for name in ("timm", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,129 @@
+"""A run opened to be exported: its network with the weights of a checkpoint, and what its files are to say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unloaf.analysis import runs
+from unloaf.analysis.costs import gmacs
+from unloaf.engine.config import Config, load_config
+from unloaf.engine.run_folder import run_of
+from unloaf.engine.training import Training, prepare
+from unloaf.evaluation import Accuracy, accuracy
+from unloaf.stages import inner_module
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run at one of its checkpoints.
+
+    Attributes:
+        run: its folder.
+        config: its settings, as it was trained.
+        training: its data, its network with the checkpoint's weights, its stages.
+        checkpoint: name of the checkpoint's folder.
+        epoch: whole epochs that were trained by then.
+        weights: "model", or "model_ema" for the moving average.
+        recalibrate: training images for the statistics of a subnet; 0 leaves them as they are.
+        notes: what a reader has to know of the checkpoint.
+    """
+
+    run: Path
+    config: Config
+    training: Training
+    checkpoint: str
+    epoch: int
+    weights: str
+    recalibrate: int
+    notes: tuple[str, ...]
+
+    @property
+    def network(self) -> nn.Module:
+        """The main network."""
+        return inner_module(self.training.model)
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Arguments of `build_model` for the main network, without what only training needs."""
+        config, data = self.config, self.training.data
+        settings = {"name": config.model, "num_classes": data.num_classes, "in_chans": data.in_chans}
+        return settings | {"img_size": data.img_size, "width": config.width}
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image becomes an input: mean and std are in units of the pixel range [0, 1]."""
+        data = self.training.data
+        return {
+            "input_size": [data.in_chans, data.img_size, data.img_size],
+            "mean": [value / 255 for value in data.mean],
+            "std": [value / 255 for value in data.std],
+            "interpolation": data.resize_mode,
+            "crop_pct": self.config.crop_pct if self.config.dataset in ("imagefolder", "hf", "webdataset") else 1.0,
+        }
+
+    def noise(self, batch: int, seed: int) -> Tensor:
+        """Inputs on which two forms of the network are compared, on the CPU."""
+        data = self.training.data
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(batch, data.in_chans, data.img_size, data.img_size, generator=generator)
+
+    def measure(self, network: nn.Module) -> dict[str, Accuracy]:
+        """Accuracy of a network on the run's validation and test images, as far as there are any."""
+        data = self.training.data
+        splits = ["val"] if data.test is data.val else ["val", "test"]
+        network.to(self.training.device)
+        return {
+            name: accuracy(network, self.training.eval_batches(name)) for name in splits if len(getattr(data, name))
+        }
+
+    def cost(self, network: nn.Module) -> tuple[int, float]:
+        """Parameters, and billions of multiply-adds for one image."""
+        image = self.noise(1, 0).to(next(network.parameters()).device)
+        return sum(p.numel() for p in network.parameters()), gmacs(network, image)
+
+
+def open_trained(
+    run: Path,
+    *,
+    checkpoint: str = "last",
+    ema: bool = False,
+    recalibrate: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+) -> OpenedRun:
+    """Opens a run as `judge_run` does; writes nothing, and the run may still be training.
+
+    Raises:
+        ValueError: the folder is no run, has no such checkpoint or images, or ``recalibrate`` is out of range.
+        CheckpointError: no checkpoint is intact.
+    """
+    if recalibrate is not None and recalibrate != 0 and recalibrate < 2:
+        raise ValueError(f"recalibrate {recalibrate}: give at least 2 images, or 0 to leave the statistics as they are")
+    config = load_config(run_of(run) / "args.yaml")
+    found, notes = runs._checkpoint(run, checkpoint)
+    weights = "model_ema" if ema else "model"
+    if weights not in found.weights:
+        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
+    given: Mapping[str, Any] = {"recalibrate": recalibrate or None, "data_dir": data_dir, "device": device}
+    changes = {name: value for name, value in given.items() if value is not None}
+    training = prepare(runs._for_one_process(config, **changes))
+    runs._load(inner_module(training.model), found, weights)
+    if not training.stages:
+        raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")
+    position: Any = found.state["position"]
+    return OpenedRun(
+        run=run,
+        config=config,
+        training=training,
+        checkpoint=found.path.name,
+        epoch=position["epoch"] - 1,
+        weights=weights,
+        recalibrate=config.recalibrate if recalibrate is None else recalibrate,
+        notes=tuple(notes),
+    )

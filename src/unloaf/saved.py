@@ -1,0 +1,215 @@
+"""A network as two files that need no run folder: its weights, and a JSON that says what they are the weights of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unloaf.engine.errors import CheckpointError
+from unloaf.engine.models import build_model
+from unloaf.export import export_subnet
+from unloaf.stages import Stage
+from unloaf.subnet import Subnet, check_stages, check_subnet
+
+FORMAT_VERSION = 1
+_SUBNET = "subnet.json"
+
+
+def load_subnet(folder: str | Path) -> nn.Module:
+    """The network that ``unloaf export --format state_dict`` wrote: an ordinary module in eval mode, on the CPU.
+
+    It is built by name, its skipped blocks are taken out as by `export_subnet`, and the weights are loaded strictly.
+
+    Args:
+        folder: with ``subnet.json`` and ``model.safetensors``.
+
+    Raises:
+        ValueError: there is no such file, or it is of something else.
+        CheckpointError: a file is damaged: its SHA-256 is not the one that was written, or the weights do not fit.
+
+    >>> import tempfile, torch, unloaf
+    >>> from unloaf.engine.models import build_model
+    >>> from unloaf.saved import save_subnet
+    >>> settings = {"name": "cifar/resnet14", "num_classes": 10, "width": 2}
+    >>> model, x = build_model(**settings).eval(), torch.randn(2, 3, 32, 32)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> subnet = unloaf.Subnet.from_depths(stages, (1, 2, 1))
+    >>> small = unloaf.export_subnet(model, stages, subnet)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_subnet(folder, small, settings, stages, subnet)
+    ...     torch.equal(unloaf.load_subnet(folder)(x), small(x))
+    True
+    """
+    file = Path(folder) / _SUBNET
+    fields, tensors = read_described(file, kind="subnet")
+    with understanding(file):
+        stages = read_stages(fields)
+        subnet = Subnet(tuple(tuple(stage) for stage in fields["keep"]))
+        model = build_described(fields, stages)
+        small = export_subnet(model, stages, subnet)
+        small.load_state_dict(tensors)
+    return small.eval()
+
+
+def save_subnet(
+    folder: str | Path,
+    network: nn.Module,
+    architecture: Mapping[str, Any],
+    stages: Sequence[Stage],
+    subnet: Subnet,
+    *,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes ``model.safetensors`` and ``subnet.json``, from which `load_subnet` gives the network again.
+
+    Args:
+        folder: exists.
+        network: what `export_subnet` returned.
+        architecture: arguments of `build_model` for the whole network.
+        stages: of the whole network.
+        subnet: which one it is.
+        more: further entries of the JSON, which nothing reads.
+    """
+    fields = {
+        "architecture": dict(architecture),
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+        "keep": subnet.keep,
+        "subnet": str(subnet),
+        **(more or {}),
+    }
+    write_described(Path(folder) / _SUBNET, "model.safetensors", network.state_dict(), fields, kind="subnet")
+
+
+def write_described(
+    file: Path, weights: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], *, kind: str
+) -> None:
+    """Writes tensors to a safetensors file, tied ones once, and what they are to a JSON beside it."""
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+        else:
+            first[place] = name
+            kept[name] = tensor.detach().cpu().contiguous().clone()
+    save_file(kept, file.parent / weights, metadata={"format": "pt"})
+    (file.parent / weights).chmod(0o666 & file.parent.stat().st_mode)  # safetensors 0.8 makes files for the owner alone
+    described = {
+        "kind": f"unloaf {kind}",
+        "format_version": FORMAT_VERSION,
+        **fields,
+        "weights": {"file": weights, "sha256": _sha256(file.parent / weights), "tied": aliases},
+    }
+    file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def read_described(file: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_described` wrote, once the weights have their SHA-256.
+
+    Raises:
+        ValueError: there is no such file, or it is of something else.
+        CheckpointError: something is damaged.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file.parent} has no {file.name}; give a folder that `unloaf export` wrote")
+    with understanding(file):
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict) or fields.get("kind") != f"unloaf {kind}":
+        found = fields.get("kind") if isinstance(fields, dict) else type(fields).__name__
+        raise ValueError(f"{file} describes no {kind} (its kind is {found!r}); give what `unloaf export` wrote")
+    with understanding(file):
+        if fields["format_version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file}: format {fields['format_version']}, this unloaf reads up to {FORMAT_VERSION}; update unloaf"
+            )
+        weights = file.parent / Path(fields["weights"]["file"]).name
+        digest, tied = fields["weights"]["sha256"], dict(fields["weights"]["tied"])
+    if not weights.is_file():
+        raise CheckpointError(f"{weights}: is missing; copy the folder again, whole")
+    if _sha256(weights) != digest:
+        raise CheckpointError(
+            f"{weights}: its SHA-256 is not the one in {file.name}: the file is damaged or belongs to another "
+            "description; copy or export it again"
+        )
+    with understanding(weights):
+        with safe_open(weights, framework="pt", device="cpu") as opened:
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        return fields, tensors | {alias: tensors[name] for alias, name in tied.items()}
+
+
+def build_described(fields: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Module:
+    """The whole network that the JSON names, with fresh weights; torch's random state stays as it was."""
+    settings = dict(fields["architecture"])
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(settings.pop("name"), **settings)
+    check_stages(model, stages)
+    return model.eval()
+
+
+def read_stages(fields: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages of the JSON, and a check that its subnet is one of them."""
+    given: list[dict[str, Any]] = [
+        {name: tuple(value) if isinstance(value, list) else value for name, value in stage.items()}
+        for stage in fields["stages"]
+    ]
+    stages = tuple(Stage(**stage) for stage in given)
+    if "keep" in fields:
+        check_subnet(stages, Subnet(tuple(tuple(stage) for stage in fields["keep"])))
+    return stages
+
+
+@contextmanager
+def understanding(file: Path) -> Iterator[None]:
+    """Turns whatever a damaged or foreign file leads to into a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # anything: the bytes may say anything
+        text = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file}: is not what `unloaf export` wrote ({type(error).__name__}: {text}); copy or export it again"
+        ) from error
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to that becomes `output` at the end, or is gone if anything raises.
+
+    Raises:
+        ValueError: there is something at that place already, or it cannot be written.
+    """
+    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
+        raise ValueError(f"{output} exists already; give another --output, or remove it")
+    temporary = output.parent / f".{output.name}-{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror}; give another --output") from error
+    try:
+        yield temporary
+        os.rename(temporary, output)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error}; give another --output") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # by now renamed, or a torn one
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
