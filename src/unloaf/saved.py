@@ -187,6 +187,12 @@ def understanding(file: Path) -> Iterator[None]:
         ) from error
 
 
+def check_new(output: Path) -> None:
+    """Raises ValueError if there is something at that place already, beyond an empty folder."""
+    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
+        raise ValueError(f"{output} exists already; give another --output, or remove it")
+
+
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder to write to that becomes `output` at the end, or is gone if anything raises.
@@ -194,8 +200,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     Raises:
         ValueError: there is something at that place already, or it cannot be written.
     """
-    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise ValueError(f"{output} exists already; give another --output, or remove it")
+    check_new(output)
     temporary = output.parent / f".{output.name}-{secrets.token_hex(4)}"
     try:
         temporary.mkdir(parents=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from unloaf.export import export_subnet, parse_subnet
 from unloaf.release.card import NetworkFacts, model_card
 from unloaf.release.formats import Format, Written, check_format, timm_config, write_format
 from unloaf.release.opened import OpenedRun, open_trained
-from unloaf.saved import new_folder
+from unloaf.saved import check_new, new_folder
 from unloaf.subnet import Subnet
 
 __all__ = ["ElasticResult", "ExportResult", "Format", "export_elastic", "export_run"]
@@ -54,6 +54,12 @@ class ExportResult:
     notes: tuple[str, ...] = ()
     pushed: str | None = None
 
+    def __str__(self) -> str:
+        measured = "".join(f", {split} top-1 {found.top1:.2f} %" for split, found in self.metrics.items())
+        size = sum(self.files.values()) / 1e6
+        what = f"subnet {self.subnet} as {self.format}, {self.params:,} parameters, {self.gmacs:.4g} GMACs{measured}"
+        return f"{self.folder}: {what}, {size:.2f} MB"
+
 
 @dataclass(frozen=True)
 class ElasticResult:
@@ -74,15 +80,20 @@ class ElasticResult:
     networks: tuple[NetworkFacts, ...]
     statistics: int
     loading: str
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     pushed: str | None = None
+
+    def __str__(self) -> str:
+        size = sum(self.files.values()) / 1e6
+        what = f"{len(self.networks)} networks, {size:.2f} MB, of which {self.statistics / 1e6:.2f} MB are statistics"
+        return f"{self.folder}: {what}"
 
 
 def export_run(
     run: str | Path,
     *,
-    subnet: str,
-    output: str | Path,
+    depths: str | None = None,
+    output: str | Path | None = None,
     format: str = "state_dict",
     checkpoint: str = "last",
     ema: bool = False,
@@ -95,8 +106,8 @@ def export_run(
 
     Args:
         run: a folder that `unloaf train` made; it is not changed.
-        subnet: depths, "3,3,5,3", or what ``str(subnet)`` gives.
-        output: the new folder.
+        depths: of the subnet, "3,3,5,3", or what ``str(subnet)`` gives, "3-2:101-5-3"; default: the whole network.
+        output: the new folder; default: RUN/export/SUBNET-FORMAT.
         format: state_dict (safetensors and a JSON for `load_subnet`), timm, pt2 (torch.export) or onnx.
         checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
         ema: export the moving average of the weights.
@@ -115,24 +126,27 @@ def export_run(
     opened = open_trained(
         Path(run), checkpoint=checkpoint, ema=ema, recalibrate=recalibrate, data_dir=data_dir, device=device
     )
-    chosen = parse_subnet(opened.training.stages, subnet)
+    stages = opened.training.stages
+    chosen = Subnet.full(stages) if depths is None else parse_subnet(stages, depths)
+    place = Path(run) / "export" / f"{_file_name(chosen)}-{kind}" if output is None else Path(output)
+    check_new(place)
     network = _subnet_of(opened, chosen)
     facts = _facts(opened, network, str(chosen))
     network.cpu().eval()
-    with new_folder(Path(output)) as folder:
+    with new_folder(place) as folder:
         written = write_format(kind, folder, opened, network, chosen)
         (folder / "README.md").write_text(_card(opened, chosen, facts, written, kind), encoding="utf-8")
-    pushed = None if push_to_hub is None else _push(Path(output), push_to_hub, opened, written)
+    pushed = None if push_to_hub is None else _push(place, push_to_hub, opened, written)
     return ExportResult(
-        folder=Path(output),
-        files=_sizes(Path(output)),
+        folder=place,
+        files=_sizes(place),
         subnet=str(chosen),
         format=kind,
         metrics=dict(facts.metrics),
         params=facts.params,
         gmacs=facts.gmacs,
         difference=written.difference,
-        loading=written.loading.replace("FOLDER", str(output)),
+        loading=written.loading.replace("FOLDER", str(place)),
         notes=opened.notes,
         pushed=pushed,
     )
@@ -141,7 +155,7 @@ def export_run(
 def export_elastic(
     run: str | Path,
     *,
-    output: str | Path,
+    output: str | Path | None = None,
     subnets: Sequence[str] | int | None = None,
     checkpoint: str = "last",
     ema: bool = False,
@@ -154,7 +168,7 @@ def export_elastic(
 
     Args:
         run: a folder that `unloaf train` made; it is not changed.
-        output: the new folder.
+        output: the new folder; default: RUN/export/elastic.
         subnets: which ones, by name; a number draws so many ordered ones beside the whole network; default: all
             ordered ones, or 64 of them where there are more.
         checkpoint: "last" or "best".
@@ -168,6 +182,8 @@ def export_elastic(
         ValueError: see `export_run`; also ``recalibrate`` of 0 for a network with batch norm.
         CheckpointError: no checkpoint is intact.
     """
+    place = Path(run) / "export" / "elastic" if output is None else Path(output)
+    check_new(place)
     opened = open_trained(
         Path(run), checkpoint=checkpoint, ema=ema, recalibrate=recalibrate, data_dir=data_dir, device=device
     )
@@ -182,19 +198,19 @@ def export_elastic(
         networks.append(_facts(opened, model.export(subnet), str(subnet)))
     model.cpu()
     loading = f'import unloaf\n\nmodel = unloaf.load_elastic("FOLDER")\nlogits = model(images, subnet="{chosen[-1]}")'
-    with new_folder(Path(output)) as folder:
+    with new_folder(place) as folder:
         save_elastic(folder, model, opened.architecture, more={"preprocessing": opened.preprocessing})
         load_elastic(folder)
         card = _elastic_card(opened, networks, loading, notes)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    pushed = None if push_to_hub is None else _push(Path(output), push_to_hub, opened, None)
+    pushed = None if push_to_hub is None else _push(place, push_to_hub, opened, None)
     stored = [model.statistics(subnet) for subnet in chosen]
     return ElasticResult(
-        folder=Path(output),
-        files=_sizes(Path(output)),
+        folder=place,
+        files=_sizes(place),
         networks=tuple(networks),
         statistics=sum(tensor.nbytes for values in stored for tensor in values.values()),
-        loading=loading.replace("FOLDER", str(output)),
+        loading=loading.replace("FOLDER", str(place)),
         notes=(*opened.notes, *notes),
         pushed=pushed,
     )
@@ -279,6 +295,10 @@ def _elastic_card(opened: OpenedRun, networks: Sequence[NetworkFacts], loading: 
         config=opened.config,
         notes=notes,
     )
+
+
+def _file_name(subnet: Subnet) -> str:
+    return str(subnet).replace(":", "_")
 
 
 def _sizes(folder: Path) -> dict[str, int]:
