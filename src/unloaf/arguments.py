@@ -137,19 +137,23 @@ class Export:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     depths: str | None = None
-    """Kept blocks of each stage, as in 3,3,5,3; default: the whole network."""
+    """Kept blocks of each stage, as in 3,3,5,3."""
     format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
     """Weights with a JSON file beside them, a model that timm reloads, a torch.export program, or ONNX."""
     recalibrate: int | None = None
-    """Training images from which batch-norm statistics are estimated; default: as in the run."""
+    """Training images from which batch-norm statistics are estimated; 0 for none; default: as in the run."""
     elastic: bool = False
-    """Write one file of which any depth can be run, in place of a subnet."""
+    """Write one file of which any depth can be run instead of one subnet."""
     checkpoint: Literal["last", "best"] = "last"
     """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     ema: bool = False
     """Export the moving average of the weights."""
+    data_dir: str | None = None
+    """Folder of the image set; default: as in the run."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes an accelerator when there is one, for the statistics and the accuracy."""
     output: str | None = None
-    """Folder of the results; default: a new one in the folder of the run."""
+    """New folder for the results; default: output/export/RUN-DEPTHS-FORMAT."""
     push_to_hub: str | None = None
     """Also upload it under this name, by the library of timm or Hugging Face; never done unless asked for."""
 
@@ -158,7 +162,15 @@ class Export:
             raise ValueError(f"depths {self.depths!r}: give a number for each stage, as in 3,3,5,3")
         if self.elastic and (self.depths is not None or self.format != "state_dict"):
             raise ValueError("elastic holds all depths in a format of its own; leave --depths and --format out")
-        _check_least(self, recalibrate=2)
+        if self.depths is None and not self.elastic:
+            raise ValueError("export: give --depths, as in 3,3,5,3, or --elastic")
+        _check_least(self, recalibrate=0)
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        what = "elastic" if self.depths is None else f"{self.depths.replace(',', '-')}-{self.format}"
+        return Path(self.output or f"output/export/{Path(self.run).name}-{what}")
 
 
 def _check_least(options: Any, **least: int) -> None:

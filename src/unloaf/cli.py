@@ -301,14 +301,15 @@ def _export(words: list[str]) -> int:
     options = parse(Export, words, prog="unloaf export")
     from unloaf import release
 
-    run = Path(options.run)
-    given = {name: getattr(options, name) for name in ("recalibrate", "checkpoint", "ema", "push_to_hub")}
-    output = None if options.output is None else Path(options.output)
+    names = ("recalibrate", "checkpoint", "ema", "data_dir", "device", "push_to_hub")
+    given: dict[str, Any] = {name: getattr(options, name) for name in names} | {"output": options.folder}
     if options.elastic:
-        written = release.export_elastic(run, output=output, **given)
+        written = release.export_elastic(options.run, **given)
     else:
-        written = release.export_run(run, depths=options.depths, format=options.format, output=output, **given)
-    print(f"export: {written}")
+        written = release.export_run(options.run, subnet=options.depths, format=options.format, **given)
+    for line in (*written.notes, *(f"{name}: {size:,} bytes" for name, size in written.files.items())):
+        print(line)
+    print(f"export: {written.folder}\n{written.loading}")
     return 0
 
 
