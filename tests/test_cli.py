@@ -4,15 +4,19 @@ import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 import unloaf
-from unloaf import cli
+import unloaf.release
+from unloaf import arguments, cli
 from unloaf.arguments import _ABOUT_TRAIN
 from unloaf.engine.errors import CheckpointError, NonFiniteLossError, StoppedError
 from unloaf.recipes import recipe_names
@@ -42,6 +46,9 @@ def in_process(capsys, *words):
         ["--help"],
         ["train", "--help"],
         ["eval", "--help"],
+        ["inspect", "--help"],
+        ["subnets", "--help"],
+        ["export", "norun", "--depths", "x"],
         ["train", "--epochs", "0"],
         ["train", "-c", "nofile"],
         ["train", "--recipe", "norecipe"],
@@ -84,7 +91,17 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
         (["train", "--resume", "norun"], "norun is no run"),
         (["train", "--dataset", "cifar100"], "give --data-dir"),
         (["demo", "--seeds", "0"], "seeds 0: give at least 1"),
-        (["trian"], "unknown command 'trian'; give demo, train, eval, report, check-data, bench"),
+        (
+            ["trian"],
+            "unknown command 'trian'; give demo, train, eval, subnets, inspect, export, report, check-data, bench",
+        ),
+        (["subnets"], "RUN|MODEL"),
+        (["inspect"], "MODEL"),
+        (["inspect", "cifar/resnet20", "--img-size", "0"], "img_size 0: give at least 1"),
+        (["export"], "RUN"),
+        (["export", "norun", "--depths", "3;3"], "depths '3;3': give a number for each stage, as in 3,3,5,3"),
+        (["export", "norun", "--elastic", "--depths", "3,3"], "leave --depths and --format out"),
+        (["export", "norun", "--format", "jit"], "invalid choice 'jit'"),
         (["eval"], "RUN"),
         (["eval", "r", "-b", "x"], "-b/--batch-size ['x']: give"),
         (["report"], "give at least one run folder"),
@@ -137,7 +154,7 @@ def test_flags_override_the_file(capsys, tmp_path):
         (ValueError("dataset: no\nimages"), 2, "dataset: no images"),
         (BrokenPipeError(32, "Broken pipe"), 1, "[Errno 32] Broken pipe; --debug shows where"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-        (RuntimeError("out of\nmemory"), 1, "RuntimeError: out of memory; --debug shows where"),
+        (RuntimeError("out of memory\nhow much"), 1, "RuntimeError: out of memory; --debug shows where"),
     ],
 )
 def test_exit_code_of_a_stopped_run(capsys, monkeypatch, error, code, text):
@@ -247,3 +264,117 @@ def test_image_set_in_memory_is_counted(capsys):
     code, out, _ = in_process(capsys, "check-data", ".", "--dataset", "digits")
     assert code == 0
     assert out.startswith("train: 897 images, 10 classes: 0 ")
+
+
+EXPORTED = {"folder": "there", "files": {"model.safetensors": 1234}, "loading": "load()", "notes": ("a note",)}
+
+
+@pytest.fixture
+def exports(monkeypatch):
+    """What the two functions of `unloaf.release` were asked for."""
+    asked = []
+    for name in ("export_run", "export_elastic"):
+        monkeypatch.setattr(
+            unloaf.release,
+            name,
+            lambda run, name=name, **given: asked.append((name, run, given)) or SimpleNamespace(**EXPORTED),
+        )
+    return asked
+
+
+REST = {"checkpoint": "last", "ema": False, "data_dir": None, "device": "auto"}
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "given"),
+    [
+        (
+            "first --depths 3,3,5,3 --format onnx --recalibrate 64 --output there",
+            "export_run",
+            {"depths": "3,3,5,3", "format": "onnx", "recalibrate": 64, "output": "there", "push_to_hub": None} | REST,
+        ),
+        (
+            "first --checkpoint best --ema",
+            "export_run",
+            {"depths": None, "format": "state_dict", "recalibrate": None, "output": None, "push_to_hub": None}
+            | REST
+            | {"checkpoint": "best", "ema": True},
+        ),
+        (
+            "first --elastic --push-to-hub me/mine --device cpu --data-dir data",
+            "export_elastic",
+            {"recalibrate": None, "output": None, "push_to_hub": "me/mine"}
+            | REST
+            | {"device": "cpu", "data_dir": "data"},
+        ),
+    ],
+)
+def test_export_hands_over_what_was_asked_for(capsys, exports, words, name, given):
+    code, out, _ = in_process(capsys, "export", *words.split())
+    assert (code, exports) == (0, [(name, "first", given)])
+    assert out == "a note\nmodel.safetensors: 1,234 bytes\nexport: there\nload()\n"
+
+
+def section(command):
+    text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    return text.partition(f"\n## unloaf {command}\n")[2].partition("\n## ")[0]
+
+
+def test_examples_of_export_parse(capsys, exports):
+    examples = re.findall(r"^unloaf export (.+)$", section("export"), flags=re.M)
+    assert len(examples) >= 3
+    for words in examples:
+        assert in_process(capsys, "export", *shlex.split(words, comments=True))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("subnets", arguments.Subnets), ("inspect", arguments.Inspect), ("export", arguments.Export)]
+)
+def test_options_are_stated_with_their_defaults(command, kind):
+    stated = dict(re.findall(r"^\| `--([\w-]+)` \| `([^`]*)` \|", section(command), flags=re.M))
+    positional = {"source", "model", "run"}
+
+    def text(value):
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    assert stated == {f.name.replace("_", "-"): text(f.default) for f in fields(kind) if f.name not in positional}
+
+
+def test_only_the_first_line_of_an_unexpected_error_is_shown(capsys, monkeypatch):
+    def fail(words):
+        raise RuntimeError("g++ failed: " + "x" * 1000 + "\nthen a thousand lines\nof a compiler")
+
+    monkeypatch.setitem(cli._COMMANDS, "demo", fail)
+    code, _, err = in_process(capsys, "demo")
+    assert code == 1
+    assert err == f"unloaf: error: RuntimeError: g++ failed: {'x' * 288}; --debug shows where\n"
+
+
+def test_unexpected_error_without_text_is_named(capsys, monkeypatch):
+    def fail(words):
+        raise RuntimeError
+
+    monkeypatch.setitem(cli._COMMANDS, "demo", fail)
+    assert in_process(capsys, "demo")[2] == "unloaf: error: RuntimeError: ; --debug shows where\n"
+
+
+def test_subnets_of_a_run_have_accuracy_costs_and_a_front(capsys, tmp_path):
+    assert in_process(capsys, "train", *TINY, "--output", str(tmp_path), "--name", "run")[0] == 0
+    words = ("--num", "all", "--latency", "-b", "2", "--repeats", "2", "--output", str(tmp_path / "costs.csv"))
+    code, out, _ = in_process(capsys, "subnets", str(tmp_path / "run"), *words, "--device", "cpu")
+    assert code == 0
+    assert "ms (p95), batch of 2" in out
+    rows = [line.split(",") for line in (tmp_path / "costs.csv").read_text().splitlines()]
+    assert rows[0] == [
+        *("subnet", "top1", "top5", "loss", "params", "gmacs", "b2_median_ms", "b2_p95_ms", "b2_images_per_second"),
+        *("repeats", "device", "threads", "pareto"),
+    ]
+    assert sorted(row[0] for row in rows[1:]) == sorted(f"{a}-{b}-{c}" for a in (1, 2) for b in (1, 2) for c in (1, 2))
+    starred = {line.split()[0] for line in out.splitlines() if " * " in line and line[1:2].isdigit()}
+    assert starred == {row[0] for row in rows[1:] if row[-1] == "True"}
+    assert max(rows[1:], key=lambda row: (float(row[1]), -float(row[6])))[0] in starred
+
+
+def test_run_has_no_size_of_its_own_to_choose(capsys):
+    code, _, err = in_process(capsys, "subnets", "output/train/first", "--img-size", "32")
+    assert (code, "leave --img-size and --num-classes out" in err) == (2, True)

@@ -137,7 +137,7 @@ class Export:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     depths: str | None = None
-    """Kept blocks of each stage, as in 3,3,5,3."""
+    """Kept blocks of each stage, as in 3,3,5,3; default: the whole network."""
     format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
     """Weights with a JSON file beside them, a model that timm reloads, a torch.export program, or ONNX."""
     recalibrate: int | None = None
@@ -153,7 +153,7 @@ class Export:
     device: Literal["auto", "cpu"] = "auto"
     """auto takes an accelerator when there is one, for the statistics and the accuracy."""
     output: str | None = None
-    """New folder for the results; default: output/export/RUN-DEPTHS-FORMAT."""
+    """New folder for the results; default: one in RUN/export."""
     push_to_hub: str | None = None
     """Also upload it under this name, by the library of timm or Hugging Face; never done unless asked for."""
 
@@ -162,15 +162,7 @@ class Export:
             raise ValueError(f"depths {self.depths!r}: give a number for each stage, as in 3,3,5,3")
         if self.elastic and (self.depths is not None or self.format != "state_dict"):
             raise ValueError("elastic holds all depths in a format of its own; leave --depths and --format out")
-        if self.depths is None and not self.elastic:
-            raise ValueError("export: give --depths, as in 3,3,5,3, or --elastic")
         _check_least(self, recalibrate=0)
-
-    @property
-    def folder(self) -> Path:
-        """Where the results go."""
-        what = "elastic" if self.depths is None else f"{self.depths.replace(',', '-')}-{self.format}"
-        return Path(self.output or f"output/export/{Path(self.run).name}-{what}")
 
 
 def _check_least(options: Any, **least: int) -> None:

@@ -301,12 +301,12 @@ def _export(words: list[str]) -> int:
     options = parse(Export, words, prog="unloaf export")
     from unloaf import release
 
-    names = ("recalibrate", "checkpoint", "ema", "data_dir", "device", "push_to_hub")
-    given: dict[str, Any] = {name: getattr(options, name) for name in names} | {"output": options.folder}
+    names = ("recalibrate", "checkpoint", "ema", "data_dir", "device", "push_to_hub", "output")
+    given: dict[str, Any] = {name: getattr(options, name) for name in names}
     if options.elastic:
         written = release.export_elastic(options.run, **given)
     else:
-        written = release.export_run(options.run, subnet=options.depths, format=options.format, **given)
+        written = release.export_run(options.run, depths=options.depths, format=options.format, **given)
     for line in (*written.notes, *(f"{name}: {size:,} bytes" for name, size in written.files.items())):
         print(line)
     print(f"export: {written.folder}\n{written.loading}")
