@@ -293,6 +293,28 @@ def test_the_model_is_left_as_it_was(name, shape):
     assert everything_about(model) == before
 
 
+class TwoNames(Block):
+    """One inner module under two names, one parameter in two modules."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.again = self.inner
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.outer.weight
+
+    def forward(self, x):
+        return x + self.outer(torch.tanh(self.again(x))) + self.tied(x)
+
+
+def test_a_module_under_two_names_keeps_its_parameters():
+    model = nn.Sequential(TwoNames(), TwoNames())
+    before, own = everything_about(model), [id(p) for p in model.parameters()]
+    (stage,) = unloaf.find_stages(model, torch.randn(2, 4))
+    assert stage.skippable == (True, True)
+    assert everything_about(model) == before
+    assert [id(p) for p in model.parameters()] == own
+
+
 def test_no_block_keeps_a_forward_of_its_own():
     model = timm_model("resnet18")
     timm_stages("resnet18")

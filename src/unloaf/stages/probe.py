@@ -84,14 +84,20 @@ def residual(module: nn.Module, call: Call) -> Residual | None:
     # Fresh noise instead of the traced activation: an example of zeros, or a norm initialised to zero, would make
     # any module look like a residual block.
     noise = torch.randn(stream.shape, generator=generator).to(stream)
-    zeros = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    # Each module once, and no tying: for a module under several names (CoaT's mlp2, mlp3 and mlp4 are one) torch 2.15
+    # would save the first name's parameters, then the substitutes as those of the second, and leave these behind.
+    zeros = {
+        f"{path}.{name}".lstrip("."): torch.zeros_like(p)
+        for path, part in module.named_modules()
+        for name, p in part.named_parameters(recurse=False)
+    }
     for without in ((), _carried(call)):
         # The first run may have changed what the model carries along (a cache of keys): then once more without it.
         x = noise.clone()  # some blocks work in place
         args = tuple(_swapped(value, stream, x, without) for value in call.args)
         kwargs = {key: _swapped(value, stream, x, without) for key, value in call.kwargs.items()}
         try:
-            output = functional_call(module, zeros, args, kwargs)
+            output = functional_call(module, zeros, args, kwargs, tie_weights=False)
         except Exception:  # noqa: S112 - a module that cannot run alone, or not on noise, is no block to skip
             continue
         return _judged(Call(call.order, args, kwargs, output), noise, x)
