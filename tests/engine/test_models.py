@@ -1,10 +1,15 @@
 """Networks by name."""
 
+import json
+
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 import unloaf
 from unloaf.engine.models import build_model
+from unloaf.engine.transformers_models import example_of
 
 
 def parameters(model):
@@ -79,3 +84,76 @@ def test_unknown_or_ambiguous_name_is_answered(name, message):
 def test_torchvision_model_refuses_grey_images():
     with pytest.raises(ValueError, match="takes images of 3 channels, not 1; give a timm/ or cifar/ model"):
         build_model("tv/resnet18", num_classes=10, in_chans=1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small network of transformers, with its weights."""
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[2, 3], layer_type="basic")
+    torch.manual_seed(0)
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_folder_of_transformers(folder):
+    model = build_model(f"hf/{folder}", num_classes=7, in_chans=1)
+    assert type(model).__name__ == "ResNetForImageClassification"
+    assert model(torch.zeros(2, 1, 32, 32)).logits.shape == (2, 7)
+    stages = unloaf.find_stages(model, torch.zeros(1, 1, 32, 32))
+    assert stages[-1].depth == 3
+
+
+def test_weights_of_a_folder_are_loaded_where_asked_for(folder):
+    saved = load_file(folder / "model.safetensors")
+    name = next(name for name in saved if name.endswith("0.layer.0.convolution.weight"))
+    kept = build_model(f"hf/{folder}", num_classes=7, pretrained=True).state_dict()[name]
+    fresh = build_model(f"hf/{folder}", num_classes=7).state_dict()[name]
+    assert torch.equal(kept, saved[name])
+    assert not torch.equal(fresh, saved[name])
+
+
+def test_class_of_transformers():
+    model = build_model("hf/ResNetForImageClassification", num_classes=10)
+    assert list(model.config.depths) == [3, 4, 6, 3]
+    assert model.classifier[1].out_features == 10
+
+
+def test_tokens_are_the_example_of_a_language_model():
+    config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    example = example_of(model)
+    assert model(**example).logits.shape == (1, 16, 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf/no/such/folder", "no/such/folder has no config.json"),
+        ("hf/RestNetConfig", "did you mean hf/ResNetConfig"),
+        ("hf/LlamaConfig", "parameters with its default values; give a folder with a smaller config.json"),
+    ],
+)
+def test_what_transformers_does_not_have_is_answered(name, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, num_classes=10)
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "nothing_like_it"}', "[]"])
+def test_damaged_configuration_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="cannot be read"):
+        build_model(f"hf/{tmp_path}", num_classes=10)
+
+
+def test_code_of_a_folder_is_not_run(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Net"}
+    (folder / "config.json").write_text(json.dumps(settings | {"auto_map": auto, "model_type": "evil"}))
+    (folder / "evil.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ValueError, match="cannot be read"):
+        build_model(f"hf/{folder}", num_classes=10)
+
+
+def test_function_is_no_name_of_a_model():
+    with pytest.raises(ValueError, match="no such model"):
+        build_model("torchvision.models:resnet18", num_classes=10)
