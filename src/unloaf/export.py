@@ -283,6 +283,16 @@ def block_counts(model: nn.Module, kinds: set[type[nn.Module]]) -> list[int]:
     ]
 
 
+def without_stand_ins(model: nn.Module, kinds: set[type[nn.Module]]) -> nn.Module:
+    """A copy without the nn.Identity that stand for skipped blocks in containers of such blocks: numbered anew."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        types = {type(child) for child in module.children()}
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) and types & kinds and types - kinds == {nn.Identity}:
+            _delete(module, {name for name, child in module.named_children() if type(child) is nn.Identity})
+    return copied
+
+
 def _edit_configurations(
     model: nn.Module, before: Mapping[str, int], after: Mapping[str, int], positions: Mapping[str, Sequence[int]]
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unloaf.export import block_counts
+from unloaf.export import block_counts, without_stand_ins
 from unloaf.release.opened import OpenedRun
 from unloaf.saved import load_subnet, save_subnet
 from unloaf.stages import evaluating
@@ -107,14 +107,15 @@ def _timm_twin(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[st
     if published.get("fixed_input_size"):
         arguments["img_size"] = settings["img_size"]
     kinds = {type(opened.network.get_submodule(path)) for s in opened.training.stages for path in s.blocks}
-    counts = block_counts(network, kinds)
+    dense = without_stand_ins(network, kinds)
+    counts = block_counts(dense, kinds)
     reasons = []
     for keyword in _TIMM_DEPTHS:
         depths: dict[str, Any] = {keyword: (counts[0] if counts else 0) if keyword == "depth" else counts}
         try:
             with torch.random.fork_rng(devices=[]), _quiet():
                 twin: nn.Module = timm.create_model(name, **arguments, **depths).eval()
-            twin.load_state_dict(network.state_dict())
+            twin.load_state_dict(dense.state_dict())
             _difference("timm", opened, network, twin)
             return twin, name, arguments | depths
         except Exception as error:  # whatever a constructor that is not made for it raises

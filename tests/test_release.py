@@ -1,0 +1,337 @@
+"""`unloaf.release`: a subnet of a trained run as files that need no run folder."""
+
+import io
+import json
+from typing import ClassVar
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+import unloaf
+from unloaf.analysis.runs import judge_run
+from unloaf.engine.config import Config
+from unloaf.engine.train import train
+from unloaf.release import export_elastic, export_run
+
+CPU = {"device": "cpu"}
+
+
+def train_run(folder, name, **settings):
+    tiny = {"width": 4, "batch_size": 64, "epochs": 1, "device": "cpu"}
+    config = Config(**(tiny | {"output": str(folder), "name": name} | settings))
+    return train(config, console=Console(file=io.StringIO())).path
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A ResNet-14 after two epochs, with a moving average; nobody writes to it."""
+    ema = {"model_ema": True, "model_ema_decay": 0.9}
+    return train_run(tmp_path_factory.mktemp("runs"), "cifar", model="cifar/resnet14", epochs=2, **ema)
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    return train_run(tmp_path_factory.mktemp("runs"), "resnet", model="timm/resnet18", img_size=32)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return train_run(tmp_path_factory.mktemp("runs"), "vit", model="timm/vit_tiny_patch16_224", img_size=32, lr=0.01)
+
+
+def images(batch, side):
+    return torch.randn(batch, 1, side, side)
+
+
+def test_state_dict_is_reloaded_by_one_call_and_has_the_judged_accuracy(cifar, tmp_path):
+    result = export_run(cifar, depths="1,2,1", output=tmp_path / "small", **CPU)
+    assert sorted(result.files) == ["README.md", "model.safetensors", "subnet.json"]
+    [judged] = [
+        row for row in judge_run(cifar, subnets="all", split="val", device="cpu").subnets if row.subnet == "1-2-1"
+    ]
+    assert (result.metrics["val"].top1, result.params) == (judged.top1, judged.params)
+    assert result.gmacs == judged.gmacs
+    again = unloaf.load_subnet(tmp_path / "small")
+    assert not again.training
+    assert set(again.state_dict()) == set(load_file(tmp_path / "small" / "model.safetensors"))
+    assert result.difference == 0
+
+
+def test_reloaded_network_is_the_subnet_of_the_checkpoint(cifar, tmp_path):
+    """Rebuilt from outside: the checkpoint's tensors by name, no statistics re-estimated."""
+    export_run(cifar, depths="1,2,1", output=tmp_path / "small", recalibrate=0, **CPU)
+    tensors = load_file(cifar / "last" / "model.safetensors")
+    small = load_file(tmp_path / "small" / "model.safetensors")
+    assert {name for name in tensors if not name.startswith(("layer1.1.", "layer3.1."))} == set(small)
+    assert all(torch.equal(tensors[name], small[name]) for name in small)
+
+
+def test_statistics_are_those_of_so_many_training_images(cifar, tmp_path):
+    few, more = (export_run(cifar, depths="1,2,1", output=tmp_path / str(n), recalibrate=n, **CPU) for n in (64, 256))
+    a, b = (load_file(result.folder / "model.safetensors") for result in (few, more))
+    different = {name for name in a if not torch.equal(a[name], b[name])}
+    assert different
+    assert {name.rpartition(".")[2] for name in different} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert "re-estimated on 64 training images" in (few.folder / "README.md").read_text()
+
+
+def test_whole_network_keeps_its_statistics_and_default_place(cifar, tmp_path):
+    result = export_run(cifar, **CPU)
+    assert result.folder == cifar / "export" / "2-2-2-state_dict"
+    assert result.metrics["test"] == judge_run(cifar, device="cpu").main["test"]
+    with pytest.raises(ValueError, match="exists already"):
+        export_run(cifar, **CPU)
+
+
+def test_moving_average_and_best_checkpoint(cifar, tmp_path):
+    result = export_run(cifar, depths="2,2,2", ema=True, checkpoint="best", output=tmp_path / "average", **CPU)
+    average = load_file(cifar / "model_best" / "model_ema.safetensors")
+    assert all(
+        torch.equal(average[name], tensor) for name, tensor in unloaf.load_subnet(result.folder).state_dict().items()
+    )
+
+
+def test_chosen_blocks_leave_too(cifar, tmp_path):
+    result = export_run(cifar, depths="2-1:10-2", output=tmp_path / "small", **CPU)
+    assert result.subnet == "2-1-2"
+
+
+def test_card_says_what_it_is_and_how_it_is_loaded(cifar, tmp_path):
+    result = export_run(cifar, depths="1,2,1", output=tmp_path / "small", **CPU)
+    card = (result.folder / "README.md").read_text()
+    for part in (
+        f"{result.metrics['test'].top1:.2f} %", f"{result.metrics['val'].top5:.2f} %", f"{result.params:,}",
+        f"{result.gmacs:.4g}", "| method | st |", "| epochs | 2 |", f"torch {torch.__version__.partition('+')[0]}",
+        'unloaf.load_subnet("FOLDER")', "digits",
+    ):  # fmt: skip
+        assert part in card
+    assert str(tmp_path) not in card
+    assert "1-2-1" in str(result)
+
+
+@pytest.mark.parametrize(("run", "depths", "arguments"), [("resnet", "1,2,1,1", "layers"), ("vit", "3", "depth")])
+def test_timm_alone_reloads_its_form(run, depths, arguments, tmp_path, request):
+    result = export_run(request.getfixturevalue(run), depths=depths, format="timm", output=tmp_path / "small", **CPU)
+    config = json.loads((result.folder / "config.json").read_text())
+    assert arguments in config["model_args"]
+    assert len(config["label_names"]) == 10
+    assert "license" not in config["pretrained_cfg"] or config["pretrained_cfg"]["license"] is None
+    settings = {name: value for name, value in config["model_args"].items() if name != "global_pool"}
+    named = timm.create_model(config["architecture"], **settings).eval()
+    named.load_state_dict(load_file(result.folder / "model.safetensors"), strict=True)
+    described = timm.create_model(f"local-dir:{result.folder}", pretrained=True).eval()
+    plain = export_run(request.getfixturevalue(run), depths=depths, output=tmp_path / "plain", **CPU)
+    x = images(3, 32)
+    with torch.no_grad():
+        expected = unloaf.load_subnet(plain.folder)(x)
+        assert torch.equal(named(x), expected)
+        assert torch.equal(described(x), expected)
+
+
+def test_timm_form_of_other_networks_is_refused_and_leaves_nothing(cifar, tmp_path):
+    with pytest.raises(ValueError, match="take --format state_dict"):
+        export_run(cifar, depths="1,2,1", format="timm", output=tmp_path / "small", **CPU)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("run", "depths"), [("cifar", "1,2,1"), ("vit", "2")])
+def test_torch_export_gives_the_same_logits_for_any_batch(run, depths, tmp_path, request):
+    path = request.getfixturevalue(run)
+    result = export_run(path, depths=depths, format="pt2", output=tmp_path / "small", **CPU)
+    program = torch.export.load(result.folder / "model.pt2").module()
+    network = unloaf.load_subnet(export_run(path, depths=depths, output=tmp_path / "plain", **CPU).folder)
+    side = 8 if run == "cifar" else 32
+    with torch.no_grad():
+        for batch in (1, 5):
+            x = images(batch, side)
+            assert torch.equal(program(x), network(x))
+
+
+@pytest.mark.parametrize(("run", "depths"), [("cifar", "1,2,1"), ("vit", "2")])
+def test_onnx_gives_the_same_logits_for_any_batch(run, depths, tmp_path, request):
+    import onnxruntime
+
+    path = request.getfixturevalue(run)
+    result = export_run(path, depths=depths, format="onnx", output=tmp_path / "small", **CPU)
+    session = onnxruntime.InferenceSession(result.folder / "model.onnx")
+    network = unloaf.load_subnet(export_run(path, depths=depths, output=tmp_path / "plain", **CPU).folder)
+    side = 8 if run == "cifar" else 32
+    with torch.no_grad():
+        for batch in (1, 5):
+            x = images(batch, side)
+            [logits] = session.run(["logits"], {"images": x.numpy()})
+            # float32 in another order of adding; relative to the largest logit.
+            expected = network(x)
+            assert (torch.from_numpy(logits) - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("state_dict", "model.safetensors"),
+        pytest.param("onnx", "model.onnx", marks=pytest.mark.slow),
+        pytest.param("pt2", "model.pt2", marks=pytest.mark.slow),
+    ],
+)
+def test_files_shrink_with_the_network(vit, format, name, tmp_path):
+    """A block of ViT-Ti has 444,864 parameters; what a graph says of a block is at most a twentieth of that."""
+    small, whole = (
+        export_run(vit, depths=depths, format=format, output=tmp_path / depths, **CPU).files[name]
+        for depths in ("3", "12")
+    )
+    assert whole - small == pytest.approx(9 * 444_864 * 4, rel=0.05)
+
+
+def test_missing_packages_are_named(cifar, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None if name == "onnxscript" else True)
+    with pytest.raises(ValueError, match=r"needs onnxscript; install the extra onnx"):
+        export_run(cifar, depths="1,1,1", format="onnx", output=tmp_path / "small")
+
+
+def test_what_an_exporter_refuses_is_said_in_a_line(cifar, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        try:
+            raise NotImplementedError("no rule for\naten.foo.default")
+        except NotImplementedError as error:
+            raise RuntimeError("pages") from error
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(ValueError, match=r"NotImplementedError: no rule for aten\.foo\.default\); take another"):
+        export_run(cifar, depths="1,1,1", format="onnx", output=tmp_path / "small", **CPU)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"depths": "1,2"}, "got 2 depths"),
+        ({"depths": "9,2,1"}, "keeps 9 of 2 blocks"),
+        ({"format": "torchscript"}, "give state_dict, timm, pt2, onnx"),
+        ({"recalibrate": 1}, "at least 2 images"),
+        ({"recalibrate": -5}, "at least 2 images"),
+    ],
+)
+def test_bad_arguments_leave_nothing(cifar, arguments, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        export_run(cifar, output=tmp_path / "small", **arguments, **CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_run_and_no_average(cifar, resnet, tmp_path):
+    with pytest.raises(ValueError, match="is no run"):
+        export_run(tmp_path)
+    with pytest.raises(ValueError, match="no moving average"):
+        export_run(resnet, ema=True, output=tmp_path / "x", **CPU)
+
+
+def test_damaged_and_foreign_files_are_refused(cifar, tmp_path):
+    folder = export_run(cifar, depths="1,2,1", output=tmp_path / "small", **CPU).folder
+    weights, description = folder / "model.safetensors", folder / "subnet.json"
+    good, text = weights.read_bytes(), description.read_text()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(unloaf.CheckpointError, match="SHA-256"):
+        unloaf.load_subnet(folder)
+    weights.write_bytes(good)
+    for broken in (text[:-40], text.replace("cifar/resnet14", "cifar/resnet20000"), text.replace("[\n", "{", 1)):
+        description.write_text(broken)
+        with pytest.raises(unloaf.CheckpointError, match=r"subnet\.json"):
+            unloaf.load_subnet(folder)
+    description.write_text(text.replace("unloaf subnet", "something else"))
+    with pytest.raises(ValueError, match="describes no subnet"):
+        unloaf.load_subnet(folder)
+    description.unlink()
+    with pytest.raises(ValueError, match=r"has no subnet\.json"):
+        unloaf.load_subnet(folder)
+
+
+def test_description_of_another_network_does_not_load(cifar, tmp_path):
+    folder = export_run(cifar, depths="1,2,1", output=tmp_path / "small", **CPU).folder
+    other = json.loads((folder / "subnet.json").read_text())
+    other["architecture"]["width"] = 8
+    (folder / "subnet.json").write_text(json.dumps(other))
+    with pytest.raises(unloaf.CheckpointError, match="size mismatch"):
+        unloaf.load_subnet(folder)
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi; nothing is sent."""
+
+    calls: ClassVar[list] = []
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
+
+
+def test_nothing_is_pushed_unless_asked_for(cifar, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    assert export_run(cifar, depths="1,1,1", output=tmp_path / "kept", **CPU).pushed is None
+    assert Hub.calls == []
+    result = export_run(cifar, depths="1,1,1", output=tmp_path / "pushed", push_to_hub="me/small", **CPU)
+    assert result.pushed == "me/small"
+    assert [name for name, _, _ in Hub.calls] == ["create_repo", "upload_folder"]
+    assert Hub.calls[1][2] == {"repo_id": "me/small", "folder_path": str(tmp_path / "pushed")}
+
+
+def test_timm_form_is_handed_to_the_function_of_timm(vit, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    given = []
+    monkeypatch.setattr(timm.models, "push_to_hf_hub", lambda *args, **kwargs: given.append((args, kwargs)))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    result = export_run(vit, depths="2", format="timm", output=tmp_path / "small", push_to_hub="me/vit", **CPU)
+    [((model, repository), _)] = given
+    assert (len(model.blocks), repository, result.pushed) == (2, "me/vit", "me/vit")
+    assert Hub.calls[0][0] == "upload_file"
+
+
+def test_failed_upload_keeps_the_files(cifar, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def fail():
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", fail)
+    with pytest.raises(ValueError, match="is written, but me/small could not be uploaded: no network"):
+        export_run(cifar, depths="1,1,1", output=tmp_path / "small", push_to_hub="me/small", **CPU)
+    assert (tmp_path / "small" / "subnet.json").is_file()
+
+
+def test_elastic_run_has_the_judged_accuracy_of_every_subnet(cifar, tmp_path):
+    result = export_elastic(cifar, output=tmp_path / "elastic", **CPU)
+    judged = judge_run(cifar, subnets="all", split="val", device="cpu").subnets
+    assert {row.subnet: row.metrics["val"].top1 for row in result.networks} == {row.subnet: row.top1 for row in judged}
+    assert {row.subnet: row.gmacs for row in result.networks} == {row.subnet: row.gmacs for row in judged}
+    weights = (cifar / "last" / "model.safetensors").stat().st_size
+    assert result.files["elastic.safetensors"] - weights < 1.5 * result.statistics + 150 * 8 * 15
+    model = unloaf.load_elastic(tmp_path / "elastic")
+    assert model.subnets == tuple(row.subnet for row in judged)
+
+
+def test_elastic_subnet_is_the_one_that_is_exported_alone(cifar, tmp_path):
+    export_elastic(cifar, output=tmp_path / "elastic", subnets=["1-2-1"], recalibrate=128, **CPU)
+    alone = export_run(cifar, depths="1,2,1", output=tmp_path / "alone", recalibrate=128, **CPU)
+    x, model = images(4, 8), unloaf.load_elastic(tmp_path / "elastic")
+    with torch.no_grad():
+        assert torch.equal(model(x, subnet="1-2-1"), unloaf.load_subnet(alone.folder)(x))
+    with pytest.raises(ValueError, match="1-1-1 has no batch-norm statistics here"):
+        model(x, subnet="1-1-1")
+
+
+def test_elastic_without_estimate_is_refused(cifar, tmp_path):
+    with pytest.raises(ValueError, match="recalibrate 0"):
+        export_elastic(cifar, output=tmp_path / "elastic", recalibrate=0, **CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_network_beside_the_description(cifar, tmp_path):
+    folder = export_elastic(cifar, output=tmp_path / "elastic", subnets=2, **CPU).folder
+    save_file({"a": torch.zeros(1)}, folder / "elastic.safetensors")
+    with pytest.raises(unloaf.CheckpointError, match="belongs to another"):
+        unloaf.load_elastic(folder)
