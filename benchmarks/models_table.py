@@ -1,0 +1,193 @@
+"""The table of supported models, docs/models.md, from the golden lists in tests/golden.
+
+    python benchmarks/models_table.py [--golden]
+
+FLOPs and input sizes are those of the model as published (a golden list is of a narrow form of it, with all its
+blocks); both are found on torch's meta device, which has shapes and no arithmetic. With --golden the lists themselves
+are written anew: look at every changed line, tests/test_supported_models.py holds the published depths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import unloaf
+from unloaf.stages import call_model
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+LIBRARIES = ("timm", "torchvision", "transformers")
+CLASSES = 5
+TOKENS = 8
+VOCABULARY = 50
+# Options that make a golden list's model narrow or its input small; the published model is built without them.
+HF_KEPT = {"num_labels", "patch_size", "is_decoder"}
+
+
+def golden(library: str) -> dict[str, dict[str, Any]]:
+    """Name of the model -> its configuration, its input and its stages."""
+    return json.loads((GOLDEN / f"{library}.json").read_text(encoding="utf-8"))
+
+
+def build(library: str, name: str, entry: Mapping[str, Any], *, published: bool = False) -> nn.Module:
+    """The model in the narrow form of the golden lists, or as published."""
+    options = {} if published else dict(entry["options"])
+    if library == "timm":
+        return timm.create_model(name, num_classes=CLASSES, **options)
+    if library == "torchvision":
+        return torchvision.models.get_model(name, num_classes=CLASSES, **options)
+    if published:
+        options = {key: value for key, value in entry["options"].items() if key in HF_KEPT}
+    config = getattr(transformers, f"{entry['model']}Config")(**options)
+    return getattr(transformers, entry["class"])(config)
+
+
+def example(entry: Mapping[str, Any], *, batch: int = 1) -> Any:
+    """An input: images of the given side, or tokens, the last two of one text padding."""
+    if entry["input"] != "tokens":
+        side = entry["input"]
+        return torch.randn(batch, 3, side, side)
+    mask = torch.ones(batch, TOKENS, dtype=torch.long)
+    mask[0, -2:] = 0
+    return {"input_ids": torch.randint(3, VOCABULARY, (batch, TOKENS)), "attention_mask": mask}
+
+
+def listed(stages: Sequence[unloaf.Stage]) -> list[dict[str, Any]]:
+    """Stages as the golden lists write them; ``s`` marks a block that can be skipped."""
+    return [
+        {"name": s.name, "blocks": list(s.blocks), "skippable": "".join("-s"[flag] for flag in s.skippable)}
+        for s in stages
+    ]
+
+
+def stages_of(entry: Mapping[str, Any]) -> tuple[unloaf.Stage, ...]:
+    """The golden stages as values, without what the lists do not say."""
+    return tuple(
+        unloaf.Stage(s["name"], tuple(s["blocks"]), tuple(flag == "s" for flag in s["skippable"]))
+        for s in entry["stages"]
+    )
+
+
+def write_golden(library: str) -> None:
+    """Find the stages of a library's models again."""
+    entries = golden(library)
+    for name, entry in entries.items():
+        torch.manual_seed(0)
+        entry["stages"] = listed(unloaf.find_stages(build(library, name, entry), example(entry)))
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
+    (GOLDEN / f"{library}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def published_input(library: str, name: str, model: nn.Module, entry: Mapping[str, Any]) -> Any:
+    """An input of the size the published model is for, on the meta device."""
+    if entry["input"] == "tokens":
+        return {"input_ids": torch.zeros(1, 128, dtype=torch.long, device="meta")}
+    if library == "timm":
+        side = timm.get_pretrained_cfg(name).input_size[-1]
+    else:
+        side = getattr(getattr(model, "config", None), "image_size", 224)
+        side = side[-1] if isinstance(side, (tuple, list)) else side
+    return torch.empty(1, 3, side, side, device="meta")
+
+
+def smallest_share(model: nn.Module, found: Sequence[unloaf.Stage], x: Any) -> float:
+    """FLOPs of the smallest ordered subnet relative to the whole."""
+    small = unloaf.Subnet.from_depths(found, [min(stage.legal_depths) for stage in found])
+    counts = []
+    for subnet in (unloaf.Subnet.full(found), small):
+        with torch.no_grad(), unloaf.active_subnet(model, found, subnet), FlopCounterMode(display=False) as counter:
+            call_model(model, x)
+        counts.append(counter.get_total_flops())
+    return counts[1] / counts[0]
+
+
+def sizes(model: nn.Module, x: Any) -> str:
+    """Which sides the model takes, in words, by trying some up to its own."""
+    if not isinstance(x, torch.Tensor):
+        return "any length"
+    side = x.shape[-1]
+    if all(_runs(model, s) for s in (side - 1, side - 15, side - 31)):
+        return "any"
+    for step in (2, 4, 8, 14, 16, 32, 64):
+        tried = [s for s in (side // step * step - step, side // step * step - 3 * step) if s > 0]
+        if side % step == 0 and tried and all(_runs(model, s) for s in tried):
+            return f"multiples of {step}"
+    return f"{side} only"
+
+
+def _runs(model: nn.Module, side: int) -> bool:
+    try:
+        with torch.no_grad():
+            model(torch.empty(1, 3, side, side, device="meta"))
+    except Exception:  # whatever a model raises at a size it was not built for
+        return False
+    return True
+
+
+def row(library: str, name: str, entry: Mapping[str, Any]) -> str:
+    """One line of the table."""
+    found = unloaf.find_stages(build(library, name, entry), example(entry))
+    # Language models of a golden list keep its depth and width: their defaults have billions of parameters.
+    published = "num_hidden_layers" not in entry["options"]
+    with torch.device("meta" if library == "transformers" else "cpu"):  # timm's constructors compute
+        model = build(library, name, entry, published=published)
+    model = model.eval().requires_grad_(False).to("meta")
+    x = published_input(library, name, model, entry)
+    subnets = math.prod(len(stage.legal_depths) for stage in found)
+    cells = (
+        name,
+        "-".join(str(stage.depth) for stage in found),
+        str(sum(map(sum, (stage.skippable for stage in found)))),
+        f"{subnets:,}",
+        f"{100 * smallest_share(model, found, x):.0f} %",
+        sizes(model, x),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+TITLES = {"timm": "timm", "torchvision": "torchvision", "transformers": "Hugging Face transformers"}
+HEAD = """| model | blocks per stage | skippable | ordered subnets | smallest subnet | input sides |
+|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    """Writes the lists or the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--golden", action="store_true", help="write tests/golden anew instead of the table")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.golden:
+        for library in LIBRARIES:
+            write_golden(library)
+        return
+    path = ROOT / "docs" / "models.md"
+    tables = []
+    for library in LIBRARIES:
+        rows = []
+        for name, entry in golden(library).items():
+            rows.append(row(library, name, entry))
+            print(rows[-1], flush=True)
+        tables.append("\n".join([f"## {TITLES[library]}", "", HEAD, *rows]))
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(
+        r"(?s)(<!-- table -->\n).*(<!-- end of table -->)", lambda m: m[1] + "\n\n".join(tables) + "\n" + m[2], text
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
