@@ -240,7 +240,7 @@ def _advice(model: nn.Module, stages: Sequence[Stage], shapes: int, keyword: str
             f"compile block by block (--torchcompile): {shapes} distinct block shapes for {blocks} blocks, so about "
             f"{shapes} graphs for each size of the input{', twice with batch norm' if norms else ''}"
         ),
-        "data parallel": "DistributedDataParallel, each process with its own draws; under FSDP all draw the same"
+        "data parallel": "DistributedDataParallel, or --fsdp for weights too large; all processes draw the same subnets"
         + statistics * norms,
         "export": "; ".join(
             [by_timm if type(model).__module__.startswith("timm.") else "no timm model", *([recalibrate] * norms)]

@@ -98,7 +98,7 @@ class Config:
     """Binary cross-entropy for each class instead of the softmax's."""
 
     model: str = "cifar/resnet20"
-    """cifar/resnet{20,32,56,110,...}, cifar/resnet18, cifar/resnet50, timm/NAME or tv/NAME."""
+    """cifar/resnet{20,32,56,110,...}, cifar/resnet18, cifar/resnet50, timm/NAME, tv/NAME or hf/NAME."""
     width: int = 16
     """Channels of the first stage of cifar/resnet{6n+2}; ignored by every other model."""
     pretrained: bool = False
