@@ -303,7 +303,7 @@ REST = {"checkpoint": "last", "ema": False, "data_dir": None, "device": "auto"}
         (
             "first --elastic --push-to-hub me/mine --device cpu --data-dir data",
             "export_elastic",
-            {"recalibrate": None, "output": None, "push_to_hub": "me/mine"}
+            {"recalibrate": None, "output": None, "push_to_hub": "me/mine", "subnets": None}
             | REST
             | {"device": "cpu", "data_dir": "data"},
         ),

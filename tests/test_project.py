@@ -14,7 +14,19 @@ import unloaf
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
-CORE = ("stages", "subnet", "sampling", "losses", "inputs", "batchnorm", "passes", "methods")
+CORE = (
+    "stages",
+    "subnet",
+    "sampling",
+    "losses",
+    "inputs",
+    "batchnorm",
+    "compilation",
+    "export",
+    "passes",
+    "evaluation",
+    "methods",
+)
 # numpy is missing here because torch imports it by itself where it is installed.
 EXTRAS = {
     "accelerate",

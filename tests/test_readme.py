@@ -15,6 +15,7 @@ import unloaf.analysis.runs
 import unloaf.bench
 import unloaf.demo
 import unloaf.engine.data
+import unloaf.release
 from unloaf import arguments, cli
 from unloaf.engine.config import Config, dump_config
 from unloaf.engine.loop import EpochRow
@@ -70,6 +71,8 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         (unloaf.analysis.runs, "judge_run"),
         (unloaf.analysis.histories, "read_histories"),
         (unloaf.engine.data, "check_images"),
+        (unloaf.release, "export_run"),
+        (unloaf.release, "export_elastic"),
     ):
         monkeypatch.setattr(module, name, parsed)
     monkeypatch.chdir(tmp_path)

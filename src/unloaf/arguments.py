@@ -15,6 +15,8 @@ from unloaf.engine.config import Config, load_config
 from unloaf.engine.config.fields import Dataset
 from unloaf.engine.run_folder import run_of
 
+_STAGE = "[0-9]{1,4}(:[01]{1,4})?"  # a depth, or which blocks are kept
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
@@ -144,6 +146,9 @@ class Export:
     """Training images from which batch-norm statistics are estimated; 0 for none; default: as in the run."""
     elastic: bool = False
     """Write one file of which any depth can be run instead of one subnet."""
+    subnets: tuple[str, ...] = ()
+    """elastic: subnets that get batch-norm statistics of their own, as in 3-3-5-3; default: all ordered ones, up to
+    64."""
     checkpoint: Literal["last", "best"] = "last"
     """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     ema: bool = False
@@ -158,8 +163,12 @@ class Export:
     """Also upload it under this name, by the library of timm or Hugging Face; never done unless asked for."""
 
     def __post_init__(self) -> None:
-        if self.depths is not None and not re.fullmatch("[0-9]{1,4}(,[0-9]{1,4})*", self.depths):
-            raise ValueError(f"depths {self.depths!r}: give a number for each stage, as in 3,3,5,3")
+        if self.depths is not None and not re.fullmatch(f"{_STAGE}(,{_STAGE})*", self.depths):
+            raise ValueError(
+                f"depths {self.depths!r}: give a number for each stage, as in 3,3,5,3, or 2:101 for its blocks"
+            )
+        if self.subnets and not self.elastic:
+            raise ValueError("subnets are those of an elastic file; give --elastic with them, or --depths for one")
         if self.elastic and (self.depths is not None or self.format != "state_dict"):
             raise ValueError("elastic holds all depths in a format of its own; leave --depths and --format out")
         _check_least(self, recalibrate=0)

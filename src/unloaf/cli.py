@@ -304,7 +304,7 @@ def _export(words: list[str]) -> int:
     names = ("recalibrate", "checkpoint", "ema", "data_dir", "device", "push_to_hub", "output")
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     if options.elastic:
-        written = release.export_elastic(options.run, **given)
+        written = release.export_elastic(options.run, subnets=options.subnets or None, **given)
     else:
         written = release.export_run(options.run, depths=options.depths, format=options.format, **given)
     for line in (*written.notes, *(f"{name}: {size:,} bytes" for name, size in written.files.items())):

@@ -123,15 +123,15 @@ def judge_run(
         CheckpointError: no checkpoint is intact.
     """
     config = load_config(run_of(run) / "args.yaml")
-    found, notes = _checkpoint(run, checkpoint)
+    found, notes = checkpoint_of(run, checkpoint)
     weights = "model_ema" if ema else "model"
     if weights not in found.weights:
         raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
     given = {"recalibrate": recalibrate, "workers": workers, "data_dir": data_dir, "device": device}
-    training = prepare(_for_one_process(config, **{name: value for name, value in given.items() if value is not None}))
+    training = prepare(for_one_process(config, **{name: value for name, value in given.items() if value is not None}))
     if batch_size is not None:
         training = replace(training, config=replace(training.config, batch_size=batch_size))
-    _load(inner_module(training.model), found, weights)
+    load_weights(inner_module(training.model), found, weights)
     splits = _splits(training, split, run)
     main = {name: training.evaluate(name).main for name in splits}
     chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
@@ -155,7 +155,8 @@ def judge_run(
     )
 
 
-def _checkpoint(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
+def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
+    """The newest good checkpoint of a run ("last") or its best one, and what is to be said of damaged ones."""
     if which == "best":
         if not (run / "model_best").exists():
             raise ValueError(f"{run} has no model_best: no epoch was validated yet; leave --checkpoint out")
@@ -176,7 +177,7 @@ def _patiently(read: Any) -> Any:
     return read()
 
 
-def _for_one_process(config: Config, **changes: Any) -> Config:
+def for_one_process(config: Config, **changes: Any) -> Config:
     """The configuration without what only training needs: several devices, downloads, trackers, a second copy."""
     return replace(
         config,
@@ -194,7 +195,8 @@ def _for_one_process(config: Config, **changes: Any) -> Config:
     )
 
 
-def _load(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:
+    """Puts the weights of a checkpoint, "model" or "model_ema", into the network that its args.yaml describes."""
     # The weights alone: batch-norm statistics of several processes are merged in them, as they were when judged.
     try:
         model.load_state_dict(checkpoint.weights[weights])

@@ -106,14 +106,14 @@ def open_trained(
     if recalibrate is not None and recalibrate != 0 and recalibrate < 2:
         raise ValueError(f"recalibrate {recalibrate}: give at least 2 images, or 0 to leave the statistics as they are")
     config = load_config(run_of(run) / "args.yaml")
-    found, notes = runs._checkpoint(run, checkpoint)
+    found, notes = runs.checkpoint_of(run, checkpoint)
     weights = "model_ema" if ema else "model"
     if weights not in found.weights:
         raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
     given: Mapping[str, Any] = {"recalibrate": recalibrate or None, "data_dir": data_dir, "device": device}
     changes = {name: value for name, value in given.items() if value is not None}
-    training = prepare(runs._for_one_process(config, **changes))
-    runs._load(inner_module(training.model), found, weights)
+    training = prepare(runs.for_one_process(config, **changes))
+    runs.load_weights(inner_module(training.model), found, weights)
     if not training.stages:
         raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")
     position: Any = found.state["position"]

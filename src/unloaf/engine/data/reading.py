@@ -273,7 +273,10 @@ def explain_worker_death(error: BaseException, loader: DataLoader[Any] | None = 
 def _await_death(error: BaseException, workers: list[Any]) -> BaseException:
     """A broken connection shows before the process is gone, and torch's signal handler may speak up meanwhile."""
     try:
-        wait([worker.sentinel for worker in workers], timeout=5)
+        closed = wait([worker.sentinel for worker in workers], timeout=5)
+        for worker in workers:
+            if worker.sentinel in closed:  # its files are closed a moment before its exit code is there
+                worker.join(timeout=1)
     except RuntimeError as told:
         return told
     return error
