@@ -335,7 +335,7 @@ def test_options_are_stated_with_their_defaults(command, kind):
     positional = {"source", "model", "run"}
 
     def text(value):
-        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return (" ".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
     assert stated == {f.name.replace("_", "-"): text(f.default) for f in fields(kind) if f.name not in positional}
 

@@ -147,11 +147,15 @@ class Training:
         )
         return tuple(rows)
 
+    @property
+    def calibration_images(self) -> int:
+        """From how many images a subnet's batch-norm statistics are estimated."""
+        count = min(self.config.recalibrate, len(self.data.train))
+        return count - (count % self.config.batch_size == 1)  # batch norm has no statistics of a single image
+
     def calibration_batches(self) -> Iterable[Batch]:
         """The first training images, not augmented, the same on every process."""
-        count = min(self.config.recalibrate, len(self.data.train))
-        count -= count % self.config.batch_size == 1  # batch norm has no statistics of a single image
-        images = self.data.train.subset(torch.arange(count))
+        images = self.data.train.subset(torch.arange(self.calibration_images))
         return EvalBatches(images, self.data, self.config, device=self.device)
 
 

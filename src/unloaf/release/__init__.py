@@ -264,7 +264,7 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
     ]
     notes = []
     if tracking_norms(opened.network) and subnet != full:
-        used = opened.training.config.recalibrate
+        used = opened.training.calibration_images
         statistics = (
             f"were re-estimated on {used:,} training images" if opened.recalibrate else "are the whole network's"
         )
