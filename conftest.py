@@ -5,8 +5,8 @@ import socket
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The tests' tensors are tiny: a second thread waits more than it works, and sums would differ between machines. Also for
-# the processes that tests start; accelerate would give each of two ranks a core's worth of threads of its own.
+# The tests' tensors are tiny: a second thread waits more than it works, and sums would differ between machines. Also
+# for the processes that tests start: accelerate would give each of two ranks as many threads as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
