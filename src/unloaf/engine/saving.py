@@ -6,11 +6,9 @@ needs no state of a random generator or a data worker.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from unloaf.engine.checkpoint import Checkpoint, point_to, prune_checkpoints, save_checkpoint
+from unloaf.engine.checkpoint import Checkpoint, flush, point_to, prune_checkpoints, save_checkpoint
 from unloaf.engine.devices import gather_statistics, put_statistics, shared_statistics
 from unloaf.engine.errors import CheckpointError
 from unloaf.engine.run_folder import RunFolder
@@ -144,18 +142,10 @@ class Saver:
 
     def _write(self, step: int, weights: Mapping[str, Any], state: Mapping[str, Any], best: bool) -> None:
         for name in state["files"]:
-            _flush(self._folder.path / name)
+            flush(self._folder.path / name)
         path = save_checkpoint(self._folder.checkpoints, step, weights=weights, state=state, metadata=self._metadata)
         link = self._folder.path / "model_best"
         if best:
             point_to(link, path)
         protected = [link.resolve()] if link.exists() else []
         prune_checkpoints(self._folder.checkpoints, keep=self._keep, protect=protected)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 `store` has their life, `manifest` what they must be, `tensorfiles` the formats.
 """
 
+from unloaf.engine.checkpoint.manifest import flush
 from unloaf.engine.checkpoint.store import (
     Checkpoint,
     clean_up,
@@ -16,6 +17,7 @@ from unloaf.engine.checkpoint.store import (
 __all__ = [
     "Checkpoint",
     "clean_up",
+    "flush",
     "load_checkpoint",
     "newest_checkpoint",
     "point_to",
