@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import secrets
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unloaf.engine.checkpoint import sha256
 from unloaf.engine.errors import CheckpointError
 from unloaf.engine.models import build_model
 from unloaf.export import export_subnet
@@ -113,7 +113,7 @@ def write_described(
         "kind": f"unloaf {kind}",
         "format_version": FORMAT_VERSION,
         **fields,
-        "weights": {"file": weights, "sha256": _sha256(file.parent / weights), "tied": aliases},
+        "weights": {"file": weights, "sha256": sha256(file.parent / weights), "tied": aliases},
     }
     file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
@@ -141,7 +141,7 @@ def read_described(file: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, 
         digest, tied = fields["weights"]["sha256"], dict(fields["weights"]["tied"])
     if not weights.is_file():
         raise CheckpointError(f"{weights}: is missing; copy the folder again, whole")
-    if _sha256(weights) != digest:
+    if sha256(weights) != digest:
         raise CheckpointError(
             f"{weights}: its SHA-256 is not the one in {file.name}: the file is damaged or belongs to another "
             "description; copy or export it again"
@@ -213,8 +213,3 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise ValueError(f"cannot write {output}: {error}; give another --output") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # by now renamed, or a torn one
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

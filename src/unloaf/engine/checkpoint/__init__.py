@@ -3,7 +3,7 @@
 `store` has their life, `manifest` what they must be, `tensorfiles` the formats.
 """
 
-from unloaf.engine.checkpoint.manifest import flush
+from unloaf.engine.checkpoint.manifest import flush, sha256
 from unloaf.engine.checkpoint.store import (
     Checkpoint,
     clean_up,
@@ -23,4 +23,5 @@ __all__ = [
     "point_to",
     "prune_checkpoints",
     "save_checkpoint",
+    "sha256",
 ]

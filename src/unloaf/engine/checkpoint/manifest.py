@@ -33,7 +33,7 @@ def seal(folder: Path, step: int, metadata: dict[str, str], aliases: dict[str, d
     files = {}
     for path in sorted(folder.iterdir()):
         flush(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     fields = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "aliases": aliases, "files": files}
     (folder / "manifest.json").write_bytes(_manifest_bytes(fields))
     flush(folder / "manifest.json")
@@ -50,7 +50,7 @@ def verified(folder: Path) -> Manifest:
                 raise damaged(path, "is missing")
             if path.stat().st_size != size:
                 raise damaged(path, f"has {path.stat().st_size:,} of {size:,} bytes")
-            if _sha256(path) != digest:
+            if sha256(path) != digest:
                 raise damaged(path, "has other bytes than were written: the SHA-256 differs from manifest.json")
     return manifest
 
@@ -100,7 +100,8 @@ def _rendered(fields: dict[str, Any]) -> bytes:
     return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

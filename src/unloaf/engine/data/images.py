@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def subset(self, index: Tensor) -> Images:
+    def subset(self, index: Tensor) -> Self:
         """The images at these positions."""
         ...
 

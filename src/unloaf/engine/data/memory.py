@@ -43,7 +43,7 @@ def hold_out(images: _I, count: int) -> tuple[_I, _I]:
         ValueError: a class would be missing on one side.
     """
     if count == 0:
-        return images, images.subset(torch.arange(0))  # type: ignore[return-value]
+        return images, images.subset(torch.arange(0))
     from sklearn.model_selection import train_test_split
 
     try:
@@ -54,7 +54,7 @@ def hold_out(images: _I, count: int) -> tuple[_I, _I]:
         raise ValueError(
             f"cannot hold out {count} of {len(images)} images, every class in both: {error}; change --val-fraction"
         ) from error
-    return images.subset(torch.tensor(kept)), images.subset(torch.tensor(held))  # type: ignore[return-value]
+    return images.subset(torch.tensor(kept)), images.subset(torch.tensor(held))
 
 
 # Folder and files that torchvision reads below data_dir, and where they come from.
