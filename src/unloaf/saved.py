@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unloaf.engine.checkpoint import sha256
+from unloaf.engine.checkpoint import sha256, untied
 from unloaf.engine.errors import CheckpointError
 from unloaf.engine.models import build_model
 from unloaf.export import export_subnet
@@ -97,16 +97,7 @@ def write_described(
     file: Path, weights: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], *, kind: str
 ) -> None:
     """Writes tensors to a safetensors file, tied ones once, and what they are to a JSON beside it."""
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in first:
-            aliases[name] = first[place]
-        else:
-            first[place] = name
-            kept[name] = tensor.detach().cpu().contiguous().clone()
+    kept, aliases = untied(tensors, weights)
     save_file(kept, file.parent / weights, metadata={"format": "pt"})
     (file.parent / weights).chmod(0o666 & file.parent.stat().st_mode)  # safetensors 0.8 makes files for the owner alone
     described = {

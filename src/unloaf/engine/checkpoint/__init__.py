@@ -13,6 +13,7 @@ from unloaf.engine.checkpoint.store import (
     prune_checkpoints,
     save_checkpoint,
 )
+from unloaf.engine.checkpoint.tensorfiles import untied
 
 __all__ = [
     "Checkpoint",
@@ -24,4 +25,5 @@ __all__ = [
     "prune_checkpoints",
     "save_checkpoint",
     "sha256",
+    "untied",
 ]
