@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +21,39 @@ def tracking_norms(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if getattr(module, "track_running_stats", False)]
 
 
+# For each norm, buffers that stand in for its own while its statistics are frozen: kept, because making them anew
+# costs small networks more than the norm itself.
+_standins: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Passes inside normalise with their batch's statistics, as in training, but leave the running ones alone.
 
-    With ``track_running_stats`` off, torch's batch norms use the batch and touch no buffer; ``momentum=0`` would still
-    count the batch. Its instance norms update their buffers whatever the flag says, and count nothing: there
-    ``momentum=0`` does it. Modules in eval mode keep using their running statistics.
+    They move buffers of the same shape that stand in for the model's: so a norm does the same with and without, and a
+    compiled block needs no second graph. Modules in eval mode keep using their running statistics.
     """
     norms = [module for module in tracking_norms(model) if module.training]
-    momenta = [(norm, norm.momentum) for norm in norms]
+    held = [(norm._buffers, dict(norm._buffers)) for norm in norms]
     try:
         for norm in norms:
-            norm.__dict__["track_running_stats"] = False
-            if not _averages_without_momentum(norm):
-                norm.momentum = 0.0
+            norm._buffers.update(_standins_of(norm))
         yield
     finally:
-        for norm, momentum in momenta:
-            norm.__dict__["track_running_stats"] = True
-            norm.momentum = momentum
+        for buffers, own in held:
+            buffers.update(own)
+
+
+def _standins_of(norm: nn.Module) -> dict[str, Tensor]:
+    known, chosen = _standins.setdefault(norm, {}), {}
+    for name, own in norm._buffers.items():
+        if own is None:
+            continue
+        standin = known.get(name)
+        if standin is None or (standin.shape, standin.dtype, standin.device) != (own.shape, own.dtype, own.device):
+            standin = known[name] = torch.zeros_like(own)
+        chosen[name] = standin
+    return chosen
 
 
 def _averages_without_momentum(norm: nn.Module) -> bool:
