@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from unloaf.methods import (
     StimulativeTraining,
     StochasticDepth,
 )
-from unloaf.methods.step import Criterion
+from unloaf.methods.step import Criterion, Weight
 from unloaf.methods.stimulative import DirectionCriterion
 from unloaf.sampling import ExponentialDecaySampler, InterStageSampler, OrderedSampler, StochasticSampler
 from unloaf.stages import Stage
@@ -26,13 +28,22 @@ from unloaf.stages import Stage
 _DEFAULT_SAMPLER = {"st": "ordered", "st++": "inter-stage", "gkt": "exponential-decay"}
 
 
-def build_method(config: Config, model: nn.Module, stages: tuple[Stage, ...]) -> Any:
+def build_method(
+    config: Config,
+    model: nn.Module,
+    stages: tuple[Stage, ...],
+    *,
+    steps_per_epoch: int | None = None,
+    batches_per_step: int = 1,
+) -> Any:
     """The method of this configuration, for this model.
 
     Args:
         config: names the method and its settings.
         model: the network to train.
         stages: where its residual blocks are; not used by common training.
+        steps_per_epoch: optimizer steps of an epoch; needed where the subnets' weight changes over the run.
+        batches_per_step: batches whose gradients are added; to the method each is a step.
 
     Raises:
         ValueError: the method cannot train this model.
@@ -45,7 +56,7 @@ def build_method(config: Config, model: nn.Module, stages: tuple[Stage, ...]) ->
     settings: dict[str, Any] = {
         "sampler": _sampler(config),
         "subnet_loss": _subnet_loss(config),
-        "subnet_weight": config.subnet_weight,
+        "subnet_weight": _weight(config, steps_per_epoch, batches_per_step),
         "criterion": _criterion(config),
         "seed": config.seed,
     }
@@ -59,6 +70,58 @@ def build_method(config: Config, model: nn.Module, stages: tuple[Stage, ...]) ->
         num_subnets=config.num_subnets_or_default,
         subnet_inputs=_subnet_inputs(config),
         **settings,
+    )
+
+
+@dataclass(frozen=True)
+class SubnetSchedule:
+    """Weight of the subnets' loss in a step, counted from 0: a pure function, for runs that are resumed.
+
+    Attributes:
+        peak: the highest weight, which a constant schedule always has.
+        shape: constant, or half a cosine from 0 to the peak (rising) or back (falling), over first to stop.
+        interval: the last step of each group of so many has subnets.
+        first: the step from which there are subnets.
+        stop: the step from which there are none.
+        batches: calls that make up a step.
+
+    >>> weight = SubnetSchedule(peak=2.0, shape="falling", interval=2, first=0, stop=8)
+    >>> [round(weight(step), 2) for step in range(9)]
+    [0.0, 1.92, 0.0, 1.38, 0.0, 0.62, 0.0, 0.08, 0.0]
+    """
+
+    peak: float
+    shape: Literal["constant", "rising", "falling"]
+    interval: int
+    first: int
+    stop: int
+    batches: int = 1
+
+    def __call__(self, call: int) -> float:
+        """The weight of one call of the method."""
+        step = call // self.batches
+        # The last of a group, not the first: with the usual log interval, logged steps then show the subnets' losses.
+        if not self.first <= step < self.stop or (step + 1) % self.interval:
+            return 0.0
+        if self.shape == "constant":
+            return self.peak
+        wave = math.cos(math.pi * (step - self.first) / (self.stop - self.first))
+        return self.peak * (1 + (wave if self.shape == "falling" else -wave)) / 2
+
+
+def _weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) -> Weight:
+    on, off = config.subnet_on_epoch, config.subnet_off_epoch
+    if (config.subnet_schedule, config.subnet_interval, on, off) == ("constant", 1, 1, 0):
+        return config.subnet_weight
+    if steps_per_epoch is None:
+        raise ValueError("the subnets' weight changes over the run: build_method needs steps_per_epoch")
+    return SubnetSchedule(
+        peak=config.subnet_weight,
+        shape=config.subnet_schedule,
+        interval=config.subnet_interval,
+        first=(on - 1) * steps_per_epoch,
+        stop=(min(off - 1, config.epochs) if off else config.epochs) * steps_per_epoch,
+        batches=batches_per_step,
     )
 
 

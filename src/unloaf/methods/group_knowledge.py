@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unloaf.losses import kl_loss
-from unloaf.methods.step import Criterion, SubnetTraining, check_count
+from unloaf.methods.step import Criterion, SubnetTraining, Weight, check_count
 from unloaf.methods.stimulative import Distance
 from unloaf.passes import SubnetPass
 from unloaf.sampling import ExponentialDecaySampler, Sampler, sample_chains
@@ -31,7 +31,8 @@ class GroupKnowledgeTraining(SubnetTraining):
         ema: in [0, 1), weight of a group's earlier knowledge.
         sampler: the rule that draws a subnet inside its parent; default `ExponentialDecaySampler(base=0.5)`.
         subnet_loss: from (student logits, teacher logits) to a loss of shape ().
-        subnet_weight: 0 or above.
+        subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
+            no subnet is run.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
 
@@ -59,7 +60,7 @@ class GroupKnowledgeTraining(SubnetTraining):
         ema: float = 0.5,
         sampler: Sampler | None = None,
         subnet_loss: Distance = kl_loss,
-        subnet_weight: float = 1.0,
+        subnet_weight: Weight = 1.0,
         criterion: Criterion | None = None,
         seed: int = 0,
     ) -> None:

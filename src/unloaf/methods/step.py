@@ -16,6 +16,7 @@ from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, check_stages
 
 Criterion = Callable[[Tensor, Any], Tensor]
+Weight = float | Callable[[int], float]
 
 
 class StepOutput(NamedTuple):
@@ -169,7 +170,11 @@ class SinglePassTraining(TrainingMethod):
 
 
 class SubnetTraining(TrainingMethod):
-    """A method that trains the main network on the labels and subnets on what other passes know."""
+    """A method that trains the main network on the labels and subnets on what other passes know.
+
+    `subnet_weight` is a number, or a function from the step, counted from 0, to one. A step of weight 0 draws no
+    subnet: it is a step of common training, at its cost. Subnets that the caller gives are run at any weight.
+    """
 
     def __init__(
         self,
@@ -177,19 +182,33 @@ class SubnetTraining(TrainingMethod):
         stages: Sequence[Stage],
         *,
         criterion: Criterion | None,
-        subnet_weight: float,
+        subnet_weight: Weight,
         seed: int,
     ) -> None:
         super().__init__(model, criterion=criterion, seed=seed)
         check_stages(model, stages)
-        if not (math.isfinite(subnet_weight) and subnet_weight >= 0):
-            raise ValueError(f"subnet_weight is {subnet_weight}; give a finite number, 0 or above")
-        self.stages, self.subnet_weight = tuple(stages), subnet_weight
+        self.stages, self._weight = tuple(stages), subnet_weight
+        self.weight_at(0)
+
+    @property
+    def subnet_weight(self) -> float:
+        """Weight of a subnet's loss in the next step."""
+        return self.weight_at(self.step)
+
+    def weight_at(self, step: int) -> float:
+        """Weight of a subnet's loss in a step, counted from 0.
+
+        Raises:
+            ValueError: the function that was given as weight returned no number from 0 up.
+        """
+        if not callable(self._weight):
+            return _checked_weight(self._weight, "subnet_weight is")
+        return _checked_weight(self._weight(step), f"subnet_weight({step}) returned")
 
     def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
-        """The subnet passes of a step, by default the next one, for a batch like x."""
+        """The subnet passes of a step, by default the next one, for a batch like x; none in a step of weight 0."""
         step = self.step if step is None else step
-        return self._passes(x, self._draw_subnets(step), step)
+        return self._passes(x, self._draw_subnets(step), step) if self.weight_at(step) else []
 
     @abstractmethod
     def _draw_subnets(self, step: int) -> list[Subnet]:
@@ -213,20 +232,21 @@ class SubnetTraining(TrainingMethod):
         passes = self._requested(x, subnets)
         main, logits = one_graph(self.model, self.stages, x, passes)
         known, teacher = [z.detach() for z in logits], main.detach()
-        losses = [self.subnet_weight * self.subnet_term(i, z, teacher, known) for i, z in enumerate(logits)]
+        weight = self.subnet_weight
+        losses = [weight * self.subnet_term(i, z, teacher, known) for i, z in enumerate(logits)]
         main_loss = self._main_loss(main, y)
         total = torch.stack([main_loss, *losses]).sum()
         return self._output(passes, total, teacher, main_loss.detach(), [loss.detach() for loss in losses])
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        passes = self._requested(x, subnets)
+        passes, weight = self._requested(x, subnets), self.subnet_weight
         step = lean_backward(
             self.model,
             self.stages,
             x,
             passes,
             main_loss=lambda logits: self._main_loss(logits, y),
-            subnet_loss=lambda *args: self.subnet_weight * self.subnet_term(*args),
+            subnet_loss=lambda *args: weight * self.subnet_term(*args),
             scale=scale,
         )
         total = torch.stack([step.main_loss, *step.subnet_losses]).sum()
@@ -237,6 +257,12 @@ class SubnetTraining(TrainingMethod):
     ) -> StepOutput:
         terms = {"main": main_loss} | {self._term_name(i): loss for i, loss in enumerate(losses)}
         return StepOutput(total, logits, terms, tuple(request.subnet for request in passes))
+
+
+def _checked_weight(weight: float, found: str) -> float:
+    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{found} {weight}; give a finite number, 0 or above")
+    return weight
 
 
 def check_count(name: str, value: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unloaf.inputs import SmallerInputs, check_sides
 from unloaf.losses import Norm, direction, direction_kl_loss, kl_loss, resolve_amplitude
-from unloaf.methods.step import Criterion, SubnetTraining, check_count
+from unloaf.methods.step import Criterion, SubnetTraining, Weight, check_count
 from unloaf.passes import SubnetPass
 from unloaf.sampling import InterStageSampler, OrderedSampler, Sampler, draw_generator
 from unloaf.stages import Stage
@@ -32,7 +32,8 @@ class StimulativeTraining(SubnetTraining):
         num_subnets: subnets per step; their losses are summed.
         subnet_loss: from (student logits, teacher logits) to a loss of shape ().
         subnet_inputs: `SmallerInputs`, or None for the main network's input.
-        subnet_weight: 0 or above.
+        subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
+            no subnet is run.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy, which also takes soft labels.
         seed: of the draws.
 
@@ -59,7 +60,7 @@ class StimulativeTraining(SubnetTraining):
         num_subnets: int = 1,
         subnet_loss: Distance = kl_loss,
         subnet_inputs: SmallerInputs | None = None,
-        subnet_weight: float = 1.0,
+        subnet_weight: Weight = 1.0,
         criterion: Criterion | None = None,
         seed: int = 0,
     ) -> None:
@@ -106,7 +107,7 @@ def stimulative_plus(
     norm: Norm = "layer_norm",
     eps: float = 1e-7,
     main_logits: Literal["direction", "raw"] = "direction",
-    subnet_weight: float = 1.0,
+    subnet_weight: Weight = 1.0,
     criterion: Criterion | None = None,
     seed: int = 0,
 ) -> StimulativeTraining:
@@ -122,7 +123,8 @@ def stimulative_plus(
         norm: "layer_norm" (published runs) or "l2" (text of the paper).
         eps: of the norm.
         main_logits: what the criterion sees, the direction of the logits (published runs) or the raw logits.
-        subnet_weight: 0 or above.
+        subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
+            no subnet is run.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
 

@@ -68,6 +68,13 @@ def test_held_out_images_are_stratified_and_the_same_in_every_run(folders, folde
     assert contents(load_data(folder_config(val_fraction=0.2, seed=9)).val) == contents(data.val)
 
 
+def test_a_share_of_the_training_images(folder_config):
+    data = load_data(folder_config(train_images=8))
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert set(contents(data.train)) < set(TRAIN)
+    assert contents(data.val) == VAL
+
+
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_other_names_of_the_validation_folder(folders, folder_config, name):
     (folders / "val").rename(folders / name)

@@ -10,6 +10,8 @@ from torchvision import datasets
 
 from unloaf.engine.config import Config
 from unloaf.engine.data import load_data
+from unloaf.engine.data.images import ImageSet
+from unloaf.engine.data.memory import take_share
 
 
 def keys(images):
@@ -113,6 +115,32 @@ def test_cifar_validation_images_come_from_the_training_images(tiny_cifar):
 def test_no_validation_images_on_request(tiny_cifar):
     data = cifar(tiny_cifar, val_fraction=0.0)
     assert (len(data.train), len(data.val)) == (40, 0)
+
+
+def test_a_share_of_the_training_images_is_of_every_class_and_always_the_same(tiny_cifar):
+    data, again = (cifar(tiny_cifar, train_images=12, seed=seed) for seed in (0, 9))
+    whole = cifar(tiny_cifar)
+    assert data.train.labels.bincount().tolist() == [6, 6]
+    assert torch.equal(data.train.images, again.train.images)
+    assert keys(data.train) < keys(whole.train)
+    assert keys(data.val) == keys(whole.val)
+    assert data.mean[0] == pytest.approx(float(data.train.images[:, 0].float().mean()))
+
+
+def test_a_share_of_uneven_classes_has_one_image_of_each_at_least():
+    labels = torch.tensor([0] * 60 + [1] * 39 + [2])
+    images = ImageSet(torch.zeros(100, 1, 1, 1, dtype=torch.uint8), labels)
+    # One for the third class; of the other nine 60/99 are 5.5 and 39/99 are 3.5.
+    assert take_share(images, 10).labels.bincount().tolist() in ([5, 4, 1], [6, 3, 1])
+    assert take_share(images, 3).labels.tolist() == [0, 1, 2]
+    assert take_share(images, 100).labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("count", [2, 101])
+def test_a_share_that_cannot_be(count):
+    images = ImageSet(torch.zeros(100, 1, 1, 1, dtype=torch.uint8), torch.arange(100) % 3)
+    with pytest.raises(ValueError, match=rf"^train_images {count}: give from 3, one for each class, to 100, what is"):
+        take_share(images, count)
 
 
 @pytest.mark.parametrize(

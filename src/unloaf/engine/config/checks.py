@@ -21,6 +21,7 @@ _COUNT = (1, 10**9, "at least 1")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "num_classes": (2, 10**9, "at least 2 classes"),
     "val_fraction": (0, 0.5, "a share from 0 to 0.5"),
+    "train_images": (2, 10**9, "at least 2 images"),
     "workers": (0, 1024, "from 0 to 1024 processes"),
     "img_size": (4, 4096, "a side from 4 to 4096 pixels"),
     "train_img_size": (4, 4096, "a side from 4 to 4096 pixels"),
@@ -43,6 +44,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "model_ema_decay": (0, _BELOW_ONE, "a number from 0 to below 1"),
     "num_subnets": (1, 10_000, "from 1 to 10000 subnets; method common trains none"),
     "subnet_weight": (0, _LARGEST, "a finite weight of at least 0"),
+    "subnet_interval": _COUNT,
+    "subnet_on_epoch": (1, 10**9, "an epoch, at least 1"),
+    "subnet_off_epoch": (0, 10**9, "an epoch, or 0 for never"),
     "amplitude": (_TINY, _LARGEST, "a finite number above 0, or auto"),
     "eps": _ABOVE_ZERO,
     "min_ratio": (_TINY, 1, "a share above 0, up to 1"),
@@ -102,6 +106,11 @@ def check_together(config: Config) -> None:
         raise ValueError(
             f"warmup_epochs {config.warmup_epochs} leaves none of the {config.epochs} epochs; "
             f"give at most {config.epochs - 1}"
+        )
+    if config.subnet_on_epoch > config.epochs or 0 < config.subnet_off_epoch <= config.subnet_on_epoch:
+        raise ValueError(
+            f"subnet_on_epoch {config.subnet_on_epoch} and subnet_off_epoch {config.subnet_off_epoch} leave no epoch "
+            f"of {config.epochs} that trains subnets; give an on-epoch up to {config.epochs} and below the off-epoch"
         )
     if config.dataset != "digits" and config.data_dir is None:
         raise ValueError(f"dataset {config.dataset!r} is read from files: give --data-dir (digits needs none)")

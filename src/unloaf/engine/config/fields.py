@@ -48,6 +48,9 @@ class Config:
     val_fraction: float = 0.1
     """Share of the training images held out for validation, up to 0.5; 0 for none. Digits has a fixed split, and where
     validation images lie ready nothing is held out."""
+    train_images: int | None = None
+    """Train on so many of the training images, the same share of each class; which ones is fixed. Validation images are
+    held out before."""
     bad_images: Literal["stop", "skip"] = "stop"
     """At an image that cannot be read: stop, or take its neighbour and stop above 1 %."""
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 0
@@ -122,6 +125,14 @@ class Config:
     """Subnets per step; default 1 for st, 6 for st++. gkt runs groups x loops."""
     subnet_weight: float = 1.0
     """Weight of the subnets' loss."""
+    subnet_schedule: Literal["constant", "rising", "falling"] = "constant"
+    """How that weight changes over the epochs that train subnets: not at all, or as a cosine from 0 up or down to 0."""
+    subnet_interval: int = 1
+    """Train subnets in every so-many-th step only; the others are steps of common training, at its cost."""
+    subnet_on_epoch: int = 1
+    """First epoch that trains subnets."""
+    subnet_off_epoch: int = 0
+    """Epoch from which no subnets are trained; 0 for never."""
     sampler: Sampler = "auto"
     """How subnets are drawn; auto: ordered for st, inter-stage for st++, exponential-decay for gkt."""
     subnet_loss: Literal["auto", "kl", "kl-"] = "auto"

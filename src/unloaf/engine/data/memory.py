@@ -57,6 +57,28 @@ def hold_out(images: _I, count: int) -> tuple[_I, _I]:
     return images.subset(torch.tensor(kept)), images.subset(torch.tensor(held))
 
 
+def take_share(images: _I, count: int) -> _I:
+    """So many images, of each class the same share and at least one; the same ones in every run, in their old order.
+
+    Raises:
+        ValueError: there are fewer images, or more classes.
+    """
+    classes, labels = images.labels.unique(return_inverse=True)
+    if not len(classes) <= count <= len(images):
+        raise ValueError(
+            f"train_images {count}: give from {len(classes)}, one for each class, to {len(images)}, "
+            "what is left to train on"
+        )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    shuffled = labels[order]
+    place = torch.empty(len(images), dtype=torch.float64)
+    for label in range(len(classes)):
+        members = order[shuffled == label]
+        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+        place[members[0]] = -1
+    return images.subset(place.argsort(stable=True)[:count].sort().values)
+
+
 # Folder and files that torchvision reads below data_dir, and where they come from.
 _FILES = {
     "cifar10": ("cifar-10-batches-py", "data_batch_1 ... data_batch_5, test_batch, batches.meta",

@@ -13,7 +13,7 @@ from torch import Tensor
 from unloaf.engine.config import Config
 from unloaf.engine.data.folders import open_folder_split
 from unloaf.engine.data.images import NO_IMAGES, Images, Split
-from unloaf.engine.data.memory import hold_out, load_digits, load_torchvision
+from unloaf.engine.data.memory import hold_out, load_digits, load_torchvision, take_share
 from unloaf.engine.data.rows import open_row_split
 from unloaf.engine.data.tars import open_tar_split
 
@@ -87,7 +87,8 @@ def _memory(config: Config) -> Data:
     else:
         splits = load_torchvision(config.dataset, str(config.data_dir), val_fraction=config.val_fraction)
     _check_count(config, len(splits.class_names))
-    pixels = splits.train.images.float()
+    train = splits.train if config.train_images is None else take_share(splits.train, config.train_images)
+    pixels = train.images.float()
     side = int(pixels.shape[-1])
     img_size = config.img_size or side
     train_img_size = config.train_img_size or img_size
@@ -103,7 +104,7 @@ def _memory(config: Config) -> Data:
         name=config.dataset,
         num_classes=len(splits.class_names),
         class_names=splits.class_names,
-        train=splits.train,
+        train=train,
         val=splits.val,
         test=splits.test,
         mean=tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
@@ -125,6 +126,8 @@ def _files(config: Config) -> Data:
         images, held = hold_out(images, round(config.val_fraction * len(images)))
     else:
         held = val.images
+    if config.train_images is not None:
+        images = take_share(images, config.train_images)
     augment = "resized-crop" if config.augment == "auto" else config.augment
     img_size = config.img_size or _FILE_SIDE
     train_img_size = config.train_img_size or img_size

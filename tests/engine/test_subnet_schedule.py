@@ -1,0 +1,99 @@
+"""When a run trains subnets, and with what weight: by hand, over epochs, batches and resumptions."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from unloaf.engine.checkpoint import load_checkpoint
+from unloaf.engine.config import Config
+from unloaf.engine.loop import prepare, train_epoch
+from unloaf.engine.methods import build_method
+
+
+def weights(**settings) -> list[float]:
+    """The weight in each step of a run of four steps an epoch."""
+    training = prepare(tiny.config(method="st", **settings), data=tiny.data(), model=tiny.network())
+    return [training.method.weight_at(call) for call in range(training.config.epochs * 4)]
+
+
+def test_constant_by_default():
+    assert weights(subnet_weight=0.3) == [0.3] * 8
+
+
+def test_rising_and_falling_are_half_a_cosine_over_the_run():
+    fall = [0.3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert weights(subnet_weight=0.3, subnet_schedule="falling") == pytest.approx(fall)
+    assert weights(subnet_weight=0.3, subnet_schedule="rising") == pytest.approx([0.3 - weight for weight in fall])
+
+
+def test_every_third_step():
+    assert weights(subnet_interval=3) == [0, 0, 1, 0, 0, 1, 0, 0]
+
+
+def test_epochs_with_subnets():
+    assert weights(epochs=4, subnet_on_epoch=2, subnet_off_epoch=4) == [0] * 4 + [1] * 8 + [0] * 4
+    assert weights(epochs=2, subnet_off_epoch=9) == [1] * 8
+
+
+def test_a_cosine_lasts_as_long_as_there_are_subnets():
+    seen = weights(epochs=3, subnet_on_epoch=2, subnet_off_epoch=3, subnet_schedule="rising")
+    assert seen == pytest.approx([0] * 5 + [(1 - math.cos(math.pi * step / 4)) / 2 for step in (1, 2, 3)] + [0] * 4)
+
+
+@pytest.mark.parametrize("method", ["st", "gkt"])
+def test_accumulated_batches_have_the_weight_of_their_step(method):
+    """Two batches a step: with a count of batches, every step would have one of each kind."""
+    rows = []
+    settings = tiny.config(method=method, batch_size=8, grad_accum_steps=2, subnet_interval=2)
+    training = prepare(settings, data=tiny.data(), model=tiny.network())
+    while not training.finished:
+        train_epoch(training, on_step=rows.append)
+    names = {"st": ["main", "subnet0"], "gkt": ["main"] + [f"loop{i}_group{g}" for i in (0, 1) for g in (1, 2, 3)]}
+    assert [list(row.terms) for row in rows] == [["main"], names[method]] * 4
+
+
+def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
+    settings = tiny.config(
+        method="st", subnet_schedule="falling", subnet_interval=2, checkpoint_interval=1, output=str(tmp_path)
+    )
+    whole = tiny.run(replace(settings, name="whole")).path
+
+    def stop(network, x) -> None:
+        if network.training and network.calls == 6:
+            raise KeyboardInterrupt
+        network.calls += network.training
+
+    network = tiny.network()
+    network.calls, network.on_forward = 0, stop
+    cut = replace(settings, name="cut")
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(cut, model=network)
+    resumed = tiny.run(cut, resume="auto").path
+    assert tiny.same(load_checkpoint(resumed / "last").weights, load_checkpoint(whole / "last").weights)
+    for run in (whole, resumed):
+        events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        terms = [list(event["terms"]) for event in events if event["event"] == "step"]
+        assert terms == [["main"], ["main", "subnet0"]] * 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"subnet_on_epoch": 31}, "subnet_on_epoch 31 and subnet_off_epoch 0 leave no epoch of 30 that trains subnets"),
+        ({"subnet_on_epoch": 5, "subnet_off_epoch": 5}, "subnet_on_epoch 5 and subnet_off_epoch 5 leave no epoch"),
+        ({"subnet_interval": 0}, "subnet_interval 0: give at least 1"),
+        ({"subnet_schedule": "up"}, "subnet_schedule 'up': give constant or rising or falling"),
+    ],
+)
+def test_schedules_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Config(**settings)
+
+
+def test_a_method_without_a_run_has_no_schedule():
+    network = tiny.network()
+    with pytest.raises(ValueError, match="build_method needs steps_per_epoch"):
+        build_method(Config(subnet_interval=2), network, ())
