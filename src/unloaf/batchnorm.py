@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ def tracking_norms(model: nn.Module) -> list[Any]:
 
     Typed as Any because they share attributes, not a class.
     """
-    return [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    # Not getattr: for modules that lack the attribute it raises inside, which took most of the time of a search.
+    return [module for module in model.modules() if module.__dict__.get("track_running_stats", False)]
 
 
-# For each norm, buffers that stand in for its own while its statistics are frozen: kept, because making them anew
-# costs small networks more than the norm itself.
-_standins: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+# The buffers of each norm, and those that stand in for them while its statistics are frozen: kept, because making them
+# anew costs small networks more than the norm itself.
+_standins: WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -33,27 +34,19 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     They move buffers of the same shape that stand in for the model's: so a norm does the same with and without, and a
     compiled block needs no second graph. Modules in eval mode keep using their running statistics.
     """
-    norms = [module for module in tracking_norms(model) if module.training]
-    held = [(norm._buffers, dict(norm._buffers)) for norm in norms]
+    held = [(norm, dict(norm._buffers)) for norm in tracking_norms(model) if norm.training]
     try:
-        for norm in norms:
-            norm._buffers.update(_standins_of(norm))
+        for norm, buffers in held:
+            known = _standins.setdefault(norm, {})
+            for name, own in buffers.items():
+                if own is not None:
+                    if name not in known or known[name][0] is not own:
+                        known[name] = own, torch.zeros_like(own)
+                    norm._buffers[name] = known[name][1]
         yield
     finally:
-        for buffers, own in held:
-            buffers.update(own)
-
-
-def _standins_of(norm: nn.Module) -> dict[str, Tensor]:
-    known, chosen = _standins.setdefault(norm, {}), {}
-    for name, own in norm._buffers.items():
-        if own is None:
-            continue
-        standin = known.get(name)
-        if standin is None or (standin.shape, standin.dtype, standin.device) != (own.shape, own.dtype, own.device):
-            standin = known[name] = torch.zeros_like(own)
-        chosen[name] = standin
-    return chosen
+        for norm, buffers in held:
+            norm._buffers.update(buffers)
 
 
 def _averages_without_momentum(norm: nn.Module) -> bool:
@@ -61,16 +54,28 @@ def _averages_without_momentum(norm: nn.Module) -> bool:
     return not isinstance(norm, nn.modules.instancenorm._InstanceNorm)
 
 
+# Models inside `statistics_unless_raised`.
+_guarded: WeakSet[nn.Module] = WeakSet()
+
+
 @contextmanager
 def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
-    """Passes inside move the running statistics; if anything raises they are put back: a failed step changes none."""
-    norms = [module for module in tracking_norms(model) if module.training]
+    """Passes inside move the running statistics; if anything raises they are put back: a failed step changes none.
+
+    Inside another one for the same model it does nothing: a loop that undoes a whole step undoes its parts.
+    """
+    if model in _guarded:
+        yield
+        return
     buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for norm in norms:
-        for buffer in norm.buffers(recurse=False):
-            buffers.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+    for norm in tracking_norms(model):
+        if norm.training:
+            for buffer in norm._buffers.values():
+                if buffer is not None:
+                    buffers.setdefault((buffer.device, buffer.dtype), []).append(buffer)
     # One copy of all buffers of a kind instead of one of each: this runs in every step.
     before = [(group, torch.cat([buffer.flatten() for buffer in group])) for group in buffers.values()]
+    _guarded.add(model)
     try:
         yield
     except BaseException:
@@ -79,6 +84,8 @@ def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
                 for buffer, value in zip(group, values.split([b.numel() for b in group]), strict=True):
                     buffer.copy_(value.view_as(buffer))
         raise
+    finally:
+        _guarded.discard(model)
 
 
 def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:

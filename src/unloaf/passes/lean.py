@@ -143,11 +143,15 @@ def _parameters_replaced(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Par
     Hooks on the parameters (a gradient mask, DistributedDataParallel's reducer) run once, on the sum, in the main
     backward; a gradient is added while it is warm in the cache; a step that fails has touched no ``.grad``.
     """
-    standins = {p: nn.Parameter(p.detach()) for p in model.parameters() if p.requires_grad}
+    standins: dict[nn.Parameter, nn.Parameter] = {}
     originals = [(module._parameters, dict(module._parameters)) for module in model.modules() if module._parameters]
     try:
         for held, before in originals:
-            held.update({name: standins[p] for name, p in before.items() if p is not None and p in standins})
+            for name, parameter in before.items():
+                if parameter is not None and parameter.requires_grad:
+                    if parameter not in standins:  # tied weights have one stand-in
+                        standins[parameter] = nn.Parameter(parameter.detach())
+                    held[name] = standins[parameter]
         yield standins
     finally:
         for held, before in originals:
