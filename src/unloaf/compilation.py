@@ -26,9 +26,9 @@ def compile_blocks(
 ) -> None:
     """Compile the forward of each residual block; which blocks run is still decided in eager mode, for each pass.
 
-    Compiled as a whole, a model is compiled anew for each subnet. Compiled block by block there is at most one graph for
-    each distinct shape of a block and each size of the input, however many subnets are drawn. A ``copy.deepcopy`` of
-    the model is compiled too.
+    Compiled as a whole, a model is compiled anew for each subnet. Compiled block by block there is at most one graph
+    for each distinct shape of a block and each size of the input, however many subnets are drawn. A ``copy.deepcopy``
+    of the model is compiled too.
 
     Args:
         model: its blocks get a ``forward`` of their own; class, parameters and keys stay.

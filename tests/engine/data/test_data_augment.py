@@ -16,6 +16,7 @@ from unloaf.engine.data.augment import (
     evaluation_transform,
     lighting_shift,
     training_transform,
+    windows_of,
 )
 
 
@@ -37,7 +38,7 @@ def test_draws_are_those_of_the_published_figures():
 def test_crop_and_flip_by_hand():
     image = torch.tensor([[[[1, 2], [3, 4]]]], dtype=torch.uint8).expand(4, 1, 2, 2)
     draws = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 0, 0], [2, 1, 1]])
-    out = crop_and_flip(image, draws, pad=1)
+    out = crop_and_flip(windows_of(image, pad=1), torch.arange(len(draws)), draws)
     assert out[:, 0].tolist() == [[[1, 2], [3, 4]], [[2, 1], [4, 3]], [[0, 0], [0, 1]], [[4, 3], [0, 0]]]
 
 

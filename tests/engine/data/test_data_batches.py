@@ -9,7 +9,7 @@ from image_files import reds
 from unloaf.engine.config import Config
 from unloaf.engine.data import EvalBatches, TrainBatches, load_data
 from unloaf.engine.data.augment import epoch_order
-from unloaf.engine.data.reading import Key, TrainReader
+from unloaf.engine.data.reading import Keys, TrainReader
 
 # The number of cores of this machine is not the test's business.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -136,7 +136,7 @@ def test_what_was_done_is_not_read_again(folders, folder_config):
 def test_a_reader_survives_the_way_to_a_worker(digits):
     config = Config(aa="uniform", reprob=0.5)
     reader = TrainReader(digits, config, digits.train)
-    keys = [Key(1, image, 0) for image in range(8)]
+    keys = Keys(1, list(range(8)), [0] * 8)
     sent = pickle.loads(pickle.dumps(reader))
     assert torch.equal(sent.__getitems__(keys).images, reader.__getitems__(keys).images)
 

@@ -39,26 +39,34 @@ def augmentation(count: int, *, pad: int, hflip: float, seed: int, epoch: int, r
     return torch.cat([corners, mirrored], dim=1)
 
 
-def crop_and_flip(images: Tensor, draws: Tensor, *, pad: int) -> Tensor:
-    """Cuts a window of the old size out of the zero-padded images and mirrors some.
+def windows_of(images: Tensor, *, pad: int) -> Tensor:
+    """Every window of the old size in the zero-padded images, a view.
 
     Args:
         images: (N, C, H, W).
-        draws: rows (top, left, mirrored), int64 (N, 3).
         pad: pixels added on each side.
 
     Returns:
-        images of the same shape and type.
+        (N, C, 2 * pad + 1, 2 * pad + 1, H, W), of the same type.
     """
-    count, channels, height, width = images.shape
-    top, left, mirrored = draws.to(images.device).unbind(1)
-    columns = torch.arange(width, device=images.device).expand(count, width)
-    columns = torch.where(mirrored[:, None].bool(), columns.flip(1), columns) + left[:, None]
-    rows = torch.arange(height, device=images.device) + top[:, None]
-    padded = F.pad(images, (pad, pad, pad, pad))
-    sample = torch.arange(count, device=images.device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
-    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    height, width = images.shape[-2:]
+    return F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+
+
+def crop_and_flip(windows: Tensor, index: Tensor, draws: Tensor) -> Tensor:
+    """One window of each of these images, some mirrored: whole batches at once, on the device of the windows.
+
+    Args:
+        windows: from `windows_of`.
+        index: positions of the images, int64 (B,).
+        draws: rows (top, left, mirrored), int64 (B, 3).
+
+    Returns:
+        (B, C, H, W), of the same type.
+    """
+    top, left, mirrored = draws.to(windows.device).unbind(1)
+    cropped = windows[index.to(windows.device), :, top, left]
+    return torch.where(mirrored.bool()[:, None, None, None], cropped.flip(3), cropped)
 
 
 def lighting_shift(strength: float) -> Tensor:

@@ -20,7 +20,7 @@ from unloaf.engine.data.images import Images, ImageSet
 from unloaf.engine.data.reading import (
     Chunk,
     EvalReader,
-    Key,
+    Keys,
     TrainReader,
     chunk_loader,
     close_workers,
@@ -130,29 +130,29 @@ class TrainBatches:
         return Batch(*self._mixup(x, y))
 
 
-def _epoch_keys(count: int, config: Config, *, epoch: int, steps: range, rank: int, world: int) -> Iterator[list[Key]]:
+def _epoch_keys(count: int, config: Config, *, epoch: int, steps: range, rank: int, world: int) -> Iterator[Keys]:
     """Keys of one process's batches in these steps; no method, so that no reference cycle keeps workers alive."""
     order = epoch_order(count, seed=config.seed, epoch=epoch)
-    batches = config.accumulation(world)
-    for batch in range(steps.start * batches, steps.stop * batches):
-        position = (batch * config.batch_size + torch.arange(config.batch_size)) * world + rank
-        index, repeat = order[position // config.aug_repeats], position % config.aug_repeats
-        yield [Key(epoch, i, r) for i, r in zip(index.tolist(), repeat.tolist(), strict=True)]
+    per_step = config.accumulation(world) * config.batch_size
+    positions = torch.arange(steps.start * per_step, steps.stop * per_step) * world + rank
+    images, repeats = order[positions // config.aug_repeats], positions % config.aug_repeats
+    for some, repeat in zip(images.split(config.batch_size), repeats.split(config.batch_size), strict=True):
+        yield Keys(epoch, some.tolist(), repeat.tolist())
 
 
 class _Plan:
-    """The lists of keys of the next pass; the loader asks for them anew in every pass."""
+    """The keys of the next pass; the loader asks for them anew in every pass."""
 
-    def __init__(self, keys: Callable[[], Iterator[list[Key]]]) -> None:
+    def __init__(self, keys: Callable[[], Iterator[Keys]]) -> None:
         self.keys = keys
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[Keys]:
         return self.keys()
 
 
-def _split_keys(count: int, parts: tuple[Tensor, ...]) -> Iterator[list[Key]]:
+def _split_keys(count: int, parts: tuple[Tensor, ...]) -> Iterator[Keys]:
     for part in parts:
-        yield [Key(0, position % count, 0) for position in part.tolist()]
+        yield Keys(0, (part % count).tolist(), [0] * len(part))
 
 
 class EvalBatches:

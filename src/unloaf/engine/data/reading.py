@@ -21,6 +21,7 @@ from unloaf.engine.data.augment import (
     cuts_batches,
     evaluation_transform,
     training_transform,
+    windows_of,
 )
 from unloaf.engine.data.images import BadImageError, Images, ImageSet, as_picture
 from unloaf.engine.data.sets import Data
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Key(NamedTuple):
-    """Which image, in which epoch, and how often it came before in it; decides all of its randomness."""
+class Keys(NamedTuple):
+    """The images of a batch, in which epoch, and how often each came before in it; decides all of their randomness.
+
+    Lists, because they may travel to a worker.
+    """
 
     epoch: int
-    image: int
-    repeat: int
+    images: list[int]
+    repeats: list[int]
 
 
 class Chunk(NamedTuple):
@@ -63,45 +67,50 @@ class TrainReader:
 
     def __init__(self, data: Data, config: Config, images: Images) -> None:
         self._data, self._config, self._images = data, config, images
-        self._cuts_batches = cuts_batches(data, config)
         self._transform = training_transform(data, config)
         self._tables: dict[tuple[int, int], Tensor] = {}
+        self._windows: Tensor | None = None
+        if isinstance(images, ImageSet) and cuts_batches(data, config):
+            self._windows = windows_of(images.images, pad=data.pad)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The libraries' transforms are built anew in a worker: not all of them can be sent to one.
         return TrainReader, (self._data, self._config, self._images)
 
-    def __getitems__(self, keys: list[Key]) -> Chunk | Failure:
+    def __getitems__(self, keys: Keys) -> Chunk | Failure:
         """The images of these keys."""
-        if isinstance(self._images, ImageSet) and self._cuts_batches:
-            return self._cut(self._images, keys)
+        if self._windows is not None:
+            return self._cut(self._windows, keys)
         try:
-            found = [_readable(self._images, key.image, self._config) for key in keys]
+            found = [_readable(self._images, image, self._config) for image in keys.images]
         except BadImagesError as error:
             return Failure(str(error))
-        pixels = [self._augment(one.image, key) for one, key in zip(found, keys, strict=True)]
-        return _stacked(self._images, pixels, found, keys)
+        return _stacked(self._images, self._augment([one.image for one in found], keys), found, keys)
 
-    def _cut(self, images: ImageSet, keys: list[Key]) -> Chunk:
-        index = torch.tensor([key.image for key in keys])
-        draws = self._draws(keys, index)
-        at = index.to(images.images.device)
-        pixels = crop_and_flip(images.images[at], draws, pad=self._data.pad)
+    def _cut(self, windows: Tensor, keys: Keys) -> Chunk:
+        index = torch.tensor(keys.images)
+        pixels = crop_and_flip(windows, index, self._draws(keys, index))
         if changes_pixels(self._config):
-            pixels = torch.stack([self._augment(as_picture(p), key) for p, key in zip(pixels, keys, strict=True)])
-        return Chunk(pixels, images.labels[at], torch.zeros(len(keys), dtype=torch.bool), ())
+            pixels = torch.stack(self._augment(map(as_picture, pixels.cpu()), keys))
+        labels = self._images.labels
+        return Chunk(pixels, labels[index.to(labels.device)], torch.zeros(len(index), dtype=torch.bool), ())
 
-    def _draws(self, keys: list[Key], index: Tensor) -> Tensor:
-        draws = torch.empty(len(keys), 3, dtype=torch.int64)
-        tables = [(key.epoch, key.repeat) for key in keys]
-        for table in set(tables):  # one, or one for each repeat: not a look-up for each image
-            mine = torch.tensor([other == table for other in tables])
-            draws[mine] = self._table(*table)[index[mine]]
+    def _draws(self, keys: Keys, index: Tensor) -> Tensor:
+        tables = set(keys.repeats)
+        if len(tables) == 1:
+            return self._table(keys.epoch, tables.pop())[index]
+        draws, repeats = torch.empty(len(index), 3, dtype=torch.int64), torch.tensor(keys.repeats)
+        for repeat in tables:
+            mine = repeats == repeat
+            draws[mine] = self._table(keys.epoch, repeat)[index[mine]]
         return draws
 
-    def _augment(self, image: Image, key: Key) -> Tensor:
-        seed_host("augment-image", self._config.seed, *key)
-        return self._transform(image)
+    def _augment(self, images: Iterable[Image], keys: Keys) -> list[Tensor]:
+        pixels = []
+        for picture, image, repeat in zip(images, keys.images, keys.repeats, strict=True):
+            seed_host("augment-image", self._config.seed, keys.epoch, image, repeat)
+            pixels.append(self._transform(picture))
+        return pixels
 
     def _table(self, epoch: int, repeat: int) -> Tensor:
         if (epoch, repeat) not in self._tables:
@@ -127,14 +136,14 @@ class EvalReader:
     def __reduce__(self) -> tuple[Any, ...]:
         return EvalReader, (self._data, self._config, self._images)
 
-    def __getitems__(self, keys: list[Key]) -> Chunk | Failure:
+    def __getitems__(self, keys: Keys) -> Chunk | Failure:
         """The images of these keys."""
         if isinstance(self._images, ImageSet):
-            index = torch.tensor([key.image for key in keys])
-            replaced = torch.zeros(len(keys), dtype=torch.bool)
+            index = torch.tensor(keys.images)
+            replaced = torch.zeros(len(index), dtype=torch.bool)
             return Chunk(self._images.images[index], self._images.labels[index], replaced, ())
         try:
-            found = [_readable(self._images, key.image, self._config) for key in keys]
+            found = [_readable(self._images, image, self._config) for image in keys.images]
         except BadImagesError as error:
             return Failure(str(error))
         return _stacked(self._images, [self._transform(one.image) for one in found], found, keys)
@@ -176,9 +185,9 @@ def refuse_many(bad: Iterable[str], count: int) -> None:
         )
 
 
-def _stacked(images: Images, pixels: list[Tensor], found: list[_Found], keys: list[Key]) -> Chunk:
+def _stacked(images: Images, pixels: list[Tensor], found: list[_Found], keys: Keys) -> Chunk:
     labels = images.labels[torch.tensor([one.at for one in found])]
-    replaced = torch.tensor([one.at != key.image for one, key in zip(found, keys, strict=True)])
+    replaced = torch.tensor([one.at != image for one, image in zip(found, keys.images, strict=True)])
     return Chunk(torch.stack(pixels), labels, replaced, tuple(name for one in found for name in one.bad))
 
 
@@ -196,14 +205,15 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
 
 
-def chunk_loader(reader: Any, plan: Iterable[list[Key]], *, workers: int, pin: bool) -> DataLoader[Any]:
-    """A DataLoader that hands the lists of keys of the plan to the reader; its workers live on between passes.
+def chunk_loader(reader: Any, plan: Iterable[Keys], *, workers: int, pin: bool) -> DataLoader[Any]:
+    """A DataLoader that hands the keys of the plan to the reader; its workers live on between passes.
 
     It has a generator of its own: torch would draw from the global one, which belongs to the step.
     """
+    batches: Any = plan  # torch asks for lists of indices; what it gets it passes on as it is
     return DataLoader(
         reader,
-        batch_sampler=plan,
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_read,
         pin_memory=pin,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,13 +57,18 @@ class Data:
 
     def normalise(self, images: Tensor, *, size: int | None = None) -> Tensor:
         """uint8 (N, C, H, W) to float32 (N, C, size, size), mean 0 and spread 1 per channel; default size: img_size."""
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        x = (images.float() - mean) / std
+        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
+        x = images.float().sub_(mean).div_(std)
         size = size or self.img_size
         if size != x.shape[-1]:
             x = F.interpolate(x, size=size, mode=self.resize_mode, antialias=True, align_corners=False)
         return x
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept: made anew for each batch, they would be copied to the device each time."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def load_data(config: Config) -> Data:
