@@ -1,0 +1,174 @@
+"""One process of the study: trains and judges a run, or measures what the steps of a table's rows cost.
+
+Started by run.py with a file of instructions; leaves its result in a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.accuracy.jobs import command, described  # noqa: E402
+
+from unloaf.analysis.flops import method_flops  # noqa: E402
+from unloaf.analysis.runs import checkpoint_of, for_one_process, load_weights  # noqa: E402
+from unloaf.engine.config import Config  # noqa: E402
+from unloaf.engine.environment import environment  # noqa: E402
+from unloaf.engine.errors import NonFiniteLossError, StoppedError  # noqa: E402
+from unloaf.engine.loop import Training, prepare, train_step  # noqa: E402
+from unloaf.engine.train import train  # noqa: E402
+from unloaf.evaluation import choose_subnets, evaluate_subnets  # noqa: E402
+from unloaf.stages import inner_module  # noqa: E402
+from unloaf.subnet import Subnet  # noqa: E402
+
+
+def train_and_judge(order: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run: trained to its end, from wherever it was, and judged."""
+    config = _config(order["config"])
+    record: dict[str, Any] = {"settings": described(config), "epochs": config.epochs, "split": order["split"]}
+    try:
+        path = train(config, console=Console(quiet=True), resume="auto").path
+    except NonFiniteLossError as error:
+        return record | {"failed": str(error), "top1": None, "subnets": {}} | _origin(config)
+    with (path / "summary.csv").open(encoding="utf-8") as file:
+        seconds = sum(float(row["time"]) for row in csv.DictReader(file))
+    return record | judge(path, config, order) | {"train_seconds": round(seconds, 1)} | _origin(config)
+
+
+def _config(values: Mapping[str, Any]) -> Config:
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Config(**given)
+
+
+def judge(path: Path, config: Config, order: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy of the last checkpoint and of subnets in it, with batch-norm statistics of their own, in percent."""
+    training = prepare(for_one_process(config))
+    training = replace(training, config=replace(training.config, batch_size=250))
+    found, _ = checkpoint_of(path, "last")
+    model, stages = inner_module(training.model), training.stages
+    load_weights(model, found, "model")
+    chosen = _chosen(stages, order["subnets"])
+    rows = evaluate_subnets(
+        model,
+        stages,
+        training.eval_batches(order["split"]),
+        subnets=chosen,
+        calibration=training.calibration_batches(),
+    )
+    main, *others = sorted(rows, key=lambda row: row.subnet != Subnet.full(stages))
+    return {
+        "top1": round(main.top1, 3),
+        "top5": round(main.top5, 3),
+        "loss": round(main.loss, 5),
+        "subnets": {str(row.subnet): round(row.top1, 3) for row in others},
+    }
+
+
+def _chosen(stages: Any, asked: int | list[str] | None) -> list[Subnet]:
+    if isinstance(asked, list):
+        given = [tuple(map(int, depths.split("-"))) for depths in asked]
+        # A network that is itself trained alone has fewer blocks than some of them.
+        fit = [d for d in given if all(n in s.legal_depths for n, s in zip(d, stages, strict=True))]
+        subnets = [Subnet.from_depths(stages, depths) for depths in fit]
+        full = Subnet.full(stages)
+        return [full, *(subnet for subnet in subnets if subnet != full)]
+    return choose_subnets(stages, None if asked is None else min(asked + 1, len(choose_subnets(stages))))
+
+
+def _origin(config: Config) -> dict[str, Any]:
+    about = environment()
+    return {
+        "command": command(config),
+        "hardware": about["hardware"],
+        "threads": about["threads"],
+        "versions": {name: about["versions"][name] for name in ("unloaf", "torch", "timm")},
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _commit() -> str | None:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def measure(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Time and FLOPs of a step of each row relative to a step of common training, over steps drawn from the whole run.
+
+    A step of common training comes right before each; the ratio is of the sums. On a CPU it is the processor time of
+    this process that counts, which other processes disturb least. What reads images and logs is left out.
+    """
+    trainings = {label: prepare(_config(settings)) for label, settings in order["rows"].items()}
+    common = trainings[order["baseline"]]
+    batches = next(iter(common.batches.epoch(1)))
+    taken: dict[str, list[tuple[float, float]]] = {label: [] for label in trainings}
+    draws = random.Random(0)
+    until = time.monotonic() + order["seconds"]
+    rounds = 0
+    while rounds < order["rounds"] and (rounds < 20 or time.monotonic() < until):
+        rounds += 1
+        for label, training in trainings.items():
+            step = draws.randrange(training.config.epochs * training.steps_per_epoch)
+            pair = _timed(common, batches, step), _timed(training, batches, step)
+            if rounds > 3:  # the first ones set up kernels and memory
+                taken[label].append(pair)
+    rows = {}
+    for label, training in trainings.items():
+        ratio = sum(own for _, own in taken[label]) / sum(base for base, _ in taken[label])
+        steps = [draws.randrange(training.config.epochs * training.steps_per_epoch) for _ in range(order["draws"])]
+        flops = method_flops(training.method, batches[0].x, steps)
+        spread = statistics.stdev(own / base for base, own in taken[label]) / len(taken[label]) ** 0.5
+        rows[label] = {
+            "time": 1.0 if training is common else round(ratio, 3),
+            "time_error": round(spread, 3),
+            "flops": round(flops.shared / flops.common, 3),
+        }
+    return {"rounds": rounds - 3, "rows": rows} | _origin(common.config)
+
+
+def _timed(training: Training, batches: Any, step: int) -> float:
+    cuda = training.device.type == "cuda"
+    clock: Callable[[], float] = time.perf_counter if cuda else time.process_time
+    training.model.train()
+    training.method.step = step
+    if cuda:
+        torch.cuda.synchronize()
+    start = clock()
+    train_step(training, batches)
+    if cuda:
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def main() -> int:
+    """Does what the file says; 143 when it was told to stop before the end."""
+    order = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1 if order["threads"] is None else order["threads"])
+    try:
+        result = measure(order) if order["kind"] == "measure" else train_and_judge(order)
+    except StoppedError as error:
+        return error.code
+    Path(order["result"]).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

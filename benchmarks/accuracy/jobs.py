@@ -1,0 +1,165 @@
+"""From tables to runs: the settings of each run, and the records that finished runs leave."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.tables import TABLES, Row, Table
+
+from unloaf.engine.config import Config
+
+# Where a run lies and how it is fed is no part of what was trained.
+_PRIVATE = ("output", "name", "data_dir")
+
+
+class MissingError(Exception):
+    """A table cannot be planned before its trials or its costs are there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row of a table with one seed."""
+
+    table: Table
+    row: Row
+    seed: int
+    settings: Mapping[str, Any]
+    cost: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        words = "".join(letter if letter.isalnum() else "-" for letter in self.row.label.replace("+", "p"))
+        return f"{self.table.name}/{words.strip('-')}-{self.seed}"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Row and seed, of which a table has one run."""
+        return self.row.label, self.seed
+
+    def config(self, data_dir: str | None, output: Path) -> Config:
+        """What `unloaf train` trains."""
+        folder, _, name = self.name.rpartition("/")
+        files = data_dir if self.settings["dataset"] != "digits" else None
+        return Config(**self.settings, seed=self.seed, data_dir=files, output=str(output / folder), name=name)
+
+
+class Results:
+    """The folder of records: a file for each table, a record on each line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def records(self, table: str) -> list[dict[str, Any]]:
+        """What finished runs of a table left, in the order of its rows."""
+        path = self.folder / f"{table}.json"
+        return json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
+
+    def costs(self, table: str) -> dict[str, dict[str, float]]:
+        """Cost of a step of each row relative to common training, by label."""
+        path = self.folder / f"{table}-cost.json"
+        return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+
+    def add(self, table: Table, record: Mapping[str, Any]) -> None:
+        """Puts the record of a run in its place, also for the second time."""
+        same = ("row", "seed")
+        records = [r for r in self.records(table.name) if any(r[key] != record[key] for key in same)]
+        order = [row.label for row in table.rows]
+        records = sorted([*records, dict(record)], key=lambda r: (order.index(r["row"]), r["seed"]))
+        lines = ",\n".join(json.dumps(r) for r in records)
+        self.write(f"{table.name}.json", f'{{"table": "{table.name}", "records": [\n{lines}\n]}}\n')
+
+    def write(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / f".{name}"
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self.folder / name)
+
+
+def best_trial(table: Table, records: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
+    """Settings of the trial with the highest validation accuracy of the main network; the first one at a tie.
+
+    Raises:
+        MissingError: a trial of this method is missing.
+    """
+    rows = [row for row in table.rows if row.tuned == method]
+    tops = {row.label: [r["top1"] for r in records if r["row"] == row.label] for row in rows}
+    missing = [label for label, found in tops.items() if len(found) < len(table.seeds)]
+    if missing:
+        raise MissingError(f"{table.name} lacks {'; '.join(missing)}")
+    # A run that diverged has no accuracy and is never the best.
+    best = max(rows, key=lambda row: statistics.fmean(-1.0 if top is None else top for top in tops[row.label]))
+    return dict(best.settings)
+
+
+def settings_of(table: Table, row: Row, results: Results) -> dict[str, Any]:
+    """Settings of a row but for seed, files and the epochs that equal cost takes."""
+    tuned: dict[str, Any] = {}
+    if table.trials is not None and row.tuned is not None:
+        tuned = best_trial(TABLES[table.trials], results.records(table.trials), row.tuned)
+    return {**table.common, **tuned, **row.settings}
+
+
+def plan(table: Table, results: Results) -> list[Job]:
+    """All runs of a table, in the order in which they are to be trained: by tier, then seed, then row.
+
+    Raises:
+        MissingError: trials or costs are missing.
+    """
+    costs = results.costs(table.name)
+    if costless := [row.label for row in to_measure(table) if row.label not in costs]:
+        raise MissingError(f"{table.name} lacks the cost of {'; '.join(costless)}")
+    jobs = []
+    for row in table.rows:
+        settings = settings_of(table, row, results)
+        cost: dict[str, float] = costs.get(row.label, {})
+        if row.costs_as:
+            times = max(max(costs[label]["time"], costs[label]["flops"]) for label in row.costs_as)
+            epochs = math.ceil(settings["epochs"] * times)
+            cost = {"time": round(epochs / settings["epochs"], 3)}
+            cost["flops"] = cost["time"]
+            settings["epochs"] = epochs
+        jobs += [Job(table, row, seed, settings, cost) for seed in table.seeds]
+    order = [row.label for row in table.rows]
+    return sorted(jobs, key=lambda job: (job.row.tier, job.seed, order.index(job.row.label)))
+
+
+def to_measure(table: Table) -> list[Row]:
+    """Rows whose cost is measured; trials need none, and networks trained alone have no method to compare."""
+    if not any(row.costs_as for row in table.rows):
+        return []
+    return [row for row in table.rows if not row.costs_as]
+
+
+def described(config: Config) -> dict[str, Any]:
+    """The settings that are not the defaults, without what is private to a machine."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(Config)
+        if f.name not in _PRIVATE and getattr(config, f.name) != f.default
+    }
+
+
+def command(config: Config) -> str:
+    """The same run by itself."""
+    words = ["unloaf", "train"]
+    for name, value in described(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, (tuple, list)):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    if config.data_dir is not None:
+        words += ["--data-dir", "DIR"]
+    return shlex.join(words)

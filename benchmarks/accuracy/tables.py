@@ -1,0 +1,318 @@
+"""What the study trains: its tables, row by row. The baseline is always the first row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of a table: settings beside the table's own, trained once for each seed.
+
+    `tuned` names a method of the table's trials, whose best settings come first. `costs_as` makes the number of epochs
+    that at which the run costs as much as the runs of those rows, the dearest one counting. Rows of a lower `tier` are
+    trained first, in all seeds.
+    """
+
+    label: str
+    settings: Settings = field(default_factory=dict)
+    tuned: str | None = None
+    costs_as: tuple[str, ...] = ()
+    tier: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Runs that are compared, on `split`; `subnets` are depths, a number to draw, or None for all ordered ones.
+
+    `trials` is the table of trials from which `Row.tuned` takes settings; in such a table `Row.tuned` says whose trial
+    a row is.
+    """
+
+    name: str
+    title: str
+    about: str
+    common: Settings
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    split: str = "test"
+    subnets: int | tuple[str, ...] | None = None
+    trials: str | None = None
+
+    def row(self, label: str) -> Row:
+        """The row of this label."""
+        return next(row for row in self.rows if row.label == label)
+
+
+# --- what is compared
+
+
+def trial_rows(lrs: tuple[float, float], decays: tuple[float, float], methods: Settings) -> tuple[Row, ...]:
+    """Three trials for each method: the usual settings, the other learning rate, another value of its own setting."""
+    own = {"common": ("weight_decay", decays), "stochastic-depth": ("final_survival", (0.8, 0.5))}
+    rows = []
+    for method, settings in methods.items():
+        name, values = own[method] if method in own else ("subnet_weight", WEIGHTS[method])
+        for lr, value in ((lrs[0], values[0]), (lrs[1], values[0]), (lrs[0], values[1])):
+            label = f"{method}, lr {lr:g}, {name} {value:g}"
+            rows.append(Row(label=label, tuned=method, settings=dict(settings) | {"lr": lr, name: value}))
+    return tuple(rows)
+
+
+ST: dict[str, Any] = {"method": "st"}
+KL_MINUS: dict[str, Any] = {"subnet_loss": "kl-", "eps": 1.0}
+# Away from ImageNet: eps tames the directions of small logits, and six losses weigh about one together.
+STPP: dict[str, Any] = {"method": "st++", "eps": 1.0, "min_ratio": 0.5, "per": "step"}
+METHODS: dict[str, dict[str, Any]] = {
+    "common": {"method": "common"},
+    "stochastic-depth": {"method": "stochastic-depth"},
+    "st": ST,
+    "st++": STPP,
+    "gkt": {"method": "gkt"},
+}
+WEIGHTS = {"st": (1.0, 0.5), "st++": (0.17, 0.5), "gkt": (0.17, 0.5)}
+
+HEADLINE = (
+    Row(label="common training", tuned="common"),
+    Row(label="stochastic depth", tuned="stochastic-depth"),
+    Row(label="ST", tuned="st"),
+    Row(label="ST++", tuned="st++"),
+    Row(label="GKT", tuned="gkt"),
+    Row(label="common training, cost of ST", tuned="common", costs_as=("ST",)),
+    Row(label="common training, cost of the dearest", tuned="common", costs_as=("ST", "ST++", "GKT")),
+)
+
+
+def combinations(half: int) -> tuple[Row, ...]:
+    """Ours: parts of ST++ alone, subnets in a part of the steps, GKT with KL-. `half` is the middle epoch."""
+    st = partial(Row, tuned="st")
+    return (
+        st(label="ST, every 2nd step", settings={"subnet_interval": 2}, tier=2),
+        st(label="ST, weight falling", settings={"subnet_schedule": "falling"}, tier=2),
+        st(label="ST, weight rising", settings={"subnet_schedule": "rising"}, tier=2),
+        Row(label="GKT with KL-", tuned="gkt", settings=KL_MINUS, tier=2),
+        st(label="ST, second half only", settings={"subnet_on_epoch": half + 1}, tier=3),
+        st(label="ST, first half only", settings={"subnet_off_epoch": half + 1}, tier=3),
+        st(label="ST, smaller inputs", settings={"subnet_inputs": "smaller", "min_ratio": 0.5}, tier=3),
+        st(label="ST, inter-stage", settings={"sampler": "inter-stage"}, tier=3),
+        st(label="ST, KL-", settings=KL_MINUS, tier=3),
+        st(label="ST, KL-, 6 subnets", settings=KL_MINUS | {"num_subnets": 6, "subnet_weight": 0.17}, tier=3),
+        Row(label="ST++, a side for each subnet", tuned="st++", settings={"per": "subnet"}, tier=3),
+    )
+
+
+# --- CIFAR-100 on two CPU cores
+
+CPU: dict[str, Any] = {
+    "dataset": "cifar100", "train_images": 10_000, "img_size": 16, "model": "cifar/resnet20", "batch_size": 64,
+    "epochs": 30, "warmup_epochs": 1, "device_data": True, "amp": True, "channels_last": True, "device": "cpu",
+    "eval_interval": 1000,
+}  # fmt: skip
+_SMALL = (
+    "CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-20 of width 16, batch 64, SGD with cosine, 2 CPU cores"
+)
+
+# --- one factor at a time
+
+_READINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ST, 2 subnets": ("st", {"num_subnets": 2}),
+    "ST, 3 subnets": ("st", {"num_subnets": 3}),
+    "ST, stochastic sampling": ("st", {"sampler": "stochastic"}),
+    "ST, inter-stage sampling": ("st", {"sampler": "inter-stage"}),
+    "ST, exponential decay": ("st", {"sampler": "exponential-decay"}),
+    "ST++, amplitude 1": ("st++", {"amplitude": 1.0}),
+    "ST++, amplitude 3": ("st++", {"amplitude": 3.0}),
+    "ST++, eps 1e-7": ("st++", {"eps": 1e-7}),
+    "ST++, cross-entropy on raw logits": ("st++", {"main_logits": "raw"}),
+    "ST++, a side for each subnet": ("st++", {"per": "subnet"}),
+    "ST++, ordered sampling": ("st++", {"sampler": "ordered"}),
+    "ST++, 3 subnets": ("st++", {"num_subnets": 3, "subnet_weight": 0.34}),
+    "GKT, 1 loop": ("gkt", {"loops": 1, "subnet_weight": 0.34}),
+    "GKT, 2 groups": ("gkt", {"groups": 2, "subnet_weight": 0.25}),
+    "GKT, ema 0": ("gkt", {"ema": 0.0}),
+    "GKT, ema 0.9": ("gkt", {"ema": 0.9}),
+    "GKT, decay base 0.25": ("gkt", {"decay_base": 0.25}),
+    "GKT, decay base 1": ("gkt", {"decay_base": 1.0}),
+    "GKT, KL-": ("gkt", KL_MINUS),
+    "GKT, ordered sampling": ("gkt", {"sampler": "ordered"}),
+}
+_BY_DEFAULT = {"st": ST, "st++": STPP | {"subnet_weight": 0.17}, "gkt": {"method": "gkt", "subnet_weight": 0.17}}
+
+
+def reading_rows() -> tuple[Row, ...]:
+    """The three methods, and each with one setting changed."""
+    plain = [Row(label="common training", settings=METHODS["common"])]
+    plain += [Row(label=label, settings=_BY_DEFAULT[label.lower()]) for label in ("ST", "ST++", "GKT")]
+    changed = [Row(label=label, settings=_BY_DEFAULT[m] | more, tier=2) for label, (m, more) in _READINGS.items()]
+    return (*plain, *changed)
+
+
+# --- loafing
+
+
+def loafing_rows(depths: Mapping[str, int]) -> tuple[Row, ...]:
+    """Networks with subnets inside, and the networks that these subnets are, trained alone."""
+    inside = [
+        Row(label=row.label, tuned=row.tuned) for row in HEADLINE if row.label in ("common training", "ST", "GKT")
+    ]
+    inside.append(Row(label="ST++", tuned="st++", settings={"sampler": "ordered"}))
+    alone = [
+        Row(label=f"alone {subnet}", tuned="common", settings={"model": f"cifar/resnet{depth}"})
+        for subnet, depth in depths.items()
+    ]
+    return (*inside, *alone)
+
+
+CPU_ALONE = {"1-1-1": 8, "2-2-2": 14, "3-3-3": 20, "4-4-4": 26}
+GPU_ALONE = {"1-1-1": 8, "2-2-2": 14, "3-3-3": 20, "5-5-5": 32, "7-7-7": 44}
+
+# --- digits, with the settings of the recipes, which were chosen on validation images with equal numbers of tries
+
+_DIGITS: dict[str, Any] = {
+    "dataset": "digits", "model": "cifar/resnet26", "width": 8, "epochs": 25, "batch_size": 64, "warmup_epochs": 2,
+    "device": "cpu", "eval_interval": 1000,
+}  # fmt: skip
+_DIGITS_BY_METHOD: dict[str, dict[str, Any]] = {
+    "common training": {"method": "common", "lr": 0.2},
+    "stochastic depth": {"method": "stochastic-depth", "weight_decay": 2e-3},
+    "ST": ST | {"lr": 0.2, "weight_decay": 2e-3},
+    "ST++": {
+        "method": "st++", "lr": 0.05, "sampler": "ordered", "min_ratio": 0.75, "eps": 1.0, "subnet_weight": 0.17,
+    },
+    "GKT": {"method": "gkt", "lr": 0.2, "subnet_weight": 0.17},
+}  # fmt: skip
+
+
+def digits_rows() -> tuple[Row, ...]:
+    """The headline rows with the settings of `unloaf.recipes.digits`."""
+    return tuple(replace(row, tuned=None, settings=_DIGITS_BY_METHOD[row.label.partition(",")[0]]) for row in HEADLINE)
+
+
+# --- CIFAR-100 on a GPU
+
+GPU: dict[str, Any] = {
+    "dataset": "cifar100", "batch_size": 64, "epochs": 200, "device_data": True, "amp": True, "channels_last": True,
+    "torchcompile": True, "eval_interval": 1000,
+}  # fmt: skip
+_ADAMW = {"opt": "adamw", "weight_decay": 0.05, "warmup_epochs": 10, "batch_size": 128}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet18": {"model": "cifar/resnet18"},
+    "resnet50": {"model": "cifar/resnet50"},
+    "resnet56": {"model": "cifar/resnet56"},
+    "mobilenetv3": {"model": "timm/mobilenetv3_large_100", "img_size": 128},
+    "vit": {"model": "timm/vit_tiny_patch16_224", "img_size": 128} | _ADAMW,
+}
+
+
+def gpu_tables(network: str) -> tuple[Table, Table]:
+    """The table of a network and the trials that give its settings."""
+    settings, vit = GPU | NETWORKS[network], network == "vit"
+    methods = METHODS
+    if vit:  # there is one stage, and one size of input
+        whole = {"sampler": "ordered", "subnet_inputs": "same"}
+        methods = METHODS | {"st++": STPP | whole}
+    lrs, decays = ((1e-3, 5e-4), (0.05, 0.1)) if vit else ((0.1, 0.05), (5e-4, 1e-3))
+    trials = Table(
+        name=f"cifar100-gpu-{network}-trials",
+        title=f"Trials for {settings['model']} on CIFAR-100",
+        about="the same number of trials for each method, 30 epochs, judged on 5,000 validation images",
+        common=settings | {"epochs": 30},
+        rows=trial_rows(lrs, decays, methods),
+        seeds=(0,),
+        split="val",
+        subnets=8,
+    )
+    headline = HEADLINE + combinations(settings["epochs"] // 2)
+    if vit:
+        headline = tuple(row for row in headline if "inputs" not in row.label and "side" not in row.label)
+    table = Table(
+        name=f"cifar100-gpu-{network}",
+        title=f"{settings['model']} on CIFAR-100",
+        about=f"CIFAR-100, 45,000 training images, {settings['epochs']} epochs, bf16, blocks compiled",
+        common=settings,
+        rows=headline,
+        subnets=30,
+        trials=trials.name,
+    )
+    return trials, table
+
+
+_ALL = [
+    Table(
+        name="cifar100-cpu-trials",
+        title="Trials for the table above",
+        about=f"{_SMALL}; 8 epochs, one seed, judged on 5,000 validation images",
+        common=CPU | {"epochs": 8},
+        rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS),
+        seeds=(0,),
+        split="val",
+        subnets=8,
+    ),
+    Table(
+        name="cifar100-cpu",
+        title="CIFAR-100, as large as two CPU cores allow",
+        about=f"{_SMALL}; 30 epochs",
+        common=CPU,
+        rows=HEADLINE + combinations(15),
+        trials="cifar100-cpu-trials",
+    ),
+    Table(
+        name="digits",
+        title="Digits",
+        about="897 training images of 8x8 pixels, ResNet-26 of width 8, 25 epochs; settings of unloaf.recipes.digits",
+        common=_DIGITS,
+        rows=digits_rows(),
+        seeds=tuple(range(10)),
+    ),
+    Table(
+        name="loafing-cpu",
+        title="Loafing",
+        about="CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-32 of width 8, 20 epochs, 2 CPU cores",
+        common=CPU | {"model": "cifar/resnet32", "width": 8, "epochs": 20},
+        rows=loafing_rows(CPU_ALONE),
+        seeds=(0, 1),
+        subnets=("5-5-5", *CPU_ALONE),
+        trials="cifar100-cpu-trials",
+    ),
+    Table(
+        name="readings-cpu",
+        title="Our readings, one factor at a time",
+        about=f"{_SMALL}; 10 epochs, judged on 5,000 validation images",
+        common=CPU | {"epochs": 10, "lr": 0.1},
+        rows=reading_rows(),
+        seeds=(0, 1),
+        split="val",
+        subnets=8,
+    ),
+    *(table for network in NETWORKS for table in gpu_tables(network)),
+    Table(
+        name="loafing-gpu",
+        title="Loafing of ResNet-56",
+        about="CIFAR-100, 45,000 training images, 200 epochs, bf16",
+        common=GPU | NETWORKS["resnet56"],
+        rows=loafing_rows(GPU_ALONE),
+        subnets=("9-9-9", *GPU_ALONE),
+        trials="cifar100-gpu-resnet56-trials",
+    ),
+    Table(
+        name="readings-gpu",
+        title="Our readings, one factor at a time, on ResNet-18",
+        about="CIFAR-100, 45,000 training images, 60 epochs, bf16, judged on 5,000 validation images",
+        common=GPU | NETWORKS["resnet18"] | {"epochs": 60, "lr": 0.1},
+        rows=reading_rows(),
+        split="val",
+        subnets=8,
+    ),
+]  # fmt: skip
+TABLES: dict[str, Table] = {table.name: table for table in _ALL}
+# One word for all that a machine with a GPU has to train; the networks in the order of what they tell for their cost.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "cifar100-gpu": tuple(f"cifar100-gpu-{network}" for network in NETWORKS),
+    "gpu": (*(f"cifar100-gpu-{network}" for network in NETWORKS), "loafing-gpu", "readings-gpu"),
+    "cpu": ("digits", "cifar100-cpu", "loafing-cpu", "readings-cpu"),
+}
