@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.accuracy.jobs import command, described  # noqa: E402
 
 from unloaf.analysis.flops import method_flops  # noqa: E402
-from unloaf.analysis.runs import checkpoint_of, for_one_process, load_weights  # noqa: E402
+from unloaf.analysis.runs import checkpoint_of, load_weights  # noqa: E402
 from unloaf.engine.config import Config  # noqa: E402
 from unloaf.engine.environment import environment  # noqa: E402
 from unloaf.engine.errors import NonFiniteLossError, StoppedError  # noqa: E402
@@ -58,7 +58,8 @@ def _config(values: Mapping[str, Any]) -> Config:
 
 def judge(path: Path, config: Config, order: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy of the last checkpoint and of subnets in it, with batch-norm statistics of their own, in percent."""
-    training = prepare(for_one_process(config))
+    # Precision is the process's own, and judging is in float32 whatever it is.
+    training = prepare(replace(config, torchcompile=False))
     training = replace(training, config=replace(training.config, batch_size=250))
     found, _ = checkpoint_of(path, "last")
     model, stages = inner_module(training.model), training.stages
@@ -134,7 +135,8 @@ def measure(order: Mapping[str, Any]) -> dict[str, Any]:
     for label, training in trainings.items():
         ratio = sum(own for _, own in taken[label]) / sum(base for base, _ in taken[label])
         steps = [draws.randrange(training.config.epochs * training.steps_per_epoch) for _ in range(order["draws"])]
-        flops = method_flops(training.method, batches[0].x, steps)
+        plain = prepare(replace(training.config, torchcompile=False)) if training.config.torchcompile else training
+        flops = method_flops(plain.method, batches[0].x, steps)
         spread = statistics.stdev(own / base for base, own in taken[label]) / len(taken[label]) ** 0.5
         rows[label] = {
             "time": 1.0 if training is common else round(ratio, 3),

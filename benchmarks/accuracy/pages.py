@@ -1,0 +1,163 @@
+"""Writes the tables of README.md and docs/results.md anew, from the records in docs/results.
+
+    python benchmarks/accuracy/pages.py [--check]
+
+A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with
+"differences" or "inside" after it for those views of it. --check only says whether the pages are up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.accuracy.jobs import Results  # noqa: E402
+from benchmarks.accuracy.tables import TABLES, Table  # noqa: E402
+
+Records = Sequence[Mapping[str, Any]]
+PAGES = ("README.md", "docs/results.md")
+_PLACE = re.compile(r"(<!-- results: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end of results -->)", re.S)
+
+
+def mean(values: Sequence[float], *, digits: int = 1, sign: str = "") -> str:
+    """Mean and standard error, "76.5 ± 0.2"; of a single value, the value."""
+    text = f"{statistics.fmean(values):{sign}.{digits}f}"
+    if len(values) < 2:
+        return text
+    return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def by_row(table: Table, records: Records) -> dict[str, list[Mapping[str, Any]]]:
+    """The records of each row that has some, in the order of the table; runs that diverged are left out."""
+    rows = {row.label: [r for r in records if r["row"] == row.label and r["top1"] is not None] for row in table.rows}
+    return {label: found for label, found in rows.items() if found}
+
+
+def accuracies(table: Table, records: Records) -> list[str]:
+    """A line for each row: main network, its subnets, cost."""
+    costs = any(r["cost_time"] is not None for r in records)
+    heads = ["", "epochs", "main, %", "mean subnet, %", "worst subnet, %", *["cost", "FLOPs"] * costs, "seeds"]
+    lines = []
+    for label, found in by_row(table, records).items():
+        subnets = [list(r["subnets"].values()) for r in found]
+        cells = [label, str(found[0]["epochs"]), mean([r["top1"] for r in found])]
+        cells += [mean([pick(tops) for tops in subnets]) if all(subnets) else "" for pick in (statistics.fmean, min)]
+        cells += [f"{found[0][name]:.2f}" for name in ("cost_time", "cost_flops")] * costs
+        lines.append([*cells, str(len(found))])
+    diverged = sorted({r["row"] for r in records if r["top1"] is None})
+    return [*_table(heads, lines), *[f"\nDiverged: {'; '.join(diverged)}."] * bool(diverged)]
+
+
+def differences(table: Table, records: Records) -> list[str]:
+    """Points of each row's main network over common training: at equal epochs, and at its cost or more."""
+    rows = by_row(table, records)
+    equal = [row.label for row in table.rows if row.costs_as and row.label in rows]
+    base = table.rows[0].label
+    lines = []
+    for label, found in rows.items():
+        if label == base or label in equal:
+            continue
+        dearer = [e for e in equal if cost(rows[e]) >= cost(found) - 0.005]
+        against = min(dearer, key=lambda e: cost(rows[e]), default=None)
+        cells = [label, over(found, rows[base]), over(found, rows[against]) if against else "", against or ""]
+        lines.append(cells)
+    return _table(["", "over common training, same epochs", "over common training, at least its cost", "which"], lines)
+
+
+def cost(records: Records) -> float:
+    """Of training a row: the higher one of time and FLOPs."""
+    return max(records[0]["cost_time"], records[0]["cost_flops"])
+
+
+def over(found: Records, base: Records) -> str:
+    """Difference of two means, with the standard error of a difference of independent means."""
+    tops = [[r["top1"] for r in records] for records in (found, base)]
+    text = f"{statistics.fmean(tops[0]) - statistics.fmean(tops[1]):+.1f}"
+    if min(map(len, tops)) < 2:
+        return text
+    return f"{text} ± {sum(statistics.variance(values) / len(values) for values in tops) ** 0.5:.1f}"
+
+
+def inside(table: Table, records: Records) -> list[str]:
+    """A line for each subnet: trained alone, and inside the networks of each method."""
+    rows = by_row(table, records)
+    alone = {label.removeprefix("alone "): found for label, found in rows.items() if label.startswith("alone ")}
+    methods = {label: found for label, found in rows.items() if not label.startswith("alone ")}
+    lines = []
+    for depths, found in alone.items():
+        judged = [[r["subnets"][depths] for r in rs if depths in r["subnets"]] for rs in methods.values()]
+        lines.append([depths, mean([r["top1"] for r in found]), *(mean(tops) if tops else "" for tops in judged)])
+    lines.append(["the whole", "", *(mean([r["top1"] for r in found]) for found in methods.values())])
+    return _table(["subnet", "alone", *(f"inside {label}" for label in methods)], lines)
+
+
+_VIEWS: dict[str, Callable[[Table, Records], list[str]]] = {"differences": differences, "inside": inside}
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines)]
+
+
+def about(table: Table, records: Records) -> str:
+    """On what, with what, by which command."""
+    first = records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    days = [pick(r["date"] for r in records) for pick in (min, max)]
+    when = " to ".join(dict.fromkeys(days))
+    files = "" if first["settings"].get("dataset") is None else " --data-dir DIR"
+    split = {"test": "test", "val": "validation"}[table.split]
+    return (
+        f"{table.about}. Top-1 on the {split} images, mean and standard error over seeds. "
+        f"{first['hardware']}, {first['threads']} thread a run; {versions}; {when}. "
+        f"`python benchmarks/accuracy/run.py {table.name}{files}`"
+    )
+
+
+def written(text: str, results: Results, *, links: str) -> str:
+    """A page with its tables written anew."""
+
+    def place(match: re.Match[str]) -> str:
+        start, name, view, end = match.groups()
+        table, records = TABLES[name], results.records(name)
+        if not records:
+            return f"{start}Not run yet: `python benchmarks/accuracy/run.py {name} --data-dir DIR`.\n{end}"
+        if view is not None:
+            lines = [*_VIEWS[view](table, records)]
+        else:
+            record = f"([records]({links}results/{name}.json))"
+            lines = [*accuracies(table, records), "", f"{about(table, records)} {record}."]
+        return start + "\n".join(["", *lines, "", ""]) + end
+
+    return _PLACE.sub(place, text)
+
+
+def main() -> int:
+    """0, or 1 when --check finds a page that is not up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the records")
+    options = parser.parse_args()
+    stale = []
+    for name in PAGES:
+        page = ROOT / name
+        before = page.read_text(encoding="utf-8")
+        after = written(before, Results(options.results), links="docs/" if page.parent == ROOT else "")
+        if after != before:
+            stale.append(name)
+            if not options.check:
+                page.write_text(after, encoding="utf-8")
+    print(f"{'out of date' if options.check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return 1 if stale and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
