@@ -24,6 +24,7 @@ _HOMES = {
     "export": ["export_subnet"],
     "saved": ["load_subnet"],
     "elastic": ["load_elastic"],
+    "activation_checkpointing": ["checkpoint_blocks"],
     "compilation": ["compile_blocks"],
     "methods": [
         "CommonTraining",
@@ -57,6 +58,7 @@ __all__ = [  # the same names again, for type checkers
     "Subnet",
     "SubnetRow",
     "active_subnet",
+    "checkpoint_blocks",
     "compile_blocks",
     "direction_kl_loss",
     "enumerate_subnets",
@@ -72,6 +74,7 @@ __all__ = [  # the same names again, for type checkers
 ]
 
 if TYPE_CHECKING:
+    from unloaf.activation_checkpointing import checkpoint_blocks
     from unloaf.analysis.choice import pick_subnet
     from unloaf.batchnorm import recalibrate_bn
     from unloaf.compilation import compile_blocks

@@ -39,10 +39,11 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         for norm, buffers in held:
             known = _standins.setdefault(norm, {})
             for name, own in buffers.items():
-                if own is not None:
-                    if name not in known or known[name][0] is not own:
-                        known[name] = own, torch.zeros_like(own)
-                    norm._buffers[name] = known[name][1]
+                if own is None or (name in known and known[name][1] is own):  # frozen already
+                    continue
+                if name not in known or known[name][0] is not own:
+                    known[name] = own, torch.zeros_like(own)
+                norm._buffers[name] = known[name][1]
         yield
     finally:
         for norm, buffers in held:

@@ -105,11 +105,11 @@ def parse_subnet(stages: Sequence[Stage], text: str) -> Subnet:
 
 
 def _eager_copy(model: nn.Module, stages: Sequence[Stage]) -> nn.Module:
-    """A deep copy, with blocks that `compile_blocks` compiled as they were before: their graphs round otherwise."""
+    """A deep copy, its blocks as they were before `compile_blocks` (compiled ones round otherwise) or checkpointing."""
     copied = copy.deepcopy(model)
     for block in check_stages(copied, stages).values():
         function = getattr(block.__dict__.get("forward"), "__func__", None)
-        if hasattr(function, "_torchdynamo_orig_callable"):
+        if hasattr(function, "_torchdynamo_orig_callable") or hasattr(function, "unloaf_recomputes"):
             del block.__dict__["forward"]
     return copied
 

@@ -184,6 +184,7 @@ def for_one_process(config: Config, **changes: Any) -> Config:
         amp=False,
         cutmix=0.0,
         fsdp=False,
+        grad_checkpointing=False,
         initial_checkpoint=None,
         mixup=0.0,
         model_ema=False,

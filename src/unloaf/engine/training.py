@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from unloaf.activation_checkpointing import checkpoint_blocks
 from unloaf.compilation import compile_blocks
 from unloaf.engine.config import Config
 from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
@@ -217,6 +218,8 @@ def prepare(
     average = build_average(config, inner_module(model))
     if config.torchcompile:
         compile_blocks(model, stages)
+    if config.grad_checkpointing:
+        checkpoint_blocks(model, stages)
     optimizer = share_optimizer(accelerator, build_optimizer(config, inner_module(model)))
     return Training(
         config=config,

@@ -129,12 +129,9 @@ class TrainingMethod(ABC):
         if not isinstance(batch, Tensor) or not batch.ndim:
             raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
         model = inner_module(self.model)
-        devices = {parameter.device for parameter in model.parameters()}
-        if devices and batch.device not in devices:
-            where = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"the batch is on {batch.device}, the model on {where}; move the batch: x.to({where!r})")
-        if devices and isinstance(y, Tensor) and y.device not in devices:
-            raise ValueError(f"y is on {y.device}, the model elsewhere; move the targets: y.to({str(batch.device)!r})")
+        first = next(model.parameters(), None)
+        if first is not None and (batch.device != first.device or (isinstance(y, Tensor) and y.device != first.device)):
+            _check_devices(model, batch, y)
         if isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
             raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
         if len(batch) == 1 and _normalises_over_the_batch(model):
@@ -142,6 +139,16 @@ class TrainingMethod(ABC):
                 "the batch has 1 example, but batch norm needs at least 2 in training mode; "
                 "give larger batches (DataLoader(..., drop_last=True) for the last one) or put the norms in eval mode"
             )
+
+
+def _check_devices(model: nn.Module, x: Tensor, y: Any) -> None:
+    """Raise ValueError unless the batch is on one of the model's devices."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if x.device not in devices:
+        where = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the batch is on {x.device}, the model on {where}; move the batch: x.to({where!r})")
+    if isinstance(y, Tensor) and y.device not in devices:
+        raise ValueError(f"y is on {y.device}, the model elsewhere; move the targets: y.to({str(x.device)!r})")
 
 
 def _normalises_over_the_batch(model: nn.Module) -> bool:

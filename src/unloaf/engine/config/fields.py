@@ -213,6 +213,8 @@ class Config:
     """Keep images and weights in channels-last memory format."""
     torchcompile: bool = False
     """Compile each residual block."""
+    grad_checkpointing: bool = False
+    """Keep only the inputs of residual blocks for the backward pass and compute the rest once more: less memory."""
     deterministic: bool = False
     """Only kernels that give the same bits every time, some slower; CPU runs repeat without it."""
     sync_bn: bool = False

@@ -1,0 +1,65 @@
+"""Activation checkpointing: memory for time, block by block, in step with prefix sharing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from unloaf.batchnorm import frozen_statistics
+from unloaf.stages import Stage, inner_module
+from unloaf.subnet import check_stages
+
+
+def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """Keep only the input of each residual block for the backward pass, which computes the rest once more.
+
+    Each application of a block costs one more forward pass of it. What passes share stays shared: a block's output is
+    recorded as before, and no block is computed anew because a subnet branches off behind it. The second computation
+    leaves running statistics alone and repeats the dropout of the first. A ``copy.deepcopy`` does the same.
+
+    Args:
+        model: its blocks get a ``forward`` of their own; class, parameters and keys stay. Compile first
+            (`compile_blocks`), then call this.
+        stages: from `find_stages`.
+
+    Raises:
+        ValueError: stages of another model.
+
+    Source: Chen et al. 2016; torch.utils.checkpoint.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(num_classes=5), torch.randn(2, 3, 64, 64)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> unloaf.checkpoint_blocks(model, stages)
+    >>> out = unloaf.StimulativeTraining(model, stages).backward(x, torch.tensor([1, 4]))
+    """
+    for block in check_stages(inner_module(model), stages).values():
+        # Bound as a method, so that the block of a copy runs on the copy's parameters.
+        function = getattr(block.forward, "__func__", type(block).forward)
+        if not hasattr(function, "unloaf_recomputes"):
+            block.__dict__["forward"] = MethodType(_recomputing(function), block)
+
+
+@functools.cache
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(block, *args, **kwargs)
+        # Named arguments are bound: those of `checkpoint` might have the same names.
+        return checkpoint(
+            functools.partial(forward, block, **kwargs),
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (nullcontext(), frozen_statistics(block)),
+        )
+
+    run.__dict__["unloaf_recomputes"] = True
+    return run
