@@ -144,8 +144,9 @@ def test_transformers_reload_what_they_save(name, choose, tmp_path):
     small.save_pretrained(tmp_path)
     again, report = type(small).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
+    again = copy.deepcopy(again).eval()  # the file is mapped, and kernels round otherwise at odd addresses
     with torch.no_grad():
-        assert torch.equal(run(again.eval(), x), run(small, x))
+        assert torch.equal(run(again, x), run(small, x))
     assert (tmp_path / "model.safetensors").stat().st_size < 4.2 * sum(p.numel() for p in model.parameters())
 
 

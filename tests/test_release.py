@@ -1,20 +1,27 @@
 """`unloaf.release`: a subnet of a trained run as files that need no run folder."""
 
+import copy
+import hashlib
 import io
 import json
+import warnings
 from typing import ClassVar
 
 import pytest
 import timm
 import torch
+import transformers
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import unloaf
 from unloaf.analysis.runs import judge_run
 from unloaf.engine.config import Config
+from unloaf.engine.models import build_model
 from unloaf.engine.train import train
 from unloaf.release import export_elastic, export_run
+from unloaf.release.libraries import describe_for_transformers
+from unloaf.saved import save_subnet
 
 CPU = {"device": "cpu"}
 
@@ -256,6 +263,39 @@ def test_description_of_another_network_does_not_load(cifar, tmp_path):
         unloaf.load_subnet(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "reason"),
+    [
+        ("timm/mvitv2_tiny", {"img_size": 32}, "its blocks return tuples, whose forms are in the JSON"),
+        ("tv/mnasnet1_0", {}, "it asks for the version of its weights, which no file holds"),
+    ],
+)
+def test_networks_with_needs_of_their_own_are_reloaded(name, size, reason, tmp_path):
+    settings = {"name": name, "num_classes": 5, **size}
+    model, x = build_model(**settings).eval(), torch.randn(2, 3, 32, 32)
+    stages = unloaf.find_stages(model, x)
+    subnet = unloaf.Subnet.from_depths(stages, [stage.legal_depths[0] for stage in stages])
+    small = unloaf.export_subnet(model, stages, subnet)
+    save_subnet(tmp_path, small, settings, stages, subnet)
+    with torch.no_grad():
+        assert torch.equal(unloaf.load_subnet(tmp_path)(x), small(x)), reason
+
+
+def test_header_of_a_damaged_file_is_not_believed(tmp_path):
+    """Its SHA-256 is right, as if the description had been written for it."""
+    settings = {"name": "cifar/resnet14", "num_classes": 10, "width": 2}
+    model = build_model(**settings).eval()
+    stages = unloaf.find_stages(model, torch.randn(1, 3, 32, 32))
+    save_subnet(tmp_path, model, settings, stages, unloaf.Subnet.full(stages))
+    weights, description = tmp_path / "model.safetensors", tmp_path / "subnet.json"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights.write_bytes((2**40).to_bytes(8, "little") + weights.read_bytes()[8:])
+    other = hashlib.sha256(weights.read_bytes()).hexdigest()
+    description.write_text(description.read_text().replace(digest, other))
+    with pytest.raises(unloaf.CheckpointError, match=r"declares 1,099,511,627,776 bytes.*; copy the folder or export"):
+        unloaf.load_subnet(tmp_path)
+
+
 class Hub:
     """Stands for huggingface_hub.HfApi; nothing is sent."""
 
@@ -335,3 +375,153 @@ def test_weights_of_another_network_beside_the_description(cifar, tmp_path):
     save_file({"a": torch.zeros(1)}, folder / "elastic.safetensors")
     with pytest.raises(unloaf.CheckpointError, match="belongs to another"):
         unloaf.load_elastic(folder)
+
+
+# --- networks of transformers, whose output is an object with logits
+
+SIZES = {
+    "ViT": (
+        {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32},
+        {"num_hidden_layers": 3}, {"num_hidden_layers": 2}, "2",
+    ),
+    "ResNet": (
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "layer_type": "basic"},
+        {"depths": [2, 3]}, {"depths": [1, 2]}, "1,2",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_advice_of_transformers():
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A function: the run of a network, and its subnet as transformers builds it, with the run's tensors by name."""
+    runs = {}
+
+    def trained(kind):
+        config, build = (getattr(transformers, kind + end) for end in ("Config", "ForImageClassification"))
+        sizes, whole, part, depths = SIZES[kind]
+        if kind not in runs:
+            place = tmp_path_factory.mktemp("configurations") / f"tiny-{kind}"
+            config(**sizes, **whole).save_pretrained(place)
+            runs[kind] = train_run(tmp_path_factory.mktemp("runs"), kind, model=f"hf/{place}", lr=0.01), place
+        expected = build(config(**sizes, **part, num_channels=1, num_labels=10)).eval()
+        tensors = load_file(runs[kind][0] / "last" / "model.safetensors")
+        expected.load_state_dict({name: tensors[name] for name in expected.state_dict()})
+        return *runs[kind], depths, expected
+
+    return trained
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_transformers_alone_reloads_the_weights_of_its_networks(kind, hf, tmp_path):
+    run, _, depths, expected = hf(kind)
+    result = export_run(run, depths=depths, recalibrate=0, output=tmp_path / "small", **CPU)
+    assert sorted(result.files) == ["README.md", "config.json", "model.safetensors", "subnet.json"]
+    again, report = type(expected).from_pretrained(result.folder, output_loading_info=True)
+    assert not any(report.values())
+    again = copy.deepcopy(again).eval()  # the file is mapped, and kernels round otherwise at odd addresses
+    x = images(3, 8)
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, expected(x).logits)
+    assert result.params == sum(p.numel() for p in expected.parameters())
+    assert f"transformers.{kind}ForImageClassification.from_pretrained" in result.loading
+    assert "library_name: transformers" in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_network_of_transformers_is_reloaded_where_its_configuration_is_gone(kind, hf, tmp_path):
+    run, place, depths, expected = hf(kind)
+    small = export_run(run, depths=depths, recalibrate=0, output=tmp_path / "small", **CPU).folder
+    elastic = export_elastic(run, output=tmp_path / "elastic", subnets=[depths], recalibrate=64, **CPU).folder
+    place = place.rename(place.with_name("gone"))
+    try:
+        again, whole = unloaf.load_subnet(small), unloaf.load_elastic(elastic)
+    finally:
+        place.rename(place.with_name(f"tiny-{kind}"))
+    x = images(3, 8)
+    with torch.no_grad():
+        assert torch.equal(again(x).logits, expected(x).logits)
+        if kind == "ViT":  # the other has statistics of its own by now
+            assert torch.equal(whole(x, subnet=depths).logits, expected(x).logits)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_files_do_not_say_where_the_configuration_lay(kind, hf, tmp_path):
+    run, place, depths, _ = hf(kind)
+    export_run(run, depths=depths, output=tmp_path / "small", **CPU)
+    export_elastic(run, output=tmp_path / "elastic", subnets=1, **CPU)
+    texts = [path.read_text() for path in tmp_path.rglob("*.*") if path.suffix in (".json", ".md")]
+    assert len(texts) == 5
+    assert not any(str(place.parent) in text for text in texts)
+    assert sum(f"hf/tiny-{kind}" in text for text in texts) == 4  # all but config.json
+
+
+def test_network_of_transformers_has_the_judged_accuracy(hf, tmp_path):
+    run, _, depths, _ = hf("ResNet")
+    result = export_run(run, depths=depths, output=tmp_path / "small", **CPU)
+    judged = {row.subnet: row for row in judge_run(run, subnets="all", split="val", device="cpu").subnets}
+    row = judged[depths.replace(",", "-")]
+    assert (result.metrics["val"].top1, result.params, result.gmacs) == (row.top1, row.params, row.gmacs)
+    assert "re-estimated on" in (result.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_torch_export_of_a_network_of_transformers_returns_its_logits(kind, hf, tmp_path):
+    run, _, depths, expected = hf(kind)
+    result = export_run(run, depths=depths, format="pt2", recalibrate=0, output=tmp_path / "small", **CPU)
+    program = torch.export.load(result.folder / "model.pt2").module()
+    with torch.no_grad():
+        for batch in (1, 5):
+            x = images(batch, 8)
+            assert torch.equal(program(x), expected(x).logits)
+
+
+@pytest.mark.parametrize("kind", ["ViT", pytest.param("ResNet", marks=pytest.mark.slow)])
+def test_onnx_of_a_network_of_transformers_returns_its_logits(kind, hf, tmp_path):
+    import onnxruntime
+
+    run, _, depths, expected = hf(kind)
+    result = export_run(run, depths=depths, format="onnx", recalibrate=0, output=tmp_path / "small", **CPU)
+    session = onnxruntime.InferenceSession(result.folder / "model.onnx")
+    with torch.no_grad():
+        for batch in (1, 5):
+            x = images(batch, 8)
+            [logits] = session.run(["logits"], {"images": x.numpy()})
+            ours = expected(x).logits
+            # float32 in another order of adding; relative to the largest logit.
+            assert (torch.from_numpy(logits) - ours).abs().max() <= 1e-5 * max(1, ours.abs().max())
+
+
+def test_timm_form_of_a_network_of_transformers_is_refused(hf, tmp_path):
+    run, _, depths, _ = hf("ViT")
+    with pytest.raises(ValueError, match=r"model hf/tiny-ViT is none of timm's; take --format state_dict"):
+        export_run(run, depths=depths, format="timm", output=tmp_path / "small", **CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_configuration_is_left_where_it_does_not_give_the_network(tmp_path):
+    """Swin shifts the windows of every second block: without the first one, no configuration has this order."""
+    sizes = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "num_heads": [2, 2], "window_size": 4}
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, depths=[2, 3])).eval()
+    x = torch.randn(2, 3, 32, 32)
+    stages = unloaf.find_stages(model, x)
+
+    def described(keep):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # export_subnet says it too
+            small = unloaf.export_subnet(model, stages, unloaf.Subnet(keep), example=x)
+        save_file(small.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+        def same(twin):
+            with torch.no_grad():
+                assert torch.equal(twin(x).logits, small(x).logits)
+
+        return describe_for_transformers(tmp_path, small, same), (tmp_path / "config.json").exists()
+
+    assert described(((True, False), (True, True, False))) == (True, True)
+    assert described(((False, True), (True, True, False))) == (False, False)

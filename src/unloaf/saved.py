@@ -7,25 +7,25 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unloaf.engine.checkpoint import sha256, untied
+from unloaf.engine.checkpoint import load_strictly, read_weights, sha256, untied, write_weights
 from unloaf.engine.errors import CheckpointError
 from unloaf.engine.models import build_model
 from unloaf.export import export_subnet
-from unloaf.stages import Stage
+from unloaf.stages import Form, Stage
 from unloaf.subnet import Subnet, check_stages, check_subnet
 
 FORMAT_VERSION = 1
 _SUBNET = "subnet.json"
+_REMEDY = "copy the folder or export it again"
 
 
 def load_subnet(folder: str | Path) -> nn.Module:
@@ -60,7 +60,7 @@ def load_subnet(folder: str | Path) -> nn.Module:
         subnet = Subnet(tuple(tuple(stage) for stage in fields["keep"]))
         model = build_described(fields, stages)
         small = export_subnet(model, stages, subnet)
-        small.load_state_dict(tensors)
+        load_strictly(small, tensors)
     return small.eval()
 
 
@@ -78,7 +78,8 @@ def save_subnet(
     Args:
         folder: exists.
         network: what `export_subnet` returned.
-        architecture: arguments of `build_model` for the whole network.
+        architecture: arguments of `build_model` for the whole network; for one of transformers also ``config``, the
+            entries of its config.json.
         stages: of the whole network.
         subnet: which one it is.
         more: further entries of the JSON, which nothing reads.
@@ -98,7 +99,7 @@ def write_described(
 ) -> None:
     """Writes tensors to a safetensors file, tied ones once, and what they are to a JSON beside it."""
     kept, aliases = untied(tensors, weights)
-    save_file(kept, file.parent / weights, metadata={"format": "pt"})
+    write_weights(kept, file.parent / weights, {})
     (file.parent / weights).chmod(0o666 & file.parent.stat().st_mode)  # safetensors 0.8 makes files for the owner alone
     described = {
         "kind": f"unloaf {kind}",
@@ -135,33 +136,37 @@ def read_described(file: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, 
     if sha256(weights) != digest:
         raise CheckpointError(
             f"{weights}: its SHA-256 is not the one in {file.name}: the file is damaged or belongs to another "
-            "description; copy or export it again"
+            f"description; {_REMEDY}"
         )
-    with understanding(weights):
-        with safe_open(weights, framework="pt", device="cpu") as opened:
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        return fields, tensors | {alias: tensors[name] for alias, name in tied.items()}
+    return fields, read_weights(weights, tied, remedy=_REMEDY)
 
 
 def build_described(fields: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Module:
     """The whole network that the JSON names, with fresh weights; torch's random state stays as it was."""
     settings = dict(fields["architecture"])
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(settings.pop("name"), **settings)
+    name, config = settings.pop("name"), settings.pop("config", None)
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        if config is not None:  # of transformers, which reads it from a file
+            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            name = f"hf/{folder}"
+        model = build_model(name, **settings)
     check_stages(model, stages)
     return model.eval()
 
 
 def read_stages(fields: Mapping[str, Any]) -> tuple[Stage, ...]:
     """The stages of the JSON, and a check that its subnet is one of them."""
-    given: list[dict[str, Any]] = [
-        {name: tuple(value) if isinstance(value, list) else value for name, value in stage.items()}
-        for stage in fields["stages"]
-    ]
-    stages = tuple(Stage(**stage) for stage in given)
+    stages = tuple(Stage(**{name: _read_field(value) for name, value in stage.items()}) for stage in fields["stages"])
     if "keep" in fields:
         check_subnet(stages, Subnet(tuple(tuple(stage) for stage in fields["keep"])))
     return stages
+
+
+def _read_field(value: Any) -> Any:
+    """Of a stage: JSON has lists where it has tuples, and mappings where it has forms."""
+    if isinstance(value, list):
+        return tuple(map(_read_field, value))
+    return Form(**{name: _read_field(entry) for name, entry in value.items()}) if isinstance(value, dict) else value
 
 
 @contextmanager
@@ -174,7 +179,7 @@ def understanding(file: Path) -> Iterator[None]:
     except Exception as error:  # anything: the bytes may say anything
         text = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{file}: is not what `unloaf export` wrote ({type(error).__name__}: {text}); copy or export it again"
+            f"{file}: is not what `unloaf export` wrote ({type(error).__name__}: {text}); {_REMEDY}"
         ) from error
 
 

@@ -108,7 +108,8 @@ def export_run(
         run: a folder that `unloaf train` made; it is not changed.
         depths: of the subnet, "3,3,5,3", or what ``str(subnet)`` gives, "3-2:101-5-3"; default: the whole network.
         output: the new folder; default: RUN/export/SUBNET-FORMAT.
-        format: state_dict (safetensors and a JSON for `load_subnet`), timm, pt2 (torch.export) or onnx.
+        format: state_dict (safetensors and a JSON for `load_subnet`; of a network of transformers, also what
+            ``from_pretrained`` loads), timm, pt2 (torch.export) or onnx.
         checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
         ema: export the moving average of the weights.
         recalibrate: training images that re-estimate the subnet's batch-norm statistics; 0 leaves them as they are;
@@ -135,7 +136,7 @@ def export_run(
     network.cpu().eval()
     with new_folder(place) as folder:
         written = write_format(kind, folder, opened, network, chosen)
-        (folder / "README.md").write_text(_card(opened, chosen, facts, written, kind), encoding="utf-8")
+        (folder / "README.md").write_text(_card(opened, chosen, facts, written), encoding="utf-8")
     pushed = None if push_to_hub is None else _push(place, push_to_hub, opened, written)
     return ExportResult(
         folder=place,
@@ -198,6 +199,7 @@ def export_elastic(
         networks.append(_facts(opened, model.export(subnet), str(subnet)))
     model.cpu()
     loading = f'import unloaf\n\nmodel = unloaf.load_elastic("FOLDER")\nlogits = model(images, subnet="{chosen[-1]}")'
+    loading += ".logits" if hasattr(opened.network, "save_pretrained") else ""
     with new_folder(place) as folder:
         save_elastic(folder, model, opened.architecture, more={"preprocessing": opened.preprocessing})
         load_elastic(folder)
@@ -256,7 +258,7 @@ def _origin(opened: OpenedRun) -> str:
     return f"{opened.config.model}, trained on {opened.config.dataset} for {epochs}{average}"
 
 
-def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Written, kind: Format) -> str:
+def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Written) -> str:
     full = Subnet.full(opened.training.stages)
     summary = [
         f"The subnet {subnet} of {_origin(opened)} by the method `{opened.config.method}`: an ordinary network without "
@@ -277,7 +279,7 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
         preprocessing=opened.preprocessing,
         config=opened.config,
         notes=notes,
-        library="timm" if kind == "timm" else None,
+        library=written.library,
     )
 
 

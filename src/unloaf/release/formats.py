@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unloaf.export import block_counts, without_stand_ins
+from unloaf.passes import logits_of
+from unloaf.release.libraries import describe_for_transformers, quiet, timm_twin
 from unloaf.release.opened import OpenedRun
 from unloaf.saved import load_subnet, save_subnet
 from unloaf.stages import evaluating
@@ -23,7 +22,7 @@ from unloaf.subnet import Subnet
 Format = Literal["state_dict", "timm", "pt2", "onnx"]
 # Of the largest logit. Other kernels add in another order; float32 has 24 bits, deep networks lose a few more.
 _ROUNDING = {"state_dict": 0.0, "timm": 0.0, "pt2": 1e-5, "onnx": 1e-5}
-_TIMM_DEPTHS = ("layers", "depths", "depth")
+LOGITS_OF_TRANSFORMERS = "logits = model(images).logits"
 _COMPARED = ((2, 11), (3, 12))  # batch size and seed of the inputs
 
 
@@ -35,11 +34,13 @@ class Written:
         loading: Python lines that load it from the folder.
         difference: largest absolute difference of the logits, reloaded against exported.
         twin: of timm's form, the network that timm built.
+        library: timm or transformers, if it loads the folder without unloaf.
     """
 
     loading: str
     difference: float
     twin: nn.Module | None = None
+    library: str | None = None
 
 
 def write_format(kind: Format, folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
@@ -65,7 +66,17 @@ def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subne
     more = {"preprocessing": opened.preprocessing}
     save_subnet(folder, network, opened.architecture, opened.training.stages, subnet, more=more)
     difference = _difference("state_dict", opened, network, load_subnet(folder))
-    return Written('import unloaf\n\nmodel = unloaf.load_subnet("FOLDER")', difference)
+    loading = 'import unloaf\n\nmodel = unloaf.load_subnet("FOLDER")'
+    if not hasattr(network, "save_pretrained"):
+        return Written(loading, difference)
+    loading += f"\n{LOGITS_OF_TRANSFORMERS}"
+    if not describe_for_transformers(
+        folder, network, same=lambda twin: _difference("state_dict", opened, network, twin)
+    ):
+        return Written(loading, difference)
+    name = type(network).__name__
+    alone = f'import transformers\n\nmodel = transformers.{name}.from_pretrained("FOLDER").eval()'
+    return Written(f"{alone}\n{LOGITS_OF_TRANSFORMERS}\n# or\n{loading}", difference, library="transformers")
 
 
 def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
@@ -74,7 +85,7 @@ def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
 
     twin, name, arguments = _timm_twin(opened, network)
     save_for_hf(twin, str(folder), model_config=timm_config(opened), model_args=arguments, safe_serialization=True)
-    with _quiet():
+    with quiet():
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     difference = _difference("timm", opened, network, again)
     words = "".join(f", {key}={value!r}" for key, value in arguments.items())
@@ -83,7 +94,7 @@ def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
         "# or, for other uses of the weights:\n"
         f'model = timm.create_model("{name}"{words}, checkpoint_path="FOLDER/model.safetensors").eval()'
     )
-    return Written(loading, difference, twin)
+    return Written(loading, difference, twin, library="timm")
 
 
 def timm_config(opened: OpenedRun) -> dict[str, Any]:
@@ -96,9 +107,7 @@ def timm_config(opened: OpenedRun) -> dict[str, Any]:
 
 
 def _timm_twin(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[str, Any]]:
-    """The same network built by timm alone: found by trying its three keywords, and compared bit for bit."""
-    import timm
-
+    """The same network built by timm alone, and how: compared bit for bit."""
     published = getattr(network, "pretrained_cfg", None)
     if published is None or not type(network).__module__.startswith("timm."):
         raise ValueError(f"model {opened.config.model} is none of timm's; take --format state_dict")
@@ -107,29 +116,28 @@ def _timm_twin(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[st
     if published.get("fixed_input_size"):
         arguments["img_size"] = settings["img_size"]
     kinds = {type(opened.network.get_submodule(path)) for s in opened.training.stages for path in s.blocks}
-    dense = without_stand_ins(network, kinds)
-    counts = block_counts(dense, kinds)
-    reasons = []
-    for keyword in _TIMM_DEPTHS:
-        depths: dict[str, Any] = {keyword: (counts[0] if counts else 0) if keyword == "depth" else counts}
-        try:
-            with torch.random.fork_rng(devices=[]), _quiet():
-                twin: nn.Module = timm.create_model(name, **arguments, **depths).eval()
-            twin.load_state_dict(dense.state_dict())
-            _difference("timm", opened, network, twin)
-            return twin, name, arguments | depths
-        except Exception as error:  # whatever a constructor that is not made for it raises
-            reasons.append(f"{keyword}={depths[keyword]}: {' '.join(str(error).split())[:80]}")
-    raise ValueError(
-        f"timm's {name} cannot be built with these blocks alone ({'; '.join(reasons)}); take --format state_dict"
+    twin, depths = timm_twin(
+        network, kinds, name, arguments, same=lambda twin: _difference("timm", opened, network, twin)
     )
+    return twin, name, arguments | depths
+
+
+class _Logits(nn.Module):
+    """A network whose output is its logits: exporters write the output, and transformers' is an object."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.network(images))
 
 
 def _write_pt2(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
     file = folder / "model.pt2"
     with _refusals("torch.export"):
         batch = ({0: torch.export.Dim("batch", min=1, max=2**20)},)
-        program = torch.export.export(network, (opened.noise(2, 0),), dynamic_shapes=batch)
+        program = torch.export.export(_Logits(network), (opened.noise(2, 0),), dynamic_shapes=batch)
         torch.export.save(program, file)
         again = torch.export.load(file).module()
     difference = _difference("pt2", opened, network, again)
@@ -140,9 +148,9 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
     import onnxruntime
 
     file = folder / "model.onnx"
-    with _refusals("the ONNX exporter"), _quiet():
+    with _refusals("the ONNX exporter"), quiet():
         torch.onnx.export(
-            network,
+            _Logits(network),
             (opened.noise(2, 0),),
             file,
             dynamo=True,
@@ -179,7 +187,7 @@ def _difference(kind: Format, opened: OpenedRun, network: nn.Module, again: Any)
     with evaluating(network):
         for batch, seed in _COMPARED:
             x = opened.noise(batch, seed)
-            ours, theirs = network(x), again(x)
+            ours, theirs = logits_of(network(x)), logits_of(again(x))
             if ours.shape != theirs.shape:
                 raise ValueError(f"logits of shape {tuple(theirs.shape)} came back instead of {tuple(ours.shape)}")
             worst = max(worst, float((ours - theirs).abs().max()))
@@ -205,19 +213,3 @@ def _refusals(exporter: str) -> Iterator[None]:
         raise ValueError(
             f"{exporter} refuses this network ({type(cause).__name__}: {text}); take another --format"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings and progress that exporters and timm print."""
-    loggers = [logging.getLogger(name) for name in ("timm", "torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from unloaf.engine.config import Config, load_config
 from unloaf.engine.run_folder import run_of
 from unloaf.engine.training import Training, prepare
 from unloaf.evaluation import Accuracy, accuracy
+from unloaf.release.libraries import transformers_config
 from unloaf.stages import inner_module
 
 
@@ -25,7 +27,7 @@ class OpenedRun:
 
     Attributes:
         run: its folder.
-        config: its settings, as it was trained.
+        config: its settings, as it was trained; of a model's folder the last part alone.
         training: its data, its network with the checkpoint's weights, its stages.
         checkpoint: name of the checkpoint's folder.
         epoch: whole epochs that were trained by then.
@@ -50,10 +52,17 @@ class OpenedRun:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """Arguments of `build_model` for the main network, without what only training needs."""
+        """Arguments of `build_model` for the main network, without what only training needs.
+
+        A network of transformers has its whole configuration among them, as ``config``: the folder that it was built
+        from may be gone, and default values change from version to version.
+        """
         config, data = self.config, self.training.data
         settings = {"name": config.model, "num_classes": data.num_classes, "in_chans": data.in_chans}
-        return settings | {"img_size": data.img_size, "width": config.width}
+        settings |= {"img_size": data.img_size, "width": config.width}
+        if config.model.startswith("hf/"):
+            settings["config"] = transformers_config(self.network)
+        return settings
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -119,7 +128,7 @@ def open_trained(
     position: Any = found.state["position"]
     return OpenedRun(
         run=run,
-        config=config,
+        config=dataclasses.replace(config, model=_without_place(config.model)),
         training=training,
         checkpoint=found.path.name,
         epoch=position["epoch"] - 1,
@@ -127,3 +136,8 @@ def open_trained(
         recalibrate=config.recalibrate if recalibrate is None else recalibrate,
         notes=tuple(notes),
     )
+
+
+def _without_place(model: str) -> str:
+    """hf/vit for hf//home/me/vit: files that are handed on do not tell where things lay."""
+    return f"hf/{Path(model).name}" if model.startswith("hf/") else model

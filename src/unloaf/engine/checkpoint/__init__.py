@@ -13,17 +13,20 @@ from unloaf.engine.checkpoint.store import (
     prune_checkpoints,
     save_checkpoint,
 )
-from unloaf.engine.checkpoint.tensorfiles import untied
+from unloaf.engine.checkpoint.tensorfiles import load_strictly, read_weights, untied, write_weights
 
 __all__ = [
     "Checkpoint",
     "clean_up",
     "flush",
     "load_checkpoint",
+    "load_strictly",
     "newest_checkpoint",
     "point_to",
     "prune_checkpoints",
+    "read_weights",
     "save_checkpoint",
     "sha256",
     "untied",
+    "write_weights",
 ]

@@ -85,13 +85,16 @@ _INSTRUCTIONS = frozenset(
 )
 
 
-def damaged(file: Path, what: str) -> CheckpointError:
+_REMEDY = "resume from an older checkpoint or copy this one again from its source"
+
+
+def damaged(file: Path, what: str, remedy: str = _REMEDY) -> CheckpointError:
     """The error for a file that is not what was written."""
-    return CheckpointError(f"{file}: {what}; resume from an older checkpoint or copy this one again from its source")
+    return CheckpointError(f"{file}: {what}; {remedy}")
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Path, remedy: str = _REMEDY) -> Iterator[None]:
     """Turns whatever goes wrong while `file` is read into a CheckpointError that names it."""
     try:
         yield
@@ -99,7 +102,7 @@ def reading(file: Path) -> Iterator[None]:
         raise
     except Exception as error:  # a damaged file can raise anything in zipfile, json, pickle, safetensors and torch
         text = str(error).partition("\n")[0][:300]
-        raise damaged(file, f"cannot be read ({type(error).__name__}: {text})") from error
+        raise damaged(file, f"cannot be read ({type(error).__name__}: {text})", remedy) from error
 
 
 def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,18 +169,25 @@ def write_weights(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str,
     save_file(tensors, path, metadata={"format": "pt", **metadata})
 
 
-def read_weights(path: Path, aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Reads weights; tied ones share their memory again.
+def read_weights(path: Path, aliases: Mapping[str, str], *, remedy: str = _REMEDY) -> dict[str, Tensor]:
+    """Reads weights; tied ones share their memory again. An error ends in `remedy`, what its reader can do.
 
     Raises:
         CheckpointError: naming the file and, where there is one, the tensor.
     """
-    with reading(path):
-        _check_header(path)
+    with reading(path, remedy):
+        _check_header(path, remedy)
         with safe_open(path, framework="pt", device="cpu") as file:
             # Cloned: safetensors maps the file, and a change to it would reach weights that were already checked.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+
+
+def load_strictly(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """model.load_state_dict, with the modules' versions, which no file holds and torchvision's MNASNet asks for."""
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state)
 
 
 def _refuse_odd(tensor: Any, name: str) -> None:
@@ -368,12 +378,12 @@ def _check_tensor(tensor: Any, name: str, sizes: Mapping[str, int], path: Path) 
         raise damaged(path, f"tensor {name} is not contiguous")
 
 
-def _check_header(path: Path) -> None:
+def _check_header(path: Path, remedy: str) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise damaged(path, f"its header declares {length:,} bytes, more than the file has")
+            raise damaged(path, f"its header declares {length:,} bytes, more than the file has", remedy)
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     for name, entry in header.items():
@@ -381,6 +391,5 @@ def _check_header(path: Path) -> None:
         declared = math.prod(entry["shape"]) * _HEADER_BYTES[entry["dtype"]]
         if declared != end - begin or not 0 <= begin <= end <= size - 8 - length:
             shape = "x".join(map(str, entry["shape"]))
-            raise damaged(
-                path, f"tensor {name} declares {shape} {entry['dtype']} ({declared:,} bytes), but holds {end - begin:,}"
-            )
+            what = f"tensor {name} declares {shape} {entry['dtype']} ({declared:,} bytes), but holds {end - begin:,}"
+            raise damaged(path, what, remedy)

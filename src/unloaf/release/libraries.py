@@ -1,0 +1,122 @@
+"""A subnet as the libraries of its architecture build it: timm from a keyword, transformers from its configuration."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unloaf.export import block_counts, without_stand_ins
+
+Comparison = Callable[[nn.Module], Any]  # raises if the network that it is given is another
+
+
+def timm_twin(
+    network: nn.Module, kinds: set[type[nn.Module]], name: str, arguments: Mapping[str, Any], same: Comparison
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The same network built by timm alone: its keywords for depths are tried, and the result is compared.
+
+    Args:
+        network: what `export_subnet` returned, of a model of timm.
+        kinds: the classes of the blocks.
+        name: of the architecture.
+        arguments: further ones of ``timm.create_model``.
+        same: raises if the network it is given is not the same.
+
+    Returns:
+        timm's network with these weights, in eval mode, and the keyword with the depths.
+
+    Raises:
+        ValueError: no keyword gives this network; the message has the reason for each.
+
+    >>> import timm, unloaf
+    >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=3).eval()
+    >>> stages = unloaf.find_stages(model, torch.zeros(1, 3, 32, 32))
+    >>> small = unloaf.export_subnet(model, stages, unloaf.Subnet.from_depths(stages, (2,)))
+    >>> settings = {"img_size": 32, "embed_dim": 24, "num_heads": 3}
+    >>> timm_twin(small, {type(model.blocks[0])}, "vit_tiny_patch16_224", settings, lambda twin: None)[1]
+    {'depth': 2}
+    """
+    import timm
+
+    dense = without_stand_ins(network, kinds)
+    counts = block_counts(dense, kinds)
+    single = counts[0] if len(counts) == 1 else counts
+    reasons = []
+    for keyword, depths in {"layers": counts, "depths": counts, "depth": single}.items():
+        try:
+            with torch.random.fork_rng(devices=[]), quiet():
+                twin: nn.Module = timm.create_model(name, **arguments, **{keyword: depths}).eval()
+            twin.load_state_dict(dense.state_dict())
+            same(twin)
+            return twin, {keyword: depths}
+        except Exception as error:  # whatever a constructor that is not made for it raises
+            reasons.append(f"{keyword}={depths}: {' '.join(str(error).split())[:80]}")
+    raise ValueError(
+        f"timm's {name} cannot be built with these blocks alone ({'; '.join(reasons)}); take --format state_dict"
+    )
+
+
+def describe_for_transformers(folder: Path, network: Any, same: Comparison) -> bool:
+    """Writes config.json beside model.safetensors, so that ``from_pretrained`` loads the folder, if it does.
+
+    Args:
+        folder: holds the network's weights, by their names in the network.
+        network: what `export_subnet` returned, of a model of transformers.
+        same: raises if the network it is given is not the same.
+
+    Returns:
+        whether from_pretrained gave the same network; if not, no file is left.
+    """
+    file = folder / "config.json"
+    file.write_text(json.dumps(transformers_config(network), indent=2) + "\n", encoding="utf-8")
+    try:
+        with torch.random.fork_rng(devices=[]), quiet():
+            again, report = type(network).from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        same(aligned(again))
+        complete = not any(report.values())
+    except Exception:  # whatever a configuration that cannot describe the subnet leads to
+        complete = False
+    if not complete:
+        file.unlink()
+    return complete
+
+
+def aligned(network: nn.Module) -> nn.Module:
+    """A copy in eval mode with weights in memory of its own.
+
+    from_pretrained maps the file, and a tensor at an address that is no multiple of 64 can make a convolution add in
+    another order (torch 2.15, CPU): the same weights, logits that differ in the last bit.
+    """
+    return copy.deepcopy(network).eval()
+
+
+def transformers_config(network: Any) -> dict[str, Any]:
+    """The entries of a config.json from which transformers builds a network of this class and these sizes."""
+    entries: dict[str, Any] = json.loads(network.config.to_json_string(use_diff=False))
+    entries.pop("_name_or_path", None)  # where it was read from
+    return entries | {"architectures": [type(network).__name__]}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and progress that exporters, timm and transformers print."""
+    loggers = [logging.getLogger(name) for name in ("timm", "torch.onnx", "onnxscript", "onnx_ir", "transformers")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
