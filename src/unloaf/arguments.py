@@ -235,20 +235,43 @@ class CheckData:
 class BenchStep:
     """Measure time and memory of a training step against common training."""
 
-    model: str = "timm/resnet50"
-    """Network, as for train."""
-    input_size: int = 64
-    """Side of the images in pixels."""
+    model: tuple[str, ...] = ("timm/resnet50",)
+    """Networks, as for train, NAME@SIDE for a side of their own; standard for the eight of the performance page."""
+    input_size: int | None = None
+    """Side of the images in pixels; default: 32 for cifar/, else the model's own if it has but one, else 64."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
     """Images per step."""
+    num_classes: int | None = None
+    """Classes of the head; default: 1000, 10 for cifar/."""
     num_subnets: int = 6
     """Subnets per step of ST and ST++."""
     methods: tuple[str, ...] = ("st", "st-inter-stage", "st++", "st++-one-side", "gkt")
     """Methods to measure, also stochastic-depth; common training always is."""
+    modes: tuple[Literal["eager", "compiled"], ...] = ("eager",)
+    """Blocks as they are, compiled, or both."""
+    amp: bool = False
+    """Mixed precision: bfloat16."""
+    channels_last: bool = False
+    """Keep images and weights in channels-last memory format."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a CUDA device when there is one."""
     repeats: int = 10
     """Rounds over all methods; medians count."""
+    minutes: float | None = None
+    """Begin nothing after so long; each network and mode gets an equal share."""
     output: str | None = None
-    """Folder for step_time.json and step_time.csv."""
+    """Folder for step_time.json, step_time.csv and step_time.svg."""
+    plot: str | None = None
+    """File for the picture alone, .svg."""
+
+    def __post_init__(self) -> None:
+        if not self.model or not self.modes or not self.methods:
+            raise ValueError("model, methods and modes take one or more names; give them, or leave the flag out")
+        if self.plot is not None and not self.plot.endswith(".svg"):
+            raise ValueError(f"plot {self.plot!r}: give a file that ends in .svg")
+        if self.minutes is not None and not 0 < self.minutes < 1e6:
+            raise ValueError(f"minutes {self.minutes}: give a number above 0")
+        _check_least(self, input_size=1, batch_size=1, num_classes=2, num_subnets=1, repeats=1)
 
 
 @dataclass(frozen=True)

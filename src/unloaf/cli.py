@@ -361,10 +361,11 @@ def _classes(counts: dict[str, int]) -> str:
 def _bench(words: list[str]) -> int:
     if words[:1] != ["step"]:
         raise ValueError(f"bench {' '.join(words[:1])}: give 'bench step'")
-    options = parse(BenchStep, words[1:], prog="unloaf bench step")
-    from unloaf.bench import bench_step, table
+    options = vars(parse(BenchStep, words[1:], prog="unloaf bench step"))
+    from unloaf.bench import bench_step, tables
 
-    Console().print(table(bench_step(**vars(options))))
+    for table in tables(bench_step(**options, console=Console(stderr=True))):
+        _print(table)
     return 0
 
 
@@ -381,19 +382,19 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-_OF_WORDS = ("blocks", "cannot be skipped", "class", "note")
-
-
 def _show(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Prints a table; in a file or a pipe it is as wide as it needs to be."""
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index and head not in _OF_WORDS else "left", overflow="fold")
+    for head in heads:
+        words = head in (heads[0], "blocks", "cannot be skipped", "class", "note")
+        table.add_column(head, justify="left" if words else "right", overflow="fold")
     for line in lines:
         table.add_row(*line)
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 10_000
-    with console.capture() as text:  # printed by print: rich ends the process itself where a pipe is closed
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    with console.capture() as text:
         console.print(table)
-    print(text.get(), end="")
+    print(text.get(), end="")  # rich ends the process itself where a pipe is closed

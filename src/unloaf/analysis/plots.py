@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 if TYPE_CHECKING:
     from unloaf.analysis.comparison import MethodRun, SizeRow
+    from unloaf.analysis.step_time import Setup, StepTimeRow
 
 # Okabe and Ito's palette, told apart by readers with any colour vision; black for the baseline.
 _COLOURS = ("#222222", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a")
@@ -128,8 +132,97 @@ def key(labels: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _svg(figure: Figure) -> str:
+_SAME_COLOUR = {
+    "common": 0,
+    "stochastic-depth": 6,
+    "st": 2,
+    "st-inter-stage": 2,
+    "st++": 3,
+    "st++-one-side": 3,
+    "gkt": 4,
+}
+
+
+def step_time_bars(groups: Mapping[Setup, Sequence[StepTimeRow]], *, columns: int = 2) -> str:
+    """Measured time of a step beside its FLOPs limit and separate passes, a panel for each network and mode, as SVG.
+
+    Args:
+        groups: the rows of each setup; common training, to which all times are relative, needs no bar.
+        columns: panels beside each other.
+    """
+    with matplotlib.rc_context(_STYLE):
+        columns = min(columns, len(groups))
+        counts = [len(rows) for rows in groups.values()]
+        bars = [max(counts[start : start + columns]) for start in range(0, len(counts), columns)]
+        figure = Figure(figsize=(5.9 * columns + 0.2, 0.36 * sum(bars) + 1.15 * len(bars) + 0.75))
+        figure.set_layout_engine("constrained", wspace=0.06, hspace=0.06)
+        FigureCanvasSVG(figure)
+        axes = figure.subplots(len(bars), columns, squeeze=False, height_ratios=bars).flatten()
+        for place, (setup, rows) in enumerate(groups.items()):
+            _bars(axes[place], rows)
+            _bar_frame(axes[place], setup, rows, bars[place // columns])
+        for panel in axes[len(groups) :]:
+            panel.set_axis_off()
+        handles, labels = _key_of_bars()
+        together: Any = {tuple: HandlerTuple(ndivide=None, pad=0)}
+        title = "time of a step, relative to common training"
+        place: Any = {"loc": "outside lower center", "ncols": 3, "columnspacing": 1.2, "frameon": False, "title": title}
+        figure.legend(handles, labels, handler_map=together, **place)
+        return _svg(figure, background="white")
+
+
+_PALE: Any = {"facecolor": "#ececec", "edgecolor": "#c4c4c4", "linewidth": 0.8}
+
+
+def _bars(axes: Any, rows: Sequence[StepTimeRow]) -> None:
+    widest = _widest(rows)
+    for place, row in enumerate(rows):
+        if row.separate is not None:
+            axes.barh(place, row.separate, height=0.76, zorder=1, **_PALE)
+            end = max(row.separate, row.relative)
+            axes.text(end + 0.015 * widest, place, f"{row.separate:.1f}", va="center", fontsize=10.5, color="#8a8a8a")
+        axes.barh(place, row.relative, height=0.5, color=_COLOURS[_SAME_COLOUR.get(row.method, 5)], zorder=2)
+        axes.plot([row.limit] * 2, [place - 0.38, place + 0.38], color="black", linewidth=2.4, zorder=4)
+        if min(row.relative, row.limit) > 0.2 * widest:
+            look: Any = {"x": 0.02 * widest, "color": "white"}
+        else:
+            look = {"x": max(row.relative, row.limit) + 0.02 * widest, "color": "#222222"}
+        axes.text(
+            y=place, s=f"{row.relative:.2f}", va="center_baseline", fontsize=11.5, weight="bold", zorder=5, **look
+        )
+
+
+def _widest(rows: Sequence[StepTimeRow]) -> float:
+    return max(max(row.relative, row.separate or 0, row.limit) for row in rows)
+
+
+def _bar_frame(axes: Any, setup: Setup, rows: Sequence[StepTimeRow], bars: int) -> None:
+    network, _, mode = setup.title.partition(", ")
+    axes.set_yticks(range(len(rows)), [row.method for row in rows])
+    axes.set_ylim(bars - 0.5, -0.6)
+    axes.set_xlim(0, 1.13 * _widest(rows))
+    axes.set_title(f"{network}\n", loc="left", fontsize=13, weight="bold", color="#222222", parse_math=False)
+    axes.annotate(
+        mode.replace(", ", " · "), (0, 1), (0, 6), textcoords="offset points", xycoords="axes fraction", fontsize=10,
+        color="#555555",
+    )  # fmt: skip
+    axes.grid(axis="x", color="#eeeeee", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", length=3)
+
+
+def _key_of_bars() -> tuple[list[Any], list[str]]:
+    measured = tuple(Patch(color=_COLOURS[index]) for index in (2, 3, 4))
+    limit = Line2D([], [], color="black", linestyle="", marker="|", markersize=13, markeredgewidth=2.4)
+    return [measured, limit, Patch(**_PALE)], ["measured", "FLOPs limit", "separate passes"]
+
+
+def _svg(figure: Figure, *, background: str | None = None) -> str:
+    """Without a background the page shows through; a picture that is a file of its own needs one."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    look: Any = {"transparent": True} if background is None else {"facecolor": background}
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **look)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
