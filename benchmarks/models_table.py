@@ -3,8 +3,9 @@
     python benchmarks/models_table.py [--golden]
 
 FLOPs and input sizes are those of the model as published (a golden list is of a narrow form of it, with all its
-blocks); both are found on torch's meta device, which has shapes and no arithmetic. With --golden the lists themselves
-are written anew: look at every changed line, tests/test_supported_models.py holds the published depths.
+blocks); both are found on torch's meta device, which has shapes and no arithmetic. How an exported subnet is read back
+is found by doing it. With --golden the lists themselves are written anew: look at every changed line,
+tests/test_supported_models.py holds the published depths.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import argparse
 import json
 import math
 import re
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,15 @@ import timm
 import torch
 import torchvision
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import unloaf
+from unloaf.engine.models import build_model
+from unloaf.passes import logits_of
+from unloaf.release.libraries import aligned, timm_twin, transformers_config
+from unloaf.saved import save_subnet
 from unloaf.stages import call_model
 
 ROOT = Path(__file__).parents[1]
@@ -138,6 +145,89 @@ def _runs(model: nn.Module, side: int) -> bool:
     return True
 
 
+class DiffersError(Exception):
+    """What was read back is not what was written."""
+
+
+def export_form(library: str, name: str, entry: Mapping[str, Any]) -> str:
+    """By what two ordered subnets of the model are read back equal to the last bit: timm, transformers, JSON or "-"."""
+    tries = {"timm": [_by_timm, _by_json], "torchvision": [_by_json], "transformers": [_by_transformers, _by_json]}
+    for attempt in tries[library]:
+        try:
+            with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+                warnings.simplefilter("ignore")
+                attempt(Path(folder), library, name, entry)
+            return {_by_timm: "timm", _by_transformers: "transformers", _by_json: "JSON"}[attempt]
+        except (DiffersError, ValueError, unloaf.CheckpointError):
+            continue
+    return "-"
+
+
+def _by_timm(folder: Path, library: str, name: str, entry: Mapping[str, Any]) -> None:
+    """timm.create_model with a keyword, and the file loaded strictly."""
+    model = settled(build(library, name, entry))
+    arguments = {"num_classes": CLASSES, **entry["options"]}
+    for small, _, found, x in subnets_of(model, entry):
+        kinds = {type(model.get_submodule(path)) for stage in found for path in stage.blocks}
+        twin, depths = timm_twin(small, kinds, name, arguments, same=lambda _: None)
+        save_file(twin.state_dict(), folder / "model.safetensors")
+        path = str(folder / "model.safetensors")
+        _compare(small, timm.create_model(name, **arguments, **depths, checkpoint_path=path), x)
+
+
+def _by_transformers(folder: Path, library: str, name: str, entry: Mapping[str, Any]) -> None:
+    """save_pretrained and from_pretrained."""
+    for number, (small, _, _, x) in enumerate(subnets_of(settled(build(library, name, entry)), entry)):
+        small.save_pretrained(folder / str(number))
+        again, report = type(small).from_pretrained(folder / str(number), output_loading_info=True)
+        if any(report.values()):
+            raise DiffersError(f"from_pretrained reports {report}")
+        _compare(small, aligned(again), x)
+
+
+def _by_json(folder: Path, library: str, name: str, entry: Mapping[str, Any]) -> None:
+    """unloaf.load_subnet, which builds the model by its name: not narrow, except by a configuration."""
+    architecture: dict[str, Any] = {"num_classes": CLASSES}
+    if library == "transformers":
+        model = build(library, name, entry)
+        architecture |= {"name": f"hf/{type(model).__name__}", "config": transformers_config(model)}
+    else:
+        architecture["name"] = f"{'tv' if library == 'torchvision' else library}/{name}"
+        architecture["img_size"] = entry["input"] if "img_size" in entry["options"] else None
+        model = build_model(**architecture)
+    side = 224 if "image_size" in entry["options"] and library == "torchvision" else entry["input"]
+    for small, subnet, found, x in subnets_of(settled(model), {**entry, "input": side}):
+        save_subnet(folder, small, architecture, found, subnet)
+        _compare(small, unloaf.load_subnet(folder), x)
+
+
+def subnets_of(
+    model: nn.Module, entry: Mapping[str, Any]
+) -> Iterator[tuple[Any, unloaf.Subnet, tuple[unloaf.Stage, ...], Any]]:
+    """The smallest ordered subnet and one of middle depths: exported, which it is, the stages and an input."""
+    x = example(entry, batch=2)
+    found = tuple(unloaf.find_stages(model, x))
+    depths = [stage.legal_depths for stage in found]
+    for chosen in ([min(legal) for legal in depths], [legal[len(legal) // 2] for legal in depths]):
+        subnet = unloaf.Subnet.from_depths(found, chosen)
+        yield unloaf.export_subnet(model, found, subnet, example=x), subnet, found, x
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """In eval mode, without the zeros of fresh models: a norm or scale of zero hides the block that it closes."""
+    for parameter in model.eval().requires_grad_(False).parameters():
+        if parameter.ndim <= 1 and not parameter.any():
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def _compare(small: nn.Module, again: nn.Module, x: Any) -> None:
+    with torch.no_grad():
+        ours, theirs = (logits_of(call_model(model.eval(), x)) for model in (small, again))
+    if not torch.isfinite(ours).all() or not torch.equal(ours, theirs):
+        raise DiffersError(f"{type(small).__name__}: the logits differ, or are not finite")
+
+
 def row(library: str, name: str, entry: Mapping[str, Any]) -> str:
     """One line of the table."""
     found = unloaf.find_stages(build(library, name, entry), example(entry))
@@ -155,13 +245,14 @@ def row(library: str, name: str, entry: Mapping[str, Any]) -> str:
         f"{subnets:,}",
         f"{100 * smallest_share(model, found, x):.0f} %",
         sizes(model, x),
+        export_form(library, name, entry),
     )
     return "| " + " | ".join(cells) + " |"
 
 
 TITLES = {"timm": "timm", "torchvision": "torchvision", "transformers": "Hugging Face transformers"}
-HEAD = """| model | blocks per stage | skippable | ordered subnets | smallest subnet | input sides |
-|---|---|---|---|---|---|"""
+HEAD = """| model | blocks per stage | skippable | ordered subnets | smallest subnet | input sides | export |
+|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
