@@ -199,6 +199,8 @@ GPU: dict[str, Any] = {
     "dataset": "cifar100", "batch_size": 64, "epochs": 200, "device_data": True, "amp": True, "channels_last": True,
     "torchcompile": True, "eval_interval": 1000,
 }  # fmt: skip
+# What half an hour of a GPU may be enough for.
+QUICK: dict[str, Any] = GPU | {"model": "cifar/resnet18", "batch_size": 256, "epochs": 30, "warmup_epochs": 2}
 _ADAMW = {"opt": "adamw", "weight_decay": 0.05, "warmup_epochs": 10, "batch_size": 128}
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"model": "cifar/resnet18"},
@@ -289,6 +291,24 @@ _ALL = [
         split="val",
         subnets=8,
     ),
+    Table(
+        name="cifar100-gpu-quick-trials",
+        title="Trials for ResNet-18 in 30 epochs",
+        about="8 epochs, one seed, judged on 5,000 validation images",
+        common=QUICK | {"epochs": 8},
+        rows=trial_rows((0.2, 0.1), (5e-4, 1e-3), METHODS),
+        seeds=(0,),
+        split="val",
+        subnets=4,
+    ),
+    Table(
+        name="cifar100-gpu-quick",
+        title="ResNet-18 on CIFAR-100, 30 epochs",
+        about="CIFAR-100, 45,000 training images, ResNet-18 with a stem for small images, batch 256, 30 epochs, bf16",
+        common=QUICK,
+        rows=HEADLINE + combinations(15),
+        trials="cifar100-gpu-quick-trials",
+    ),
     *(table for network in NETWORKS for table in gpu_tables(network)),
     Table(
         name="loafing-gpu",
@@ -313,6 +333,6 @@ TABLES: dict[str, Table] = {table.name: table for table in _ALL}
 # One word for all that a machine with a GPU has to train; the networks in the order of what they tell for their cost.
 GROUPS: dict[str, tuple[str, ...]] = {
     "cifar100-gpu": tuple(f"cifar100-gpu-{network}" for network in NETWORKS),
-    "gpu": (*(f"cifar100-gpu-{network}" for network in NETWORKS), "loafing-gpu", "readings-gpu"),
+    "gpu": ("cifar100-gpu-quick", *(f"cifar100-gpu-{network}" for network in NETWORKS), "loafing-gpu", "readings-gpu"),
     "cpu": ("digits", "cifar100-cpu", "loafing-cpu", "readings-cpu"),
 }

@@ -1,0 +1,343 @@
+"""The tables of the pages, figure by figure against the records of runs; and how the study plans and continues runs."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmarks.accuracy import job as process
+from benchmarks.accuracy import run
+from benchmarks.accuracy.jobs import MissingError, Results, best_trial, command, plan
+from benchmarks.accuracy.pages import PAGES, differences, inside, written
+from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
+
+from unloaf.engine.config import Config
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PLACES = [
+    pytest.param(name, view, body, id=f"{page} {name} {view}".strip())
+    for page in PAGES
+    for name, view, body in re.findall(
+        r"<!-- results: ([\w-]+) ?(\w*) -->\n(.*?)<!-- end of results -->", (ROOT / page).read_text("utf-8"), re.S
+    )
+]
+RECORDED = sorted(path.stem for path in RESULTS.glob("*.json") if path.stem in TABLES)
+
+
+def parsed(body: str) -> list[dict[str, str]]:
+    """The lines of a table by their heads."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines() if line.startswith("|")]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def stated(values: Sequence[Any]) -> str:
+    """How a page states a mean: computed by numpy, not by what wrote the page."""
+    array = np.asarray(values, dtype=np.float64)
+    text = f"{array.mean():.1f}"
+    return text if len(array) == 1 else f"{text} ± {array.std(ddof=1) / math.sqrt(len(array)):.1f}"
+
+
+def records_of(name: str, row: str | None = None) -> list[dict]:
+    records = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["records"]
+    return [r for r in records if row is None or (r["row"] == row and r["top1"] is not None)]
+
+
+def tops(name: str, row: str) -> np.ndarray:
+    return np.array([r["top1"] for r in records_of(name, row)])
+
+
+# --- what the pages say
+
+
+@pytest.mark.parametrize(("name", "view", "body"), PLACES)
+def test_a_table_states_its_records(name, view, body):
+    if not (RESULTS / f"{name}.json").exists():
+        assert body.startswith("Not run yet: ")
+        assert f"run.py {name} " in body
+        return
+    rows = parsed(body)
+    assert rows or view
+    if view:
+        return
+    assert {row[""] for row in rows} == {r["row"] for r in records_of(name) if r["top1"] is not None}
+    assert rows[0][""] == TABLES[name].rows[0].label or len(rows) == 1
+    for row in rows:
+        found = records_of(name, row[""])
+        subnets = [list(r["subnets"].values()) for r in found]
+        assert row["main, %"] == stated([r["top1"] for r in found])
+        if all(subnets):
+            assert row["mean subnet, %"] == stated([np.mean(values) for values in subnets])
+            assert row["worst subnet, %"] == stated([np.min(values) for values in subnets])
+        assert row["seeds"] == str(len({r["seed"] for r in found}))
+        assert {row["epochs"]} == {str(r["settings"].get("epochs", Config().epochs)) for r in found}
+        assert {row.get("cost"), row.get("FLOPs")} == {
+            None if r[key] is None else f"{r[key]:.2f}" for r in found for key in ("cost_time", "cost_flops")
+        }
+
+
+@pytest.mark.parametrize(("name", "view", "body"), [place for place in PLACES if place.values[1] == "differences"])
+def test_differences_are_those_of_the_means(name, view, body):
+    for row in parsed(body) if (RESULTS / f"{name}.json").exists() else []:
+        found = records_of(name, row[""])
+        pairs = [(row["over common training, same epochs"], TABLES[name].rows[0].label)]
+        if row["which"]:
+            pairs.append((row["over common training, at least its cost"], row["which"]))
+            cost = max(found[0]["cost_time"], found[0]["cost_flops"])
+            assert records_of(name, row["which"])[0]["cost_time"] >= cost - 0.01
+        for cell, base in pairs:
+            mine, theirs = tops(name, row[""]), tops(name, base)
+            text = f"{mine.mean() - theirs.mean():+.1f}"
+            if min(len(mine), len(theirs)) > 1:
+                text += f" ± {math.hypot(*(v.std(ddof=1) / math.sqrt(len(v)) for v in (mine, theirs))):.1f}"
+            assert cell == text
+
+
+@pytest.mark.parametrize(("name", "view", "body"), [place for place in PLACES if place.values[1] == "inside"])
+def test_subnets_inside_and_alone_are_those_of_the_records(name, view, body):
+    for row in parsed(body) if (RESULTS / f"{name}.json").exists() else []:
+        depths = row.pop("subnet")
+        alone = row.pop("alone")
+        assert alone == (stated(list(tops(name, f"alone {depths}"))) if depths != "the whole" else "")
+        for head, cell in row.items():
+            found = records_of(name, head.removeprefix("inside "))
+            assert cell == stated([r["top1"] if depths == "the whole" else r["subnets"][depths] for r in found])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_up_to_date(page):
+    text = (ROOT / page).read_text("utf-8")
+    assert written(text, Results(RESULTS), links="docs/" if "/" not in page else "") == text
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_record_says_how_it_came_about(name):
+    table, seen = TABLES[name], set()
+    for record in records_of(name):
+        seen.add((record["row"], record["seed"]))
+        assert record["row"] in {row.label for row in table.rows}
+        assert record["split"] == table.split
+        assert set(record["versions"]) == {"unloaf", "torch", "timm"}
+        assert all(record[key] for key in ("command", "hardware", "commit", "date"))
+        assert record["command"].startswith("unloaf train ")
+        Config(**record["settings"] | ({} if record["settings"].get("dataset") is None else {"data_dir": "DIR"}))
+    assert len(seen) == len(records_of(name))
+
+
+# --- how runs are planned
+
+
+TRIALS = Table(
+    name="trials",
+    title="",
+    about="",
+    common={"dataset": "digits"},
+    rows=tuple(Row(label=f"lr {lr}", tuned="st", settings={"lr": lr}) for lr in (0.1, 0.2, 0.3)),
+    seeds=(0,),
+    split="val",
+)
+TINY = Table(
+    name="tiny",
+    title="",
+    about="",
+    common={
+        "dataset": "digits", "model": "cifar/resnet14", "width": 4, "device": "cpu", "batch_size": 128, "epochs": 4,
+        "eval_interval": 1000,
+    },
+    rows=(
+        Row(label="common training", settings={"method": "common"}),
+        Row(label="ST", settings={"method": "st"}),
+        Row(label="later", settings={"method": "gkt"}, tier=2),
+        Row(label="common training, cost of ST", settings={"method": "common"}, costs_as=("ST",)),
+    ),
+    seeds=(0, 1),
+    subnets=("2-2-2", "1-1-1"),
+)  # fmt: skip
+
+
+def record(row: str, top1: float | None, seed: int = 0, **more) -> dict:
+    return {"row": row, "seed": seed, "top1": top1} | more
+
+
+@pytest.fixture
+def results(tmp_path) -> Results:
+    found = Results(tmp_path / "results")
+    costs = {"common training": (1, 1), "ST": (1.3, 1.4), "later": (2.0, 1.9)}
+    rows = {label: {"time": time, "flops": flops} for label, (time, flops) in costs.items()}
+    found.write("tiny-cost.json", json.dumps({"rows": rows}))
+    return found
+
+
+def test_runs_are_planned_by_tier_then_seed_then_row(results):
+    jobs = plan(TINY, results)
+    first = [(label, seed) for seed in (0, 1) for label in ("common training", "ST", "common training, cost of ST")]
+    assert [job.key for job in jobs] == [*first, ("later", 0), ("later", 1)]
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+def test_equal_cost_is_the_higher_of_time_and_arithmetic_in_whole_epochs(results):
+    jobs = {job.row.label: job for job in plan(TINY, results)}
+    # 1.4 x 4 = 5.6
+    assert jobs["common training, cost of ST"].settings["epochs"] == 6
+    assert jobs["common training, cost of ST"].cost == {"time": 1.5, "flops": 1.5}
+    assert jobs["ST"].cost == {"time": 1.3, "flops": 1.4}
+
+
+def test_a_table_is_not_planned_without_its_costs(tmp_path):
+    with pytest.raises(MissingError, match="tiny lacks the cost of common training; ST; later"):
+        plan(TINY, Results(tmp_path))
+
+
+def test_the_best_trial_is_that_with_the_highest_accuracy():
+    tops = {"lr 0.1": 60.0, "lr 0.2": 61.0, "lr 0.3": None}
+    assert best_trial(TRIALS, [record(*entry) for entry in tops.items()], "st") == {"lr": 0.2}
+    with pytest.raises(MissingError, match=r"trials lacks lr 0\.3"):
+        best_trial(TRIALS, [record("lr 0.1", 60.0), record("lr 0.2", 61.0)], "st")
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_settings_of_a_table_are_settings(table):
+    labels = [row.label for row in table.rows]
+    assert len(set(labels)) == len(labels)
+    assert table.row(labels[0]).costs_as == ()
+    for row in table.rows:
+        Config(**{**table.common, **row.settings}, data_dir="DIR" if table.common["dataset"] != "digits" else None)
+        assert set(row.costs_as) <= set(labels)
+        if table.trials is not None:
+            trials = TABLES[table.trials]
+            assert trials.split == "val"
+            assert row.tuned is None or row.tuned in {trial.tuned for trial in trials.rows}
+
+
+@pytest.mark.parametrize("table", [table for table in TABLES.values() if table.name.endswith("-trials")])
+def test_every_method_has_the_same_number_of_trials(table):
+    methods = [row.tuned for row in table.rows]
+    assert {methods.count(method) for method in methods} == {3}
+    assert {row.settings["method"] for row in table.rows} == set(methods)
+
+
+def test_groups_name_tables():
+    assert {name for names in GROUPS.values() for name in names} <= set(TABLES)
+
+
+def test_the_command_of_a_record_is_the_run():
+    config = Config(method="st", lr=0.2, amp=True, norm_decay=False, sides=(8, 6), dataset="cifar100", data_dir="x")
+    assert (
+        command(config) == "unloaf train --dataset cifar100 --sides 8 6 --lr 0.2 --no-norm-decay --amp --data-dir DIR"
+    )
+
+
+# --- how tables are written, from records made up here
+
+
+def test_a_method_is_compared_with_the_cheapest_baseline_that_costs_as_much():
+    rows = (
+        *TINY.rows,
+        Row(label="common training, dear", settings={}, costs_as=("later",)),
+        Row(label="dearest", settings={}),
+    )
+    costs = (1.0, 1.4, 2.0, 1.5, 2.0, 2.5)
+    records = [
+        record(row.label, 50.0 + 2 * number + seed, seed, cost_time=cost, cost_flops=1.0)
+        for number, (row, cost) in enumerate(zip(rows, costs, strict=True))
+        for seed in (0, 2)
+    ]
+    lines = [line.split(" | ") for line in differences(replace(TINY, rows=rows), records)[2:]]
+    # Two seeds two points apart: each mean has a standard error of 1, their difference of the root of 2.
+    assert lines == [
+        ["| ST", "+2.0 ± 1.4", "-4.0 ± 1.4", "common training, cost of ST |"],
+        ["| later", "+4.0 ± 1.4", "-4.0 ± 1.4", "common training, dear |"],
+        ["| dearest", "+10.0 ± 1.4", "", " |"],
+    ]
+
+
+def test_subnets_stand_beside_the_same_networks_alone():
+    rows = (Row(label="ST", settings={}), Row(label="alone 1-1", settings={}))
+    records = [record("ST", 70.0, subnets={"1-1": 65.0}), record("alone 1-1", 66.0, subnets={})]
+    lines = inside(replace(TINY, rows=rows), records)
+    assert lines[2:] == ["| 1-1 | 66.0 | 65.0 |", "| the whole |  | 70.0 |"]
+
+
+def test_a_record_replaces_the_one_of_the_same_run(tmp_path):
+    results = Results(tmp_path)
+    for row, top1, seed in (("ST", 1.0, 0), ("common training", 2.0, 1), ("ST", 3.0, 0), ("common training", 4.0, 0)):
+        results.add(TINY, record(row, top1, seed))
+    assert [r["top1"] for r in results.records("tiny")] == [4.0, 2.0, 3.0]
+
+
+# --- processes
+
+
+def order(folder: Path, *, epochs: int = 1) -> dict:
+    config = {**TINY.common, "method": "common", "epochs": epochs, "output": str(folder), "name": "run"}
+    return {"kind": "train", "config": config, "split": "test", "subnets": ["2-2-2", "1-1-1"]}
+
+
+def test_a_finished_run_leaves_its_record(tmp_path):
+    found = process.train_and_judge(order(tmp_path))
+    assert (found["epochs"], found["split"], list(found["subnets"])) == (1, "test", ["1-1-1"])
+    assert found["settings"]["width"] == 4
+    assert 5 < found["top1"] <= 100
+    [event] = [
+        e for e in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "test_top1" in e
+    ]
+    assert found["top1"] == pytest.approx(event["test_top1"], abs=1e-3)
+
+
+def test_a_run_that_diverges_leaves_a_record_without_an_accuracy(tmp_path):
+    asked = order(tmp_path)
+    asked["config"] |= {"lr": 1e30}
+    found = process.train_and_judge(asked)
+    assert (found["top1"], found["subnets"]) == (None, {})
+    assert "not finite" in found["failed"]
+
+
+def test_costs_are_relative_to_the_baseline():
+    rows = {row.label: {**TINY.common, **row.settings} for row in TINY.rows[:2]}
+    asked = {"rows": rows, "baseline": "common training", "rounds": 8, "seconds": 60, "draws": 20}
+    found = process.measure(asked)["rows"]
+    assert found["common training"]["time"] == found["common training"]["flops"] == 1
+    assert 1 < found["ST"]["flops"] < 2
+    assert found["ST"]["time"] > 1
+
+
+@pytest.mark.slow
+def test_a_table_trained_in_slices_is_the_table_trained_at_once(tmp_path, results, monkeypatch):
+    table = replace(TINY, rows=TINY.rows[:2], seeds=(0,))
+    monkeypatch.setitem(TABLES, "tiny", replace(table, common={**table.common, "epochs": 20}))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    words = ["tiny", "--output", str(tmp_path / "sliced"), "--results", str(results.folder)]
+    seconds, ends = iter([14] * 30), []
+    while not ends or ends[-1] == run.UNFINISHED:
+        minutes = (next(seconds) + run._TO_SAVE) / 60
+        ends.append(run.main([*words, "--minutes", str(minutes)]))
+    assert len(ends) > 1
+    assert ends[-1] == 0
+    sliced = results.records("tiny")
+    (results.folder / "tiny.json").unlink()
+    assert run.main([*words[:2], str(tmp_path / "whole"), *words[3:], "--jobs", "2"]) == 0
+    private = ("train_seconds", "date", "commit")
+    whole = results.records("tiny")
+    assert [{k: v for k, v in r.items() if k not in private} for r in sliced] == [
+        {k: v for k, v in r.items() if k not in private} for r in whole
+    ]
+
+
+def test_the_command_ends_its_processes_when_it_is_told_to(tmp_path):
+    words = [sys.executable, str(ROOT / "benchmarks/accuracy/run.py"), "digits", "--output", str(tmp_path / "out")]
+    study = subprocess.Popen([*words, "--results", str(tmp_path / "results")], stdout=subprocess.PIPE, text=True)
+    assert study.stdout is not None
+    assert "measuring" in study.stdout.readline()
+    time.sleep(0.5)
+    study.send_signal(signal.SIGTERM)
+    out, _ = study.communicate(timeout=60)
+    assert (study.returncode, "give the same command again" in out) == (run.UNFINISHED, True)
