@@ -33,9 +33,12 @@ def kl_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Te
     tensor(0.1308)
     """
     _check_logits(student, teacher, temperature)
-    log_p = F.log_softmax(teacher.detach() / temperature, dim=-1).flatten(0, -2)
-    log_q = F.log_softmax(student / temperature, dim=-1).flatten(0, -2)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+    teacher = teacher.detach()
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    log_p, log_q = (F.log_softmax(logits, dim=-1).flatten(0, -2) for logits in (teacher, student))
+    loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return loss if temperature == 1 else loss * temperature**2
 
 
 def direction_kl_loss(

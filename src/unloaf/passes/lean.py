@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -119,11 +119,11 @@ class _LeanBackward:
                     record.grads[index] = leaf.grad if before is None else before + leaf.grad
         self.session.release(run)
 
-    def finish_main(self, loss: Tensor, standins: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    def finish_main(self, loss: Tensor, standins: Collection[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """The backward of the main graph, which the gradients of the suffixes enter."""
         main = self.session.plan.main
         roots, root_grads = self._roots(main, [loss, *self._losses_of(main)])
-        for parameter, standin in standins.items():
+        for parameter, standin in standins:
             grad = standin.grad
             if grad is not None and parameter._backward_hooks:  # they change gradients: they have to see the sum
                 roots.append(parameter)
@@ -137,22 +137,22 @@ class _LeanBackward:
 
 
 @contextmanager
-def _parameters_replaced(model: nn.Module) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Stand-ins that share the parameters' storage and collect the suffixes' gradients.
+def _parameters_replaced(model: nn.Module) -> Iterator[Collection[tuple[nn.Parameter, nn.Parameter]]]:
+    """Pairs of a parameter and its stand-in; stand-ins share the parameters' storage and collect the suffixes' gradients.
 
     Hooks on the parameters (a gradient mask, DistributedDataParallel's reducer) run once, on the sum, in the main
     backward; a gradient is added while it is warm in the cache; a step that fails has touched no ``.grad``.
     """
-    standins: dict[nn.Parameter, nn.Parameter] = {}
+    pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     originals = [(module._parameters, dict(module._parameters)) for module in model.modules() if module._parameters]
     try:
         for held, before in originals:
             for name, parameter in before.items():
                 if parameter is not None and parameter.requires_grad:
-                    if parameter not in standins:  # tied weights have one stand-in
-                        standins[parameter] = nn.Parameter(parameter.detach())
-                    held[name] = standins[parameter]
-        yield standins
+                    if id(parameter) not in pairs:  # tied weights have one stand-in
+                        pairs[id(parameter)] = parameter, nn.Parameter(parameter.detach())
+                    held[name] = pairs[id(parameter)][1]
+        yield pairs.values()
     finally:
         for held, before in originals:
             held.update(before)

@@ -30,6 +30,7 @@ class Session:
         self.run = self.plan.main
         self.state = self.plan.roots[None]
         self.calls: Counter[tuple[State, str]] = Counter()
+        self._resized: dict[int, Tensor] = {}
         branch: dict[str, Callable[..., Any]] = {}
         for subnet in {request.subnet for request in passes}:
             branch |= branches(self.inner, stages, subnet)
@@ -74,7 +75,14 @@ class Session:
         self.run, self.state = run, self.plan.roots[run.side]
         self.calls.clear()
         model = self.model if run is self.plan.main else self.inner
-        return logits_of(call_model(model, self.inputs if run.side is None else resize(self.inputs, run.side)))
+        return logits_of(call_model(model, self._inputs_at(run.side)))
+
+    def _inputs_at(self, side: int | None) -> Any:
+        if side is None:
+            return self.inputs
+        if side not in self._resized:
+            self._resized[side] = resize(self.inputs, side)
+        return self._resized[side]
 
     def remember_or(
         self, key: tuple[str, int], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
