@@ -139,5 +139,5 @@ def open_trained(
 
 
 def _without_place(model: str) -> str:
-    """hf/vit for hf//home/me/vit: files that are handed on do not tell where things lay."""
+    """hf/vit for hf/configurations/vit: files that are handed on do not tell where things lay."""
     return f"hf/{Path(model).name}" if model.startswith("hf/") else model
