@@ -46,8 +46,8 @@ def read(path: Path) -> Record:
     """A record, also of the first form, whose rows did not say what they were measured on."""
     document = json.loads(path.read_text(encoding="utf-8"))
     settings = document["settings"]
-    old = {"network": settings["model"], "device": settings["device"], "rounds": settings["repeats"]}
-    old |= {name: settings.get(name) for name in ("input_size", "batch_size")}
+    names = {"network": "model", "device": "device", "rounds": "repeats"} | dict.fromkeys(("input_size", "batch_size"))
+    old = {name: settings.get(of or name) for name, of in names.items()}
     rows = [_row(entry if "network" in entry else old | entry) for entry in document["rows"]]
     return Record(path.name, rows, document["environment"], document.get("notes", []))
 
