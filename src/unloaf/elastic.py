@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from unloaf.batchnorm import recalibrate_bn, tracking_norms
+from unloaf.engine.checkpoint import load_strictly
 from unloaf.export import export_subnet, parse_subnet
 from unloaf.saved import build_described, read_described, read_stages, understanding, write_described
 from unloaf.stages import Stage, call_model
@@ -236,7 +237,7 @@ def load_elastic(path: str | Path) -> ElasticModel:
     with understanding(file):
         stages = read_stages(fields)
         network = build_described(fields, stages)
-        network.load_state_dict(_below("network.", tensors))
+        load_strictly(network, _below("network.", tensors))
         statistics = {
             Subnet(tuple(tuple(stage) for stage in entry["keep"])): _below(f"statistics.{i}.", tensors)
             for i, entry in enumerate(fields["subnets"])

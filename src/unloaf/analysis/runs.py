@@ -14,7 +14,7 @@ from torch import nn
 
 from unloaf.analysis.choice import pareto_front
 from unloaf.analysis.costs import CostRow, gmacs, measure_subnets, measured_rounds, write_csv
-from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, load_strictly, newest_checkpoint
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.display import show_progress
 from unloaf.engine.errors import CheckpointError
@@ -200,7 +200,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None
     """Puts the weights of a checkpoint, "model" or "model_ema", into the network that its args.yaml describes."""
     # The weights alone: batch-norm statistics of several processes are merged in them, as they were when judged.
     try:
-        model.load_state_dict(checkpoint.weights[weights])
+        load_strictly(model, checkpoint.weights[weights])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{checkpoint.path} does not fit its args.yaml: {reason}") from error

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from unloaf.engine.checkpoint import Checkpoint, flush, point_to, prune_checkpoints, save_checkpoint
+from unloaf.engine.checkpoint import Checkpoint, flush, load_strictly, point_to, prune_checkpoints, save_checkpoint
 from unloaf.engine.devices import gather_statistics, put_statistics, shared_statistics
 from unloaf.engine.errors import CheckpointError
 from unloaf.engine.run_folder import RunFolder
@@ -84,10 +84,10 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
             set_model_state_dict(training.model, dict(checkpoint.weights["model"]), options=_WHOLE)
             set_optimizer_state_dict(training.model, training.optimizer.optimizer, state["optimizer"], options=_WHOLE)
         else:
-            inner_module(training.model).load_state_dict(checkpoint.weights["model"])
+            load_strictly(inner_module(training.model), checkpoint.weights["model"])
             training.optimizer.optimizer.load_state_dict(state["optimizer"])
         if training.average is not None:
-            training.average.module.load_state_dict(checkpoint.weights["model_ema"])
+            load_strictly(training.average.module, checkpoint.weights["model_ema"])
             put_statistics(training.accelerator, training.average.module, state["average_statistics"])
         put_statistics(training.accelerator, training.model, state["statistics"])
         training.method.load_state_dict(state["method"])

@@ -138,7 +138,7 @@ class _LeanBackward:
 
 @contextmanager
 def _parameters_replaced(model: nn.Module) -> Iterator[Collection[tuple[nn.Parameter, nn.Parameter]]]:
-    """Pairs of a parameter and its stand-in; stand-ins share the parameters' storage and collect the suffixes' gradients.
+    """Pairs of a parameter and its stand-in, which shares its storage and collects the suffixes' gradients.
 
     Hooks on the parameters (a gradient mask, DistributedDataParallel's reducer) run once, on the sum, in the main
     backward; a gradient is added while it is warm in the cache; a step that fails has touched no ``.grad``.
