@@ -37,6 +37,9 @@ from unloaf.evaluation import choose_subnets, evaluate_subnets  # noqa: E402
 from unloaf.stages import inner_module  # noqa: E402
 from unloaf.subnet import Subnet  # noqa: E402
 
+_TO_SET_UP = 3  # steps in which kernels are chosen and memory is found
+_FEWEST = 20  # steps that are timed, however long they take
+
 
 def train_and_judge(order: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a run: trained to its end, from wherever it was, and judged."""
@@ -112,38 +115,32 @@ def _commit() -> str | None:
 
 
 def measure(order: Mapping[str, Any]) -> dict[str, Any]:
-    """Time and FLOPs of a step of each row relative to a step of common training, over steps drawn from the whole run.
+    """Time and FLOPs of a step relative to a step of common training, over steps drawn from the whole run.
 
-    A step of common training comes right before each; the ratio is of the sums. On a CPU it is the processor time of
-    this process that counts, which other processes disturb least. What reads images and logs is left out.
+    The two take turns; the ratio is of the sums. On a CPU it is the processor time of this process that counts, which
+    other processes disturb least. What reads images and logs is left out.
     """
-    trainings = {label: prepare(_config(settings)) for label, settings in order["rows"].items()}
-    common = trainings[order["baseline"]]
+    common, training = (prepare(_config(order[name])) for name in ("baseline", "row"))
     batches = next(iter(common.batches.epoch(1)))
-    taken: dict[str, list[tuple[float, float]]] = {label: [] for label in trainings}
+    pairs: list[tuple[float, float]] = []
     draws = random.Random(0)
+    steps = [draws.randrange(training.config.epochs * training.steps_per_epoch) for _ in range(order["rounds"])]
+    for step in range(_TO_SET_UP):
+        for either in (common, training):
+            _timed(either, batches, step)
     until = time.monotonic() + order["seconds"]
-    rounds = 0
-    while rounds < order["rounds"] and (rounds < 20 or time.monotonic() < until):
-        rounds += 1
-        for label, training in trainings.items():
-            step = draws.randrange(training.config.epochs * training.steps_per_epoch)
-            pair = _timed(common, batches, step), _timed(training, batches, step)
-            if rounds > 3:  # the first ones set up kernels and memory
-                taken[label].append(pair)
-    rows = {}
-    for label, training in trainings.items():
-        ratio = sum(own for _, own in taken[label]) / sum(base for base, _ in taken[label])
-        steps = [draws.randrange(training.config.epochs * training.steps_per_epoch) for _ in range(order["draws"])]
-        plain = prepare(replace(training.config, torchcompile=False)) if training.config.torchcompile else training
-        flops = method_flops(plain.method, batches[0].x, steps)
-        spread = statistics.stdev(own / base for base, own in taken[label]) / len(taken[label]) ** 0.5
-        rows[label] = {
-            "time": 1.0 if training is common else round(ratio, 3),
-            "time_error": round(spread, 3),
-            "flops": round(flops.shared / flops.common, 3),
-        }
-    return {"rounds": rounds - 3, "rows": rows} | _origin(common.config)
+    for step in steps:
+        pairs.append((_timed(common, batches, step), _timed(training, batches, step)))
+        if len(pairs) >= _FEWEST and time.monotonic() > until:
+            break
+    plain = prepare(replace(training.config, torchcompile=False)) if training.config.torchcompile else training
+    flops = method_flops(plain.method, batches[0].x, steps[: order["draws"]])
+    return {
+        "time": round(sum(own for _, own in pairs) / sum(base for base, _ in pairs), 3),
+        "time_error": round(statistics.stdev(own / base for base, own in pairs) / len(pairs) ** 0.5, 3),
+        "flops": round(flops.shared / flops.common, 3),
+        "rounds": len(pairs),
+    } | _origin(training.config)
 
 
 def _timed(training: Training, batches: Any, step: int) -> float:

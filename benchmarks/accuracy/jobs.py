@@ -63,7 +63,7 @@ class Results:
         path = self.folder / f"{table}.json"
         return json.loads(path.read_text(encoding="utf-8"))["records"] if path.exists() else []
 
-    def costs(self, table: str) -> dict[str, dict[str, float]]:
+    def costs(self, table: str) -> dict[str, dict[str, Any]]:
         """Cost of a step of each row relative to common training, by label."""
         path = self.folder / f"{table}-cost.json"
         return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
@@ -76,6 +76,11 @@ class Results:
         records = sorted([*records, dict(record)], key=lambda r: (order.index(r["row"]), r["seed"]))
         lines = ",\n".join(json.dumps(r) for r in records)
         self.write(f"{table.name}.json", f'{{"table": "{table.name}", "records": [\n{lines}\n]}}\n')
+
+    def add_cost(self, table: Table, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes the costs of rows, a row on each line."""
+        lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(cost)}" for label, cost in rows.items())
+        self.write(f"{table.name}-cost.json", f'{{"table": "{table.name}", "rows": {{\n{lines}\n}}}}\n')
 
     def write(self, name: str, text: str) -> None:
         """Whole or not at all."""
@@ -121,7 +126,7 @@ def plan(table: Table, results: Results) -> list[Job]:
     jobs = []
     for row in table.rows:
         settings = settings_of(table, row, results)
-        cost: dict[str, float] = costs.get(row.label, {})
+        cost = {name: costs[row.label][name] for name in ("time", "flops")} if row.label in costs else {}
         if row.costs_as:
             times = max(max(costs[label]["time"], costs[label]["flops"]) for label in row.costs_as)
             epochs = math.ceil(settings["epochs"] * times)

@@ -200,7 +200,9 @@ GPU: dict[str, Any] = {
     "torchcompile": True, "eval_interval": 1000,
 }  # fmt: skip
 # What half an hour of a GPU may be enough for.
-QUICK: dict[str, Any] = GPU | {"model": "cifar/resnet18", "batch_size": 256, "epochs": 30, "warmup_epochs": 2}
+QUICK: dict[str, Any] = GPU | {
+    "model": "cifar/resnet18", "batch_size": 256, "epochs": 30, "warmup_epochs": 2, "torchcompile": False,
+}  # fmt: skip
 _ADAMW = {"opt": "adamw", "weight_decay": 0.05, "warmup_epochs": 10, "batch_size": 128}
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"model": "cifar/resnet18"},
