@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from unloaf.engine import optimizer
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.loop import Training, prepare, train_epoch
 from unloaf.engine.models import build_model
@@ -185,3 +186,19 @@ def test_layer_decay_gives_the_layers_below_smaller_rates():
 def test_layer_decay_that_has_no_effect_is_refused():
     with pytest.raises(ValueError, match="layer_decay"):
         begin(layer_decay=0.5)
+
+
+@pytest.mark.parametrize(("opt", "fused"), [("sgd", True), ("momentum", True), ("adamw", True), ("lamb", False)])
+def test_on_an_accelerator_torchs_optimizers_update_all_weights_at_once(monkeypatch, opt, fused):
+    def weights() -> torch.Tensor:
+        training = begin(method="common", opt=opt, lr=0.01)
+        assert training.optimizer.param_groups[0].get("fused") is (True if fused and chosen else None)
+        train_epoch(training)
+        return torch.cat([parameter.detach().flatten() for parameter in training.model.parameters()])
+
+    chosen = False
+    expected, decide = weights(), optimizer._fuses
+    # The choice of an accelerator, made on this machine's CPU, which has the kernels too.
+    monkeypatch.setattr(optimizer, "_fuses", lambda config, name, device: decide(config, name, torch.device("cuda")))
+    chosen = True
+    torch.testing.assert_close(weights(), expected, rtol=1e-4, atol=1e-5)
