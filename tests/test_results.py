@@ -17,7 +17,7 @@ import pytest
 from benchmarks.accuracy import job as process
 from benchmarks.accuracy import run
 from benchmarks.accuracy.jobs import MissingError, Results, best_trial, command, plan
-from benchmarks.accuracy.pages import PAGES, differences, inside, written
+from benchmarks.accuracy.pages import PAGES, accuracies, differences, inside, written
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
 from unloaf.engine.config import Config
@@ -257,6 +257,18 @@ def test_a_method_is_compared_with_the_cheapest_baseline_that_costs_as_much():
         ["| ST", "+2.0 ± 1.4", "-4.0 ± 1.4", "common training, cost of ST |"],
         ["| later", "+4.0 ± 1.4", "-4.0 ± 1.4", "common training, dear |"],
         ["| dearest", "+10.0 ± 1.4", "", " |"],
+    ]
+
+
+def test_a_table_without_costs_has_no_columns_for_them():
+    records = [record("ST", top1, seed, epochs=4, subnets={"1": 50.0, "2": 60.0}) for seed, top1 in enumerate((70, 72))]
+    records.append(record("common training", None, epochs=4, subnets={}))
+    assert accuracies(TINY, [r | {"cost_time": None, "cost_flops": None} for r in records]) == [
+        "|  | epochs | main, % | mean subnet, % | worst subnet, % | seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        # 70 and 72 have a standard deviation of the root of 2, and their mean a standard error of 1.
+        "| ST | 4 | 71.0 ± 1.0 | 55.0 ± 0.0 | 50.0 ± 0.0 | 2 |",
+        "\nDiverged: common training.",
     ]
 
 

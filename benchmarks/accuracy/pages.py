@@ -12,6 +12,7 @@ import argparse
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def accuracies(table: Table, records: Records) -> list[str]:
         subnets = [list(r["subnets"].values()) for r in found]
         cells = [label, str(found[0]["epochs"]), mean([r["top1"] for r in found])]
         cells += [mean([pick(tops) for tops in subnets]) if all(subnets) else "" for pick in (statistics.fmean, min)]
-        cells += [f"{found[0][name]:.2f}" for name in ("cost_time", "cost_flops")] * costs
+        cells += [f"{found[0][name]:.2f}" for name in ("cost_time", "cost_flops") if costs]
         lines.append([*cells, str(len(found))])
     diverged = sorted({r["row"] for r in records if r["top1"] is None})
     return [*_table(heads, lines), *[f"\nDiverged: {'; '.join(diverged)}."] * bool(diverged)]
@@ -134,7 +135,8 @@ def written(text: str, results: Results, *, links: str) -> str:
             lines = [*_VIEWS[view](table, records)]
         else:
             record = f"([records]({links}results/{name}.json))"
-            lines = [*accuracies(table, records), "", f"{about(table, records)} {record}."]
+            below = textwrap.fill(f"{about(table, records)} {record}.", 120, break_on_hyphens=False)
+            lines = [*accuracies(table, records), "", below]
         return start + "\n".join(["", *lines, "", ""]) + end
 
     return _PLACE.sub(place, text)

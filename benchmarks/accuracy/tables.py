@@ -276,7 +276,8 @@ _ALL = [
     Table(
         name="loafing-cpu",
         title="Loafing",
-        about="CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-32 of width 8, 20 epochs, 2 CPU cores",
+        about="CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-32 of width 8, 20 epochs, 2 CPU cores; "
+        "settings chosen by the trials with ResNet-20",
         common=CPU | {"model": "cifar/resnet32", "width": 8, "epochs": 20},
         rows=loafing_rows(CPU_ALONE),
         seeds=(0, 1),
