@@ -113,48 +113,42 @@ def measure(network: Network, plan: Plan, *, clock: Clock, say: Callable[[str], 
     ['common', 'st']
     """
     ready: _Measured | None = None
-    eager: list[StepTimeRow] = []
+    has_eager = False
     for mode in sorted(plan.modes, key=MODES.index):  # blocks are compiled in place: eager comes first
-        seconds = clock.share()
+        began, seconds = time.monotonic(), clock.share()
         if seconds == 0:
             say(f"{network.name}, {mode}: not begun, the time is up")
             continue
-        began = time.monotonic()
         try:
             ready = ready or _prepare(network, plan, say)
-            if mode == "compiled":
-                failure = _compile(ready)
-                if failure is not None:
-                    instead = "; its eager figures stand for both" if eager else "; eager figures instead"
-                    say(f"{network.name}: this machine cannot compile the blocks ({failure}){instead}")
-                    if eager:
-                        yield []
-                        continue
-                    ready = _prepare(network, plan, lambda line: None)
-            left = None if seconds is None else max(1.0, seconds - (time.monotonic() - began))
-            rows = step_time_rows(
-                ready.methods,
-                ready.x,
-                ready.y,
-                repeats=plan.repeats,
-                setup=ready.setup,
-                seconds=left,
-                flops=ready.flops,
-            )
+            failure = _compile(ready) if mode == "compiled" else None
+            if failure is not None:
+                instead = "its eager figures stand for both" if has_eager else "eager figures instead"
+                say(f"{network.name}: this machine cannot compile the blocks ({failure}); {instead}")
+                ready = None if has_eager else _prepare(network, plan, lambda line: None)
+            rows = [] if ready is None else _rows(ready, plan, seconds, began)
         except Exception as error:  # one network must not cost the table of the others
             say(f"{network.name}, {mode}: left out: {_line(error)}")
-            ready = None
-            _free()
-            yield []
-            continue
+            ready, rows = None, []
         late = sum(row.late_graphs for row in rows)
         if late:
             say(f"{rows[0].setup.title}: {late} graphs were compiled while the clock ran; give more --minutes")
-        if mode == "eager":
-            eager = rows
+        has_eager |= bool(rows)
         yield rows
     ready = None
     _free()
+
+
+def _rows(ready: _Measured, plan: Plan, seconds: float | None, began: float) -> list[StepTimeRow]:
+    return step_time_rows(
+        ready.methods,
+        ready.x,
+        ready.y,
+        repeats=plan.repeats,
+        setup=ready.setup,
+        seconds=None if seconds is None else max(1.0, seconds - (time.monotonic() - began)),
+        flops=ready.flops,
+    )
 
 
 def _prepare(network: Network, plan: Plan, say: Callable[[str], None]) -> _Measured:
