@@ -1,5 +1,6 @@
 """The tables of the pages, figure by figure against the records of runs; and how the study plans and continues runs."""
 
+import argparse
 import json
 import math
 import re
@@ -355,3 +356,15 @@ def test_the_command_ends_its_processes_when_it_is_told_to(tmp_path):
     study.send_signal(signal.SIGTERM)
     out, _ = study.communicate(timeout=60)
     assert (study.returncode, "give the same command again" in out) == (run.UNFINISHED, True)
+
+
+def test_a_process_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_TO_SAVE", 6)
+    options = argparse.Namespace(results=tmp_path, output=tmp_path, minutes=0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        run.Study(options)._wait([(tmp_path, process)])
+    assert process.returncode == -signal.SIGKILL

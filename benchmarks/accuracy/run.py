@@ -147,19 +147,22 @@ class Study:
             self.results.add(job.table, about)
             top1 = "diverged" if found["top1"] is None else f"{found['top1']:.2f} %"
             say(f"  {job.row.label}, seed {job.seed}: {top1}")
-        elif code not in (143, 130, -15, -2):
+        elif code not in (143, 130, -15, -2, -9):
             self.failed.append(f"{job.row.label}, seed {job.seed}: code {code}, see {folder / 'log.txt'}")
             say(f"  failed: {self.failed[-1]}")
         return True
 
     def _wait(self, running: Sequence[tuple[Path, subprocess.Popen[bytes]]]) -> None:
-        """Until they end by themselves, or the time does."""
-        told = False
+        """Until they end by themselves, or the time does: then they save, and those that take too long are killed."""
+        killed = None
         while any(process.poll() is None for _, process in running):
-            if self.over and not told:
-                told = True
+            if self.over and killed is None:
+                killed = time.monotonic() + _TO_SAVE - 5
                 for _, process in running:
-                    process.send_signal(signal.SIGTERM)
+                    process.terminate()
+            if killed is not None and time.monotonic() > killed:
+                for _, process in running:
+                    process.kill()  # what it trained since its last checkpoint is trained again
             time.sleep(0.2)
 
 
