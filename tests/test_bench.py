@@ -112,13 +112,13 @@ def test_amp_runs_the_network_in_bfloat16_and_its_gradients_in_float32():
 def test_compiled_rows_say_so_and_meet_every_graph_before_the_clock_runs(said, monkeypatch):
     compile_blocks = session.compile_blocks
     monkeypatch.setattr(session, "compile_blocks", lambda *args: compile_blocks(*args, backend="eager"))
-    eager, compiled = measured(said, modes=("eager", "compiled"), methods=("common", "st", "st++"), repeats=3)
-    assert [r.setup.compiled for r in (*eager, *compiled)] == [False] * 3 + [True] * 3
+    eager, compiled = measured(said, modes=("eager", "compiled"), methods=("common", "st++-one-side"), repeats=2)
+    assert [r.setup.compiled for r in (*eager, *compiled)] == [False] * 2 + [True] * 2
     # Block shapes of resnet14: 16 wide, 16 to 32, 32, 32 to 64, 64. The smaller images of ST++ are other sizes.
     assert {r.graphs for r in eager} == {0}
     assert len({r.graphs for r in compiled}) == 1
     assert compiled[0].graphs > 5
-    assert [r.late_graphs for r in compiled] == [0, 0, 0]
+    assert [r.late_graphs for r in compiled] == [0, 0]
     assert [r.limit for r in compiled] == pytest.approx([r.limit for r in eager])
 
 
