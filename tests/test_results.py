@@ -245,10 +245,11 @@ def test_a_method_is_compared_with_the_cheapest_baseline_that_costs_as_much():
         *TINY.rows,
         Row(label="common training, dear", settings={}, costs_as=("later",)),
         Row(label="dearest", settings={}),
+        Row(label="cheap", settings={}),
     )
-    costs = (1.0, 1.4, 2.0, 1.5, 2.0, 2.5)
+    costs = (1.0, 1.4, 2.0, 1.5, 2.0, 2.5, 0.9)
     records = [
-        record(row.label, 50.0 + 2 * number + seed, seed, cost_time=cost, cost_flops=1.0)
+        record(row.label, 50.0 + 2 * number + seed, seed, cost_time=cost, cost_flops=0.8)
         for number, (row, cost) in enumerate(zip(rows, costs, strict=True))
         for seed in (0, 2)
     ]
@@ -258,6 +259,7 @@ def test_a_method_is_compared_with_the_cheapest_baseline_that_costs_as_much():
         ["| ST", "+2.0 ± 1.4", "-4.0 ± 1.4", "common training, cost of ST |"],
         ["| later", "+4.0 ± 1.4", "-4.0 ± 1.4", "common training, dear |"],
         ["| dearest", "+10.0 ± 1.4", "", " |"],
+        ["| cheap", "+12.0 ± 1.4", "+12.0 ± 1.4", "common training |"],
     ]
 
 

@@ -62,11 +62,13 @@ def differences(table: Table, records: Records) -> list[str]:
     rows = by_row(table, records)
     equal = [row.label for row in table.rows if row.costs_as and row.label in rows]
     base = table.rows[0].label
+    if base not in rows:
+        return ["Common training is not recorded yet."]
     lines = []
     for label, found in rows.items():
         if label == base or label in equal:
             continue
-        dearer = [e for e in equal if cost(rows[e]) >= cost(found) - 0.005]
+        dearer = [e for e in (base, *equal) if cost(rows[e]) >= cost(found) - 0.005]
         against = min(dearer, key=lambda e: cost(rows[e]), default=None)
         cells = [label, over(found, rows[base]), over(found, rows[against]) if against else "", against or ""]
         lines.append(cells)
