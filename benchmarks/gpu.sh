@@ -99,7 +99,7 @@ case $slice in
     # The small sides are those that the networks take at all.
     if [ -n "$smoke" ]; then
       side=32
-      case $network in *swin*) side=56 ;; *vit*) side=64 ;; esac
+      case $network in *swin*) side=56 ;; *vit*) side=64 ;; *convnext*) side=80 ;; esac
       size=(--model "${network%@*}@$side" -b 2 --device cpu --modes eager --repeats 1 --num-subnets 1 --num-classes 10)
     else
       size=(--model "$network" -b "$batch" --device cuda --modes eager compiled --repeats 20 --minutes 7.5)
