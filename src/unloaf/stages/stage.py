@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Stage:
         """The form of the tuple that this block returns; None where it returns a tensor."""
         return self.forms[self.blocks.index(path)] if self.forms else None
 
-    @property
+    @cached_property
     def legal_depths(self) -> tuple[int, ...]:
         """Depths that an ordered subnet may keep: at least one block, and only skippable blocks dropped."""
         return tuple(k for k in range(1, self.depth + 1) if all(self.skippable[k:]))
