@@ -198,6 +198,15 @@ def test_a_table_is_not_planned_without_its_costs(tmp_path):
         plan(TINY, Results(tmp_path))
 
 
+def test_a_tier_needs_the_costs_of_its_own_rows_only(results):
+    rows = json.loads((results.folder / "tiny-cost.json").read_text(encoding="utf-8"))["rows"]
+    rows.pop("later")
+    results.write("tiny-cost.json", json.dumps({"rows": rows}))
+    assert "later" not in {job.row.label for job in plan(TINY, results, 1)}
+    with pytest.raises(MissingError, match="lacks the cost of later"):
+        plan(TINY, results)
+
+
 def test_the_best_trial_is_that_with_the_highest_accuracy():
     tops = {"lr 0.1": 60.0, "lr 0.2": 61.0, "lr 0.3": None}
     assert best_trial(TRIALS, [record(*entry) for entry in tops.items()], "st") == {"lr": 0.2}

@@ -114,17 +114,17 @@ def settings_of(table: Table, row: Row, results: Results) -> dict[str, Any]:
     return {**table.common, **tuned, **row.settings}
 
 
-def plan(table: Table, results: Results) -> list[Job]:
-    """All runs of a table, in the order in which they are to be trained: by tier, then seed, then row.
+def plan(table: Table, results: Results, tier: int | None = None) -> list[Job]:
+    """The runs of a table, up to this tier, in the order in which they are to be trained: by tier, then seed, then row.
 
     Raises:
         MissingError: trials or costs are missing.
     """
     costs = results.costs(table.name)
-    if costless := [row.label for row in to_measure(table) if row.label not in costs]:
+    if costless := [row.label for row in to_measure(table, tier) if row.label not in costs]:
         raise MissingError(f"{table.name} lacks the cost of {'; '.join(costless)}")
     jobs = []
-    for row in table.rows:
+    for row in _up_to(tier, table):
         settings = settings_of(table, row, results)
         cost = {name: costs[row.label][name] for name in ("time", "flops")} if row.label in costs else {}
         if row.costs_as:
@@ -138,11 +138,15 @@ def plan(table: Table, results: Results) -> list[Job]:
     return sorted(jobs, key=lambda job: (job.row.tier, job.seed, order.index(job.row.label)))
 
 
-def to_measure(table: Table) -> list[Row]:
+def to_measure(table: Table, tier: int | None = None) -> list[Row]:
     """Rows whose cost is measured; trials need none, and networks trained alone have no method to compare."""
     if not any(row.costs_as for row in table.rows):
         return []
-    return [row for row in table.rows if not row.costs_as]
+    return [row for row in _up_to(tier, table) if not row.costs_as]
+
+
+def _up_to(tier: int | None, table: Table) -> list[Row]:
+    return [row for row in table.rows if tier is None or row.tier <= tier]
 
 
 def described(config: Config) -> dict[str, Any]:

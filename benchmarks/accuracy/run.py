@@ -59,9 +59,11 @@ class Study:
         """Trials, costs, runs; whether all of them are there."""
         if table.trials is not None and not self.table(TABLES[table.trials]):
             return False
-        if not self._measured(table):
+        # Trials that another table needs are all needed.
+        tier = self.options.tier if table.name in self.options.named else None
+        if not self._measured(table, tier):
             return False
-        jobs = plan(table, self.results)
+        jobs = plan(table, self.results, tier)
         chosen = [job for job in jobs if self._asked(job)]
         done = {(record["row"], record["seed"]) for record in self.results.records(table.name)}
         missing = [job for job in chosen if job.key not in done]
@@ -72,16 +74,12 @@ class Study:
 
     def _asked(self, job: Job) -> bool:
         rows, seeds = self.options.rows, self.options.seeds
-        tier = self.options.tier
-        own = job.table.name in self.options.named  # trials that another table needs are all needed
-        return not own or (
-            (rows is None or job.row.label in rows)
-            and (seeds is None or job.seed in seeds)
-            and (tier is None or job.row.tier <= tier)
-        )
+        if job.table.name not in self.options.named:
+            return True
+        return (rows is None or job.row.label in rows) and (seeds is None or job.seed in seeds)
 
-    def _measured(self, table: Table) -> bool:
-        base, *rows = to_measure(table) or [table.rows[0]]
+    def _measured(self, table: Table, tier: int | None) -> bool:
+        base, *rows = to_measure(table, tier) or [table.rows[0]]
         for row in rows:
             if row.label in self.results.costs(table.name):
                 continue
