@@ -146,3 +146,18 @@ def test_an_exported_subnet_has_no_trace_of_it():
     subnet = unloaf.Subnet.from_depths(stages, (1, 2, 1))
     small = unloaf.export_subnet(model.eval(), stages, subnet, example=x)
     assert not any("forward" in module.__dict__ for module in small.modules())
+
+
+def test_compiling_afterwards_is_refused():
+    _, model, stages, _, _ = twins("resnet")
+    with pytest.raises(ValueError, match="call compile_blocks first, then checkpoint_blocks"):
+        unloaf.compile_blocks(model, stages, backend="eager")
+
+
+def test_a_forward_that_something_else_put_there_is_not_lost():
+    model, _, stages, _, _ = twins("resnet")
+    block = model.get_submodule(stages[1].blocks[1])
+    block.forward = lambda x: x
+    with pytest.raises(ValueError, match=rf"forward of block '{stages[1].blocks[1]}' was replaced by a function"):
+        unloaf.checkpoint_blocks(model, stages)
+    assert not any("forward" in model.get_submodule(path).__dict__ for path in stages[0].blocks)

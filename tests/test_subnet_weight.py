@@ -1,5 +1,6 @@
 """The weight of the subnets' losses where it changes from step to step."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,14 @@ def test_a_function_that_returns_no_weight(kind, bad):
     assert method.step == 1
     with pytest.raises(ValueError, match=rf"subnet_weight\(0\) returned {bad}"):
         build(kind, lambda step: bad)
+
+
+@every_method
+@pytest.mark.parametrize("weight", [np.float32(0.5), torch.tensor(0.5), 0.5], ids=["numpy", "torch", "python"])
+def test_a_number_of_any_library_is_a_weight(kind, weight):
+    assert build(kind, weight).subnet_weight == 0.5
+    with pytest.raises(ValueError, match=r"subnet_weight is '0\.5'; give a finite number"):
+        build(kind, "0.5")
 
 
 @every_method

@@ -22,7 +22,8 @@ def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
 
     Each application of a block costs one more forward pass of it. What passes share stays shared: a block's output is
     recorded as before, and no block is computed anew because a subnet branches off behind it. The second computation
-    leaves running statistics alone and repeats the dropout of the first. A ``copy.deepcopy`` does the same.
+    leaves running statistics alone and repeats the dropout of the first. A ``copy.deepcopy`` does the same. Blocks that
+    run as their residual branch alone (`RawSampler`) keep all.
 
     Args:
         model: its blocks get a ``forward`` of their own; class, parameters and keys stay. Compile first
@@ -30,7 +31,7 @@ def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
         stages: from `find_stages`.
 
     Raises:
-        ValueError: stages of another model.
+        ValueError: stages of another model, or a block whose ``forward`` something else has replaced.
 
     Source: Chen et al. 2016; torch.utils.checkpoint.
 
@@ -41,14 +42,21 @@ def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
     >>> unloaf.checkpoint_blocks(model, stages)
     >>> out = unloaf.StimulativeTraining(model, stages).backward(x, torch.tensor([1, 4]))
     """
-    for block in check_stages(inner_module(model), stages).values():
-        # Bound as a method, so that the block of a copy runs on the copy's parameters.
-        function = getattr(block.forward, "__func__", type(block).forward)
+    blocks = check_stages(inner_module(model), stages)
+    forwards: dict[str, Any] = {path: block.forward for path, block in blocks.items()}
+    for path, forward in forwards.items():
+        if not isinstance(forward, MethodType):
+            raise ValueError(
+                f"the forward of block {path!r} was replaced by a {type(forward).__name__}; "
+                "take it off (hooks of accelerate: remove_hook_from_module) and call checkpoint_blocks again"
+            )
+    for path, block in blocks.items():
+        function = forwards[path].__func__
         if not hasattr(function, "unloaf_recomputes"):
+            # Bound as a method, so that the block of a copy runs on the copy's parameters.
             block.__dict__["forward"] = MethodType(_recomputing(function), block)
 
 
-@functools.cache
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

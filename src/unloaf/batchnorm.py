@@ -32,7 +32,8 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Passes inside normalise with their batch's statistics, as in training, but leave the running ones alone.
 
     They move buffers of the same shape that stand in for the model's: so a norm does the same with and without, and a
-    compiled block needs no second graph. Modules in eval mode keep using their running statistics.
+    compiled block needs no second graph; a ``state_dict`` taken inside holds them. Modules in eval mode keep using
+    their running statistics.
     """
     held = [(norm, dict(norm._buffers)) for norm in tracking_norms(model) if norm.training]
     try:

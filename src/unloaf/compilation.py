@@ -37,7 +37,7 @@ def compile_blocks(
         mode: of torch.compile.
 
     Raises:
-        ValueError: stages of another model, or a model inside `active_subnet`.
+        ValueError: stages of another model, or blocks that `checkpoint_blocks` was called for before.
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
@@ -51,6 +51,9 @@ def compile_blocks(
     compiled = functools.cache(lambda kind: torch.compile(kind.forward, backend=backend, mode=mode))
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
+    for block in blocks.values():
+        if hasattr(getattr(block.forward, "__func__", None), "unloaf_recomputes"):
+            raise ValueError("the blocks are checkpointed already; call compile_blocks first, then checkpoint_blocks")
     for block in blocks.values():
         # Bound as a method, so that the block of a copy runs on the copy's parameters.
         block.__dict__["forward"] = MethodType(compiled(type(block)), block)

@@ -202,3 +202,42 @@ def test_on_an_accelerator_torchs_optimizers_update_all_weights_at_once(monkeypa
     monkeypatch.setattr(optimizer, "_fuses", lambda config, name, device: decide(config, name, torch.device("cuda")))
     chosen = True
     torch.testing.assert_close(weights(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_float16_is_not_fused_because_its_overflows_must_be_noticed():
+    settings = tiny.config(method="common", amp=True, amp_dtype="float16")
+    assert not optimizer._fuses(settings, "sgd", torch.device("cuda"))
+    assert optimizer._fuses(tiny.config(method="common", amp=True), "sgd", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_resumed_optimizer_keeps_its_kernel_and_the_strides_of_its_weights(opt, fused):
+    """Checkpoints hold contiguous tensors; fused kernels take others for what they are not."""
+    training = begin(method="common", opt=opt, channels_last=True)
+    train_epoch(training)
+    inner = training.optimizer.optimizer
+    state = _contiguous(inner.state_dict())
+    if "fused" not in state["param_groups"][0]:
+        fused = None
+    for group in state["param_groups"]:
+        group.update({"fused": fused} if "fused" in group else {})  # as another device chose it
+    fresh = begin(method="common", opt=opt, channels_last=True).optimizer.optimizer
+    optimizer.load_optimizer(fresh, state)
+    assert fresh.param_groups[0].get("fused") is None
+    compared = 0
+    for parameter, expected in zip(fresh.param_groups[0]["params"], inner.param_groups[0]["params"], strict=True):
+        for name, value in fresh.state[parameter].items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                assert value.stride() == parameter.stride()
+                assert torch.equal(value, inner.state[expected][name])
+                compared += value.ndim == 4 and not value.is_contiguous()
+    assert compared > 0
+
+
+def _contiguous(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.contiguous().clone()
+    if isinstance(value, dict):
+        return {key: _contiguous(entry) for key, entry in value.items()}
+    return [_contiguous(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -97,3 +97,11 @@ def test_a_method_without_a_run_has_no_schedule():
     network = tiny.network()
     with pytest.raises(ValueError, match="build_method needs steps_per_epoch"):
         build_method(Config(subnet_interval=2), network, ())
+
+
+def test_a_schedule_without_a_step_that_trains_subnets_is_refused():
+    assert sum(weights(epochs=2, subnet_interval=8)) == 1
+    with pytest.raises(ValueError, match=r"subnet_interval 9: the 8 steps .* give a smaller one"):
+        weights(epochs=2, subnet_interval=9)
+    with pytest.raises(ValueError, match="subnet_interval 8: the 4 steps"):  # the 8th step is behind them
+        weights(epochs=2, subnet_interval=8, subnet_off_epoch=2)

@@ -115,12 +115,19 @@ def _weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) 
         return config.subnet_weight
     if steps_per_epoch is None:
         raise ValueError("the subnets' weight changes over the run: build_method needs steps_per_epoch")
+    first = (on - 1) * steps_per_epoch
+    stop = (min(off - 1, config.epochs) if off else config.epochs) * steps_per_epoch
+    if first // config.subnet_interval == stop // config.subnet_interval:  # no last step of a group among them
+        raise ValueError(
+            f"subnet_interval {config.subnet_interval}: the {stop - first} steps that may train subnets end before; "
+            "give a smaller one, or --method common"
+        )
     return SubnetSchedule(
         peak=config.subnet_weight,
         shape=config.subnet_schedule,
         interval=config.subnet_interval,
-        first=(on - 1) * steps_per_epoch,
-        stop=(min(off - 1, config.epochs) if off else config.epochs) * steps_per_epoch,
+        first=first,
+        stop=stop,
         batches=batches_per_step,
     )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, adaptive_clip_grad
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unloaf.engine.config import Config
@@ -49,9 +50,32 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
 
 
 def _fuses(config: Config, name: str, device: torch.device) -> bool:
-    """Whether torch updates all weights in one kernel. On a CPU, where there is less to gain, the bits would change."""
-    fused = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-    return device.type != "cpu" and not config.fsdp and get_optimizer_class(name, bind_defaults=False) in fused
+    """Whether torch updates all weights in one kernel.
+
+    Not on a CPU, where there is less to gain and the bits would change; not in float16, where accelerate could not tell
+    any more which steps overflowed.
+    """
+    if device.type == "cpu" or config.fsdp or (config.amp and config.amp_dtype == "float16"):
+        return False
+    return get_optimizer_class(name, bind_defaults=False) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """``optimizer.load_state_dict``, for a state that was saved on another device or in another memory format.
+
+    The choice of kernel stays the optimizer's own, and its tensors get the strides of their weights, which fused
+    kernels rely on: CUDA's refuse others, the CPU's give wrong weights.
+    """
+    own = [group.get("fused") for group in optimizer.param_groups]
+    groups = [
+        saved | {"fused": fused} if "fused" in saved else saved
+        for saved, fused in zip(state["param_groups"], own, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def build_schedule(config: Config, optimizer: Optimizer, *, steps_per_epoch: int) -> Any:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from unloaf.engine.checkpoint import Checkpoint, flush, load_strictly, point_to, prune_checkpoints, save_checkpoint
 from unloaf.engine.devices import gather_statistics, put_statistics, shared_statistics
 from unloaf.engine.errors import CheckpointError
+from unloaf.engine.optimizer import load_optimizer
 from unloaf.engine.run_folder import RunFolder
 from unloaf.engine.training import Training, check_weights
 from unloaf.stages import inner_module
@@ -85,7 +86,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
             set_optimizer_state_dict(training.model, training.optimizer.optimizer, state["optimizer"], options=_WHOLE)
         else:
             load_strictly(inner_module(training.model), checkpoint.weights["model"])
-            training.optimizer.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(training.optimizer.optimizer, state["optimizer"])
         if training.average is not None:
             load_strictly(training.average.module, checkpoint.weights["model_ema"])
             put_statistics(training.accelerator, training.average.module, state["average_statistics"])

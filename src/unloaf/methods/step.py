@@ -267,9 +267,12 @@ class SubnetTraining(TrainingMethod):
 
 
 def _checked_weight(weight: float, found: str) -> float:
-    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"{found} {weight}; give a finite number, 0 or above")
-    return weight
+    try:
+        if math.isfinite(weight) and weight >= 0:
+            return float(weight)
+    except TypeError:  # no number
+        pass
+    raise ValueError(f"{found} {weight!r}; give a finite number, 0 or above")
 
 
 def check_count(name: str, value: int) -> int:
