@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every CUDA figure of docs/performance.md, in slices of at most nine minutes each.
+# Every CUDA figure of docs/performance.md, in slices of at most nine minutes each: what measures is ended after 8.5
+# minutes and killed after 8.75, then its figures are checked.
 #
 #   benchmarks/gpu.sh --list                                  the slices
 #   benchmarks/gpu.sh SLICE OUT [--data-dir DIR] [--smoke]    measure one; leaves log, JSON, CSV and checks in OUT/SLICE
@@ -7,9 +8,11 @@
 #   benchmarks/gpu.sh --summary OUT                           all that was measured, against the bars; OUT/checks.json
 #
 # Slices are independent of each other. One that is complete is shown, not measured again: remove OUT/SLICE for that.
+# One in which a method or a mode is missing is not complete.
 # DIR holds cifar-100-python; without it the throughput is that of a generated set of the same shape. --smoke runs the same
 # code with tiny sizes on the CPU; its figures mean nothing. PYTHON names another interpreter.
 set -euo pipefail
+self=$(realpath "$0")
 
 # slice                   network                                 batch  memory format    methods
 SLICES="
@@ -36,7 +39,7 @@ SHARED="stochastic-depth st st-inter-stage gkt"
 SMALLER="st++-one-side st++"
 
 usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$self"
   exit "${1:-0}"
 }
 
@@ -62,7 +65,9 @@ while [ $# -gt 0 ]; do
 done
 [ ${#words[@]} -eq 2 ] || usage 2
 slice=${words[0]} out=$(realpath -m "${words[1]}")
-cd "$(dirname "$(realpath "$0")")/.."
+# Of a path that is relative to where we are now; links stay, an environment is found through them.
+case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
+cd "$(dirname "$self")/.."
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python
   if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; fi
@@ -74,7 +79,7 @@ if [ "$slice" = --summary ]; then
 fi
 if [ "$slice" = all ]; then
   for each in $(names); do
-    "$0" "$each" "$out" ${data[@]+"${data[@]}"} ${smoke:+--smoke} || echo "gpu.sh: $each did not end well, going on" >&2
+    "$self" "$each" "$out" ${data[@]+"${data[@]}"} ${smoke:+--smoke} || echo "gpu.sh: $each did not end well, going on" >&2
   done
   exec "$PYTHON" benchmarks/gpu_checks.py summary "$out"
 fi
@@ -88,6 +93,8 @@ if [ -s "$folder/checks.json" ]; then
   exec "$PYTHON" benchmarks/gpu_checks.py show "$folder"
 fi
 mkdir -p "$folder"
+# What an earlier try left behind is not what this one measures.
+(cd "$folder" && rm -f step_time.json step_time.csv step_time.svg throughput.json overhead.json checks-partial.json)
 
 case $slice in
   throughput)
@@ -111,7 +118,7 @@ case $slice in
 esac
 
 status=0
-timeout --signal=INT --kill-after=15 525 "${command[@]}" 2>&1 | tee "$folder/log.txt" || status=$?
+timeout --signal=INT --kill-after=15 510 "${command[@]}" 2>&1 | tee "$folder/log.txt" || status=$?
 # What was written before a fault or the end of the time counts, but the slice is not complete.
 "$PYTHON" benchmarks/gpu_checks.py check "$slice" "$folder" || exit $((status ? status : 1))
 if [ "$status" -ne 0 ]; then
@@ -119,4 +126,3 @@ if [ "$status" -ne 0 ]; then
   echo "$slice: not complete, it ended with code $status; see $folder/log.txt" >&2
   exit "$status"
 fi
-rm -f "$folder/checks-partial.json"

@@ -104,7 +104,9 @@ def published_input(library: str, name: str, model: nn.Module, entry: Mapping[st
     if entry["input"] == "tokens":
         return {"input_ids": torch.zeros(1, 128, dtype=torch.long, device="meta")}
     if library == "timm":
-        side = timm.get_pretrained_cfg(name).input_size[-1]
+        pretrained = timm.get_pretrained_cfg(name)
+        assert pretrained is not None
+        side = pretrained.input_size[-1]
     else:
         side = getattr(getattr(model, "config", None), "image_size", 224)
         side = side[-1] if isinstance(side, (tuple, list)) else side

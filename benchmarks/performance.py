@@ -35,6 +35,7 @@ class Record(NamedTuple):
     rows: list[StepTimeRow]
     environment: Mapping[str, Any]
     notes: Sequence[str]
+    settings: Mapping[str, Any]
 
 
 def records() -> list[Record]:
@@ -49,14 +50,15 @@ def read(path: Path) -> Record:
     names = {"network": "model", "device": "device", "rounds": "repeats"} | dict.fromkeys(("input_size", "batch_size"))
     old = {name: settings.get(of or name) for name, of in names.items()}
     rows = [_row(entry if "network" in entry else old | entry) for entry in document["rows"]]
-    return Record(path.name, rows, document["environment"], document.get("notes", []))
+    return Record(path.name, rows, document["environment"], document.get("notes", []), settings)
 
 
 def _row(entry: Mapping[str, Any]) -> StepTimeRow:
     of_setup = {field.name for field in fields(Setup)}
     setup = Setup(**{name: value for name, value in entry.items() if name in of_setup})
     figures = {name: value for name, value in entry.items() if name not in of_setup}
-    return StepTimeRow(**figures | {"spread": tuple(figures["spread"])}, setup=setup)
+    figures["spread"] = tuple(figures["spread"])
+    return StepTimeRow(**figures, setup=setup)
 
 
 def tables(found: Sequence[Record]) -> str:

@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000, help="of the generated set")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args()
+    if not (options.smoke or torch.cuda.is_available()):
+        parser.error("no CUDA device here; --smoke runs it tiny on the CPU")
     if options.smoke:
         options.batch_size, options.epochs, options.images, options.data_dir = [50], 2, 200, None
     options.output.mkdir(parents=True, exist_ok=True)

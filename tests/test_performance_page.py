@@ -25,6 +25,11 @@ def test_every_measured_time_stands_in_the_table_of_its_record(path: Path):
     assert stated == [(method, *(f"{number:.2f}" for number in numbers)) for method, *numbers in figures]
 
 
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_no_record_names_a_path_of_a_machine(path: Path):
+    assert not re.search(r'["\s](/|[A-Z]:\\)\w', path.read_text(encoding="utf-8"))
+
+
 def test_picture_has_every_time_of_the_fullest_records():
     picture = (ROOT / "docs" / "results" / "step-time-cpu.svg").read_text(encoding="utf-8")
     record = ROOT / "docs" / "results" / "step-time-resnet50-64px-batch32.json"

@@ -64,7 +64,9 @@ def tops(name: str, row: str) -> np.ndarray:
 def test_a_table_states_its_records(name, view, body):
     if not (RESULTS / f"{name}.json").exists():
         assert body.startswith("Not run yet: ")
-        assert f"run.py {name} " in body
+        words = ["python", "benchmarks/accuracy/run.py", name]
+        words += [] if name == "digits" else ["--data-dir", "DIR"]
+        assert re.findall("`(.*)`", body) == [" ".join(words)]
         return
     rows = parsed(body)
     assert rows or view
@@ -367,6 +369,20 @@ def test_the_command_ends_its_processes_when_it_is_told_to(tmp_path):
     study.send_signal(signal.SIGTERM)
     out, _ = study.communicate(timeout=60)
     assert (study.returncode, "give the same command again" in out) == (run.UNFINISHED, True)
+
+
+def test_a_cost_that_cannot_be_measured_is_a_failure(tmp_path, results, monkeypatch, capsys):
+    rows = json.loads((results.folder / "tiny-cost.json").read_text(encoding="utf-8"))["rows"]
+    rows.pop("ST")
+    results.write("tiny-cost.json", json.dumps({"rows": rows}))
+    monkeypatch.setitem(TABLES, "tiny", TINY)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run.Study, "_start", lambda *_: subprocess.Popen([sys.executable, "-c", "raise SystemExit(9)"]))
+    assert run.main(["tiny", "--output", str(tmp_path / "out"), "--results", str(results.folder)]) == 1
+    out = capsys.readouterr().out
+    log = tmp_path / "out" / "jobs" / "tiny" / "cost" / "log.txt"
+    assert f"failed: cost of ST: code 9, see {log}\n" in out
+    assert "give the same command again" not in out
 
 
 def test_a_process_that_does_not_end_is_killed(tmp_path, monkeypatch):

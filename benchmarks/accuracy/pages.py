@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md anew, from the records in docs/results.
+"""Writes the tables of docs/results.md anew, from the records in docs/results; of README.md too, if it has markers.
 
     python benchmarks/accuracy/pages.py [--check]
 
@@ -116,13 +116,16 @@ def about(table: Table, records: Records) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     days = [pick(r["date"] for r in records) for pick in (min, max)]
     when = " to ".join(dict.fromkeys(days))
-    files = "" if first["settings"].get("dataset") is None else " --data-dir DIR"
     split = {"test": "test", "val": "validation"}[table.split]
     return (
         f"{table.about}. Top-1 on the {split} images, mean and standard error over seeds. "
         f"{first['hardware']}, {first['threads']} thread a run; {versions}; {when}. "
-        f"`python benchmarks/accuracy/run.py {table.name}{files}`"
+        f"`{_command(table.name, table.common['dataset'])}`"
     )
+
+
+def _command(name: str, dataset: str) -> str:
+    return f"python benchmarks/accuracy/run.py {name}" + " --data-dir DIR" * (dataset != "digits")
 
 
 def written(text: str, results: Results, *, links: str) -> str:
@@ -132,7 +135,7 @@ def written(text: str, results: Results, *, links: str) -> str:
         start, name, view, end = match.groups()
         table, records = TABLES[name], results.records(name)
         if not records:
-            return f"{start}Not run yet: `python benchmarks/accuracy/run.py {name} --data-dir DIR`.\n{end}"
+            return f"{start}Not run yet: `{_command(name, table.common['dataset'])}`.\n{end}"
         if view is not None:
             lines = [*_VIEWS[view](table, records)]
         else:

@@ -5,7 +5,8 @@
 TABLE is a table of tables.py or a group of them: gpu, cpu, cifar100-gpu. What a table needs comes first: the trials
 that choose its settings on validation images, and the costs that set the epochs at equal cost. Each run is a process of
 its own with one thread. At the end of --minutes, at Ctrl-C and at SIGTERM runs save a checkpoint and the command ends
-with code 3; given again, it goes on. Code 0: all is there. Records go to --results, one file for each table.
+with code 3; given again, it goes on. Code 0: all is there; 1: a run or a cost failed, its log is named. Records go to
+--results, one file for each table.
 """
 
 from __future__ import annotations
@@ -96,11 +97,14 @@ class Study:
             "seconds": self.options.cost_seconds, "draws": 100,
         }  # fmt: skip
         folder = self.output / "jobs" / table.name / "cost"
-        self._wait([(folder, self._start(folder, order))])
+        process = self._start(folder, order)
+        self._wait([(folder, process)])
         found = read(folder / "result.json")
         if found is not None:
             own = {base.label: {"time": 1.0, "flops": 1.0}}
             self.results.add_cost(table, own | self.results.costs(table.name) | {row.label: found})
+        elif not self.over:
+            self._fail(f"cost of {row.label}", process.returncode, folder)
         return found is not None
 
     def _files(self, table: Table) -> str | None:
@@ -146,9 +150,12 @@ class Study:
             top1 = "diverged" if found["top1"] is None else f"{found['top1']:.2f} %"
             say(f"  {job.row.label}, seed {job.seed}: {top1}")
         elif code not in (143, 130, -15, -2, -9):
-            self.failed.append(f"{job.row.label}, seed {job.seed}: code {code}, see {folder / 'log.txt'}")
-            say(f"  failed: {self.failed[-1]}")
+            self._fail(f"{job.row.label}, seed {job.seed}", code, folder)
         return True
+
+    def _fail(self, what: str, code: int, folder: Path) -> None:
+        self.failed.append(f"{what}: code {code}, see {folder / 'log.txt'}")
+        say(f"  failed: {self.failed[-1]}")
 
     def _wait(self, running: Sequence[tuple[Path, subprocess.Popen[bytes]]]) -> None:
         """Until they end by themselves, or the time does: then they save, and those that take too long are killed."""
@@ -179,7 +186,7 @@ def say(line: str) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """0 when all is trained, 3 when something is left, 1 when runs failed."""
+    """0 when all is trained, 3 when something is left, 1 when something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", choices=[*TABLES, *GROUPS], metavar="TABLE")
     parser.add_argument("--data-dir", help="folder of cifar-100-python")
@@ -207,7 +214,10 @@ def main(words: Sequence[str] | None = None) -> int:
         except MissingError as error:
             say(f"{name}: {error}")
             left = True
-    say("all there" if not left else "not all there yet: give the same command again")
+    if study.failed:
+        say(f"not all there: {len(study.failed)} failed, see above")
+    else:
+        say("all there" if not left else "not all there yet: give the same command again")
     return 1 if study.failed else UNFINISHED if left else 0
 
 
