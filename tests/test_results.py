@@ -385,6 +385,17 @@ def test_a_cost_that_cannot_be_measured_is_a_failure(tmp_path, results, monkeypa
     assert "give the same command again" not in out
 
 
+def test_a_run_that_the_system_killed_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    study = run.Study(argparse.Namespace(results=tmp_path, output=tmp_path, minutes=None))
+    job = plan(TABLES["cifar100-cpu-trials"], Results(tmp_path))[0]
+    for code, failures in ((-15, 0), (-9, 1)):
+        with subprocess.Popen([sys.executable, "-c", f"import os; os.kill(os.getpid(), {-code})"]) as process:
+            process.wait()
+        assert study._ended(job, tmp_path, process)
+        assert len(study.failed) == failures
+
+
 def test_a_process_that_does_not_end_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_TO_SAVE", 6)
     options = argparse.Namespace(results=tmp_path, output=tmp_path, minutes=0)

@@ -149,7 +149,7 @@ class Study:
             self.results.add(job.table, about)
             top1 = "diverged" if found["top1"] is None else f"{found['top1']:.2f} %"
             say(f"  {job.row.label}, seed {job.seed}: {top1}")
-        elif code not in (143, 130, -15, -2, -9):
+        elif not self.over and code not in (143, 130, -15, -2):  # -9 is a lack of memory
             self._fail(f"{job.row.label}, seed {job.seed}", code, folder)
         return True
 
