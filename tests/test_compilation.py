@@ -81,3 +81,29 @@ def test_copy_of_a_compiled_model_runs_on_its_own_parameters(network, counted):
             parameter.zero_()
     assert torch.equal(copied(x), before)
     assert not torch.equal(model.eval()(x), before)
+
+
+def test_where_the_compiler_fails_blocks_run_as_they_are_and_it_is_said_once(network):
+    model, stages, x, y = network
+    eager = copy.deepcopy(model)
+    calls = []
+
+    def broken(graph, inputs):
+        calls.append(graph)
+        raise OSError("no compiler here")
+
+    torch._dynamo.reset()
+    unloaf.compile_blocks(model, stages, backend=broken)
+    with pytest.warns(UserWarning, match=r"blocks of class \w+ run without torch.compile.*no compiler here") as told:
+        plus(model, stages).backward(x, y)
+    assert len(told) == len(calls) == 1  # one class of blocks, and not for each block or pass
+    plus(eager, stages).backward(x, y)
+    assert torch.equal(gradients(model), gradients(eager))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
+
+
+def test_an_error_of_the_block_itself_is_not_the_compilers(network, counted):
+    model, stages, x, _ = network
+    unloaf.compile_blocks(model, stages, backend=counted[0])
+    with pytest.raises(RuntimeError, match="channels"):
+        model.get_submodule(stages[1].blocks[1])(x)

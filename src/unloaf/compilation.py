@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -28,7 +29,7 @@ def compile_blocks(
 
     Compiled as a whole, a model is compiled anew for each subnet. Compiled block by block there is at most one graph
     for each distinct shape of a block and each size of the input, however many subnets are drawn. A ``copy.deepcopy``
-    of the model is compiled too.
+    of the model is compiled too. Where the compiler fails, blocks of that class run as they are, with a warning.
 
     Args:
         model: its blocks get a ``forward`` of their own; class, parameters and keys stay.
@@ -48,7 +49,7 @@ def compile_blocks(
     torch.Size([2, 1000])
     """
     blocks = check_stages(inner_module(model), stages)
-    compiled = functools.cache(lambda kind: torch.compile(kind.forward, backend=backend, mode=mode))
+    compiled = functools.cache(lambda kind: _compiled_or_not(kind, backend, mode))
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
     for block in blocks.values():
@@ -57,3 +58,27 @@ def compile_blocks(
     for block in blocks.values():
         # Bound as a method, so that the block of a copy runs on the copy's parameters.
         block.__dict__["forward"] = MethodType(compiled(type(block)), block)
+
+
+def _compiled_or_not(kind: type[nn.Module], backend: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+    forward: Callable[..., Any] = kind.forward
+    chosen = compiled = torch.compile(forward, backend=backend, mode=mode)
+
+    def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(block, *args, **kwargs)
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException  # a second that only those pay who compile
+
+            # Of the compiler, before anything was computed.
+            if chosen is not compiled or not isinstance(error, TorchDynamoException):
+                raise
+            output = forward(block, *args, **kwargs)  # raises what is an error of the block itself
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"blocks of class {kind.__name__} run without torch.compile: {reason}", stacklevel=2)
+            chosen = forward
+            return output
+
+    run.__dict__["unloaf_compiles"] = True
+    return run

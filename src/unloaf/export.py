@@ -109,7 +109,7 @@ def _eager_copy(model: nn.Module, stages: Sequence[Stage]) -> nn.Module:
     copied = copy.deepcopy(model)
     for block in check_stages(copied, stages).values():
         function = getattr(block.__dict__.get("forward"), "__func__", None)
-        if hasattr(function, "_torchdynamo_orig_callable") or hasattr(function, "unloaf_recomputes"):
+        if hasattr(function, "unloaf_compiles") or hasattr(function, "unloaf_recomputes"):
             del block.__dict__["forward"]
     return copied
 

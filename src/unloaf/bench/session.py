@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -196,8 +197,10 @@ def _compile(ready: _Measured) -> str | None:
     """Compiles the blocks; a line if the machine cannot."""
     torch._dynamo.utils.counters.clear()
     try:
-        compile_blocks(ready.model, ready.stages)
-        run_step(ready.methods["common"], ready.x, ready.y, 0, dtype=ready.setup.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="blocks of class .* run without torch.compile")
+            compile_blocks(ready.model, ready.stages)
+            run_step(ready.methods["common"], ready.x, ready.y, 0, dtype=ready.setup.dtype)
     except Exception as error:  # of the compiler: there is no end to their kinds
         return _line(error)
     if not compiled_graphs():
