@@ -75,7 +75,7 @@ def _compiled_or_not(kind: type[nn.Module], backend: str | Callable[..., Any], m
             if chosen is not compiled or not isinstance(error, TorchDynamoException):
                 raise
             output = forward(block, *args, **kwargs)  # raises what is an error of the block itself
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:200]
             warnings.warn(f"blocks of class {kind.__name__} run without torch.compile: {reason}", stacklevel=2)
             chosen = forward
             return output
