@@ -65,6 +65,8 @@ def trial_rows(lrs: tuple[float, float], decays: tuple[float, float], methods: S
 
 
 ST: dict[str, Any] = {"method": "st"}
+# ST whose subnets have no weight is common training, here with the cross-entropy of ST++.
+NORMALISED: dict[str, Any] = {"method": "st", "subnet_weight": 0.0, "main_logits": "direction", "eps": 1.0}
 KL_MINUS: dict[str, Any] = {"subnet_loss": "kl-", "eps": 1.0}
 # Away from ImageNet: eps tames the directions of small logits, and six losses weigh about one together.
 STPP: dict[str, Any] = {"method": "st++", "eps": 1.0, "min_ratio": 0.5, "per": "step"}
@@ -96,6 +98,7 @@ def combinations(half: int) -> tuple[Row, ...]:
         st(label="ST, weight falling", settings={"subnet_schedule": "falling"}, tier=2),
         st(label="ST, weight rising", settings={"subnet_schedule": "rising"}, tier=2),
         Row(label="GKT with KL-", tuned="gkt", settings=KL_MINUS, tier=2),
+        Row(label="common training on normalised logits", tuned="common", settings=NORMALISED, tier=2),
         st(label="ST, second half only", settings={"subnet_on_epoch": half + 1}, tier=3),
         st(label="ST, first half only", settings={"subnet_off_epoch": half + 1}, tier=3),
         st(label="ST, smaller inputs", settings={"subnet_inputs": "smaller", "min_ratio": 0.5}, tier=3),
