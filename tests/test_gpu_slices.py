@@ -160,7 +160,7 @@ def test_records_of_a_slice_name_no_path_of_the_machine(tmp_path, monkeypatch, c
     folder = tmp_path / "swin-tiny"
     words = ["--model", "timm/vit_small_patch16_224@224", "--data-dir", "/srv/images", "--output", str(folder)]
     monkeypatch.setattr(sys, "argv", ["/opt/bin/unloaf", "bench", "step", *words])
-    note = f"gkt left out: OSError: no /root/.cache/model.bin; see https://host/a/b and {folder}/log.txt"
+    note = f"gkt left out: OSError: no /srv/model.bin; see https://host/a/b and {folder}/log.txt"
     write_rows(folder, [row(m, relative=1.0, seconds=1.0) for m in ("common", "st")], asked("st"), notes=[note])
     gpu_checks.main(["check", "swin-tiny", str(folder)])
     written = json.loads((folder / "step_time.json").read_text(encoding="utf-8"))

@@ -64,7 +64,7 @@ def tops(name: str, row: str) -> np.ndarray:
 def test_a_table_states_its_records(name, view, body):
     if not (RESULTS / f"{name}.json").exists():
         assert body.startswith("Not run yet: ")
-        words = ["python", "benchmarks/accuracy/run.py", name]
+        words = ["python", "-m", "benchmarks.accuracy.run", name]
         words += [] if name == "digits" else ["--data-dir", "DIR"]
         assert re.findall("`(.*)`", body) == [" ".join(words)]
         return
@@ -361,8 +361,10 @@ def test_a_table_trained_in_slices_is_the_table_trained_at_once(tmp_path, result
 
 
 def test_the_command_ends_its_processes_when_it_is_told_to(tmp_path):
-    words = [sys.executable, str(ROOT / "benchmarks/accuracy/run.py"), "digits", "--output", str(tmp_path / "out")]
-    study = subprocess.Popen([*words, "--results", str(tmp_path / "results")], stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "benchmarks.accuracy.run", "digits", "--output", str(tmp_path / "out")]
+    study = subprocess.Popen(
+        [*words, "--results", str(tmp_path / "results")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert study.stdout is not None
     assert "cost of stochastic depth" in study.stdout.readline()
     time.sleep(0.5)

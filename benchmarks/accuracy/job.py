@@ -19,23 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.accuracy.jobs import command, described
 from rich.console import Console
 
+from unloaf.analysis.flops import method_flops
+from unloaf.analysis.runs import checkpoint_of, load_weights
+from unloaf.engine.config import Config
+from unloaf.engine.environment import environment
+from unloaf.engine.errors import NonFiniteLossError, StoppedError
+from unloaf.engine.loop import Training, prepare, train_step
+from unloaf.engine.train import train
+from unloaf.evaluation import choose_subnets, evaluate_subnets
+from unloaf.stages import inner_module
+from unloaf.subnet import Subnet
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.accuracy.jobs import command, described  # noqa: E402
-
-from unloaf.analysis.flops import method_flops  # noqa: E402
-from unloaf.analysis.runs import checkpoint_of, load_weights  # noqa: E402
-from unloaf.engine.config import Config  # noqa: E402
-from unloaf.engine.environment import environment  # noqa: E402
-from unloaf.engine.errors import NonFiniteLossError, StoppedError  # noqa: E402
-from unloaf.engine.loop import Training, prepare, train_step  # noqa: E402
-from unloaf.engine.train import train  # noqa: E402
-from unloaf.evaluation import choose_subnets, evaluate_subnets  # noqa: E402
-from unloaf.stages import inner_module  # noqa: E402
-from unloaf.subnet import Subnet  # noqa: E402
 
 _TO_SET_UP = 3  # steps in which kernels are chosen and memory is found
 _FEWEST = 20  # steps that are timed, however long they take

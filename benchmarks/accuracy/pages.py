@@ -1,6 +1,6 @@
 """Writes the tables of docs/results.md anew, from the records in docs/results; of README.md too, if it has markers.
 
-    python benchmarks/accuracy/pages.py [--check]
+    python -m benchmarks.accuracy.pages [--check]
 
 A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with
 "differences" or "inside" after it for those views of it. --check only says whether the pages are up to date.
@@ -17,11 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from benchmarks.accuracy.jobs import Results
+from benchmarks.accuracy.tables import TABLES, Table
 
-from benchmarks.accuracy.jobs import Results  # noqa: E402
-from benchmarks.accuracy.tables import TABLES, Table  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 Records = Sequence[Mapping[str, Any]]
 PAGES = ("README.md", "docs/results.md")
@@ -125,7 +124,7 @@ def about(table: Table, records: Records) -> str:
 
 
 def _command(name: str, dataset: str) -> str:
-    return f"python benchmarks/accuracy/run.py {name}" + " --data-dir DIR" * (dataset != "digits")
+    return f"python -m benchmarks.accuracy.run {name}" + " --data-dir DIR" * (dataset != "digits")
 
 
 def written(text: str, results: Results, *, links: str) -> str:

@@ -1,6 +1,6 @@
 """Trains the runs of a table that are missing, continues those that were cut short, and records those that end.
 
-    python benchmarks/accuracy/run.py TABLE... --data-dir DIR [--output DIR] [--jobs N] [--minutes M]
+    python -m benchmarks.accuracy.run TABLE... --data-dir DIR [--output DIR] [--jobs N] [--minutes M]
 
 TABLE is a table of tables.py or a group of them: gpu, cpu, cifar100-gpu. What a table needs comes first: the trials
 that choose its settings on validation images, and the costs that set the epochs at equal cost. Each run is a process of
@@ -23,13 +23,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.jobs import Job, MissingError, Results, plan, settings_of, to_measure
+from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
+
+from unloaf.engine.config import Config
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.accuracy.jobs import Job, MissingError, Results, plan, settings_of, to_measure  # noqa: E402
-from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table  # noqa: E402
-
-from unloaf.engine.config import Config  # noqa: E402
 
 UNFINISHED = 3
 _TO_SAVE = 30  # seconds before the end of the time in which runs write their checkpoints
@@ -114,7 +113,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         order |= {"threads": 1, "result": str(folder / "result.json")}
         (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
-        words = [sys.executable, str(Path(__file__).with_name("job.py")), str(folder / "order.json")]
+        words = [sys.executable, "-m", "benchmarks.accuracy.job", str(folder / "order.json")]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(words, env=environment, stdout=log, stderr=log)
