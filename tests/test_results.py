@@ -361,10 +361,9 @@ def test_a_table_trained_in_slices_is_the_table_trained_at_once(tmp_path, result
 
 
 def test_the_command_ends_its_processes_when_it_is_told_to(tmp_path):
-    words = [sys.executable, "-m", "benchmarks.accuracy.run", "digits", "--output", str(tmp_path / "out")]
-    study = subprocess.Popen(
-        [*words, "--results", str(tmp_path / "results")], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    words = [sys.executable, "-m", "benchmarks.accuracy.run", "digits"]
+    words += ["--output", str(tmp_path / "out"), "--results", str(tmp_path / "results")]
+    study = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert study.stdout is not None
     assert "cost of stochastic depth" in study.stdout.readline()
     time.sleep(0.5)
