@@ -119,7 +119,17 @@ def test_card_says_what_it_is_and_how_it_is_loaded(cifar, tmp_path):
     assert "1-2-1" in str(result)
 
 
-@pytest.mark.parametrize(("run", "depths", "arguments"), [("resnet", "1,2,1,1", "layers"), ("vit", "3", "depth")])
+@pytest.fixture(scope="module")
+def narrow_vit(tmp_path_factory):
+    words = ("patch_size=8", "embed_dim=48", "depth=4", "num_heads=3")
+    settings = {"model": "timm/vit_tiny_patch16_224", "img_size": 32, "model_kwargs": words}
+    return train_run(tmp_path_factory.mktemp("runs"), "narrow-vit", **settings)
+
+
+@pytest.mark.parametrize(
+    ("run", "depths", "arguments"),
+    [("resnet", "1,2,1,1", "layers"), ("vit", "3", "depth"), ("narrow_vit", "3", "depth")],
+)
 def test_timm_alone_reloads_its_form(run, depths, arguments, tmp_path, request):
     result = export_run(request.getfixturevalue(run), depths=depths, format="timm", output=tmp_path / "small", **CPU)
     config = json.loads((result.folder / "config.json").read_text())

@@ -77,6 +77,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "st++": STPP,
     "gkt": {"method": "gkt"},
 }
+# A ViT has one stage, and one size of input.
+VIT_METHODS = METHODS | {"st++": STPP | {"sampler": "ordered", "subnet_inputs": "same"}}
 WEIGHTS = {"st": (1.0, 0.5), "st++": (0.17, 0.5), "gkt": (0.17, 0.5)}
 
 HEADLINE = (
@@ -118,6 +120,16 @@ CPU: dict[str, Any] = {
 }  # fmt: skip
 _SMALL = (
     "CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-20 of width 16, batch 64, SGD with cosine, 2 CPU cores"
+)
+
+CPU_VIT: dict[str, Any] = {
+    "dataset": "cifar100", "train_images": 10_000, "img_size": 16, "model": "timm/vit_tiny_patch16_224",
+    "model_kwargs": ("patch_size=4", "embed_dim=64", "depth=8", "num_heads=2"), "opt": "adamw", "weight_decay": 0.05,
+    "batch_size": 64, "epochs": 30, "warmup_epochs": 3, "device_data": True, "device": "cpu", "eval_interval": 1000,
+}  # fmt: skip
+_SMALL_VIT = (
+    "CIFAR-100 shrunk to 16 px, 10,000 training images, ViT of 8 blocks, 64 channels and patches of 4 px, batch 64, "
+    "AdamW with cosine, 2 CPU cores"
 )
 
 # --- one factor at a time
@@ -207,12 +219,13 @@ QUICK: dict[str, Any] = GPU | {
     "model": "cifar/resnet18", "batch_size": 256, "epochs": 30, "warmup_epochs": 2, "torchcompile": False,
 }  # fmt: skip
 _ADAMW = {"opt": "adamw", "weight_decay": 0.05, "warmup_epochs": 10, "batch_size": 128}
+_VIT = {"model": "timm/vit_tiny_patch16_224", "model_kwargs": ("patch_size=4",)} | _ADAMW
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"model": "cifar/resnet18"},
     "resnet50": {"model": "cifar/resnet50"},
     "resnet56": {"model": "cifar/resnet56"},
     "mobilenetv3": {"model": "timm/mobilenetv3_large_100", "img_size": 128},
-    "vit": {"model": "timm/vit_tiny_patch16_224", "img_size": 128} | _ADAMW,
+    "vit": _VIT,
 }
 
 
@@ -220,9 +233,8 @@ def gpu_tables(network: str) -> tuple[Table, Table]:
     """The table of a network and the trials that give its settings."""
     settings, vit = GPU | NETWORKS[network], network == "vit"
     methods = METHODS
-    if vit:  # there is one stage, and one size of input
-        whole = {"sampler": "ordered", "subnet_inputs": "same"}
-        methods = METHODS | {"st++": STPP | whole}
+    if vit:
+        methods = VIT_METHODS
     lrs, decays = ((1e-3, 5e-4), (0.05, 0.1)) if vit else ((0.1, 0.05), (5e-4, 1e-3))
     trials = Table(
         name=f"cifar100-gpu-{network}-trials",
@@ -267,6 +279,23 @@ _ALL = [
         common=CPU | {"train_images": 5_000, "epochs": 40},
         rows=HEADLINE + combinations(20),
         trials="cifar100-cpu-trials",
+    ),
+    Table(
+        name="cifar100-cpu-vit-trials",
+        title="Trials for the ViT",
+        about=f"{_SMALL_VIT}; 10 epochs, one seed, judged on 5,000 validation images",
+        common=CPU_VIT | {"epochs": 10, "warmup_epochs": 1},
+        rows=trial_rows((1e-3, 5e-4), (0.05, 0.1), VIT_METHODS),
+        seeds=(0,),
+        split="val",
+    ),
+    Table(
+        name="cifar100-cpu-vit",
+        title="A small ViT on CIFAR-100, as large as two CPU cores allow",
+        about=f"{_SMALL_VIT}; 30 epochs",
+        common=CPU_VIT,
+        rows=HEADLINE,
+        trials="cifar100-cpu-vit-trials",
     ),
     Table(
         name="digits",
@@ -340,5 +369,5 @@ TABLES: dict[str, Table] = {table.name: table for table in _ALL}
 GROUPS: dict[str, tuple[str, ...]] = {
     "cifar100-gpu": tuple(f"cifar100-gpu-{network}" for network in NETWORKS),
     "gpu": ("cifar100-gpu-quick", *(f"cifar100-gpu-{network}" for network in NETWORKS), "loafing-gpu", "readings-gpu"),
-    "cpu": ("digits", "cifar100-cpu", "loafing-cpu", "readings-cpu"),
+    "cpu": ("digits", "cifar100-cpu", "cifar100-cpu-vit", "loafing-cpu", "readings-cpu"),
 }

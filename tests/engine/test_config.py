@@ -31,6 +31,11 @@ from unloaf.engine.config import Config, dump_config, load_config
         ({"warmup_epochs": 30}, "warmup_epochs 30 leaves none of the 30 epochs; give at most 29"),
         ({"dataset": "cifar10"}, "dataset 'cifar10' is read from files: give --data-dir"),
         ({"output": None}, "output None: give a text"),
+        ({"model_kwargs": ("depth",)}, "model_kwargs 'depth' is not of the form name=value"),
+        ({"model_kwargs": ("depth=3", "depth=4")}, "model_kwargs 'depth=4' comes twice"),
+        ({"model_kwargs": ("depth={3}",)}, "model_kwargs 'depth={3}': give a number, a text, True, False, None or a"),
+        ({"model_kwargs": ("depth=1e999",)}, "model_kwargs 'depth=1e999': give a number"),
+        ({"model_kwargs": ("act_layer=\x00",)}, "model_kwargs 'act_layer=\\x00': give a text without control"),
     ],
 )
 def test_illegal_value_is_answered_with_what_is_legal(entries, message):
@@ -56,11 +61,37 @@ def test_file_error_names_the_file_and_the_remedy(tmp_path, text, message):
         load_config(path)
 
 
-@pytest.mark.parametrize("config", [Config(), Config(method="gkt", lr=1e-5, amplitude=2.5, name="a: b", img_size=48)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(method="gkt", lr=1e-5, amplitude=2.5, name="a: b", img_size=48),
+        Config(model_kwargs=("depth=3", "act_layer=silu")),
+    ],
+)
 def test_file_reads_back_to_an_equal_value(tmp_path, config):
     path = tmp_path / "args.yaml"
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("n=4", 4),
+        ("n=-1e-6", -1e-6),
+        ("n=True", True),
+        ("n=(2, 2)", (2, 2)),
+        ("n=gelu", "gelu"),
+        ("n=a=b", "a=b"),
+        ("n=", ""),
+        ("n=" + "(" * 240, "(" * 240),
+        ("n=9**9", "9**9"),
+        ("n=open('x')", "open('x')"),
+    ],
+)
+def test_model_kwargs_are_literals_or_text(word, value):
+    assert Config(model_kwargs=(word,)).model_arguments == {"n": value}
 
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just("auto"))

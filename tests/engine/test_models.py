@@ -64,6 +64,32 @@ def test_timm_and_torchvision_models(name, kwargs, shape):
     assert model(torch.zeros(shape)).shape == (2, 7)
 
 
+def test_timm_model_takes_arguments_of_its_class():
+    """Parameters by hand: patches, class token, positions, blocks of 12 d^2 + 13 d, last norm, head."""
+    arguments = {"patch_size": 4, "embed_dim": 64, "depth": 5, "num_heads": 2}
+    model = build_model("timm/vit_tiny_patch16_224", num_classes=7, img_size=16, model_kwargs=arguments)
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
+    patches, positions, blocks = 64 * 48 + 64, 64 + 17 * 64, 5 * (12 * 64**2 + 13 * 64)
+    assert parameters(model) == patches + positions + blocks + 2 * 64 + 7 * 65
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("timm/vit_tiny_patch16_224", {"img_size": 16}, "model_kwargs img_size: give --img-size instead"),
+        ("timm/vit_tiny_patch16_224", {"checkpoint_path": "x.pth"}, "checkpoint_path: give --initial-checkpoint"),
+        ("timm/vit_tiny_patch16_224", {"pretrained_cfg": "x"}, "pretrained_cfg: give arguments of the model's class"),
+        ("timm/vit_tiny_patch16_224", {"layers": 3}, "unexpected keyword argument 'layers'"),
+        ("timm/vit_tiny_patch16_224", {"num_heads": 0}, "model timm/vit_tiny_patch16_224: "),
+        ("timm/vit_tiny_patch16_224", {"norm_layer": "none-such"}, "model timm/vit_tiny_patch16_224: "),
+        ("cifar/resnet20", {"depth": 3}, "takes no depth; give a timm/ model, or leave out --model-kwargs"),
+    ],
+)
+def test_arguments_that_a_model_does_not_take_are_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, num_classes=7, model_kwargs=arguments)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def build_model(
     pretrained: bool = False,
     drop: float = 0.0,
     drop_path: float = 0.0,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Builds a classifier; its weights come from torch's global generator.
 
@@ -41,6 +43,8 @@ def build_model(
         pretrained: load the published weights; the only case that uses the network.
         drop: dropout rate before the head, timm models only.
         drop_path: rate of the model's own stochastic depth, timm models only.
+        model_kwargs: further arguments of the model's class, timm models only; an ``img_size`` among them
+            would contradict the one above, and is refused like others that have a name here.
 
     Raises:
         ValueError: no model, or more than one, has this name, or it cannot be built so.
@@ -51,6 +55,8 @@ def build_model(
     family, bare = _resolve(name)
     rates = {rate: value for rate, value in {"drop_rate": drop, "drop_path_rate": drop_path}.items() if value}
     try:
+        if model_kwargs and family != "timm":
+            raise ValueError(f"takes no {', '.join(model_kwargs)}; give a timm/ model, or leave out --model-kwargs")
         if rates and family != "timm":
             raise ValueError(f"takes no {' or '.join(rates)}; give a timm/ model, or leave out --drop and --drop-path")
         if family == "cifar":
@@ -64,11 +70,11 @@ def build_model(
                 bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained
             )
         if family == "timm":
-            return _timm(
-                bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained, **rates
-            )
+            _check_kwargs(model_kwargs or {})
+            own = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained}
+            return _timm(bare, img_size=img_size, **own, **rates, **(model_kwargs or {}))
         return _torchvision(bare, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"model {family}/{bare}: {error}") from error
 
 
@@ -126,17 +132,29 @@ def _cifar(name: str, *, num_classes: int, in_chans: int, width: int) -> nn.Modu
     return model
 
 
-def _timm(
-    name: str, *, num_classes: int, in_chans: int, img_size: int | None, pretrained: bool, **rates: float
-) -> nn.Module:
+_OTHER_FLAGS = {
+    "num_classes": "--num-classes", "in_chans": "--dataset", "img_size": "--img-size", "drop_rate": "--drop",
+    "drop_path_rate": "--drop-path", "checkpoint_path": "--initial-checkpoint",
+}  # fmt: skip
+
+
+def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what has a setting of its own, and for what makes timm read files or no classifier."""
+    for name in kwargs:
+        if name in _OTHER_FLAGS:
+            raise ValueError(f"model_kwargs {name}: give {_OTHER_FLAGS[name]} instead")
+        if name.startswith("pretrained") or name in ("model_name", "cache_dir", "features_only", "scriptable"):
+            raise ValueError(f"model_kwargs {name}: give arguments of the model's class alone, such as depth=9")
+
+
+def _timm(name: str, *, img_size: int | None, **arguments: Any) -> nn.Module:
     import timm
     from timm.models import get_pretrained_cfg
 
     published = get_pretrained_cfg(name)
-    extra: dict[str, Any] = dict(rates)
     if published is not None and published.fixed_input_size:
-        extra["img_size"] = img_size
-    return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **extra)
+        arguments["img_size"] = img_size
+    return timm.create_model(name, **arguments)
 
 
 def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:

@@ -251,6 +251,7 @@ def _build(config: Config, data: Data) -> nn.Module:
         pretrained=config.pretrained,
         drop=config.drop,
         drop_path=config.drop_path,
+        model_kwargs=config.model_arguments,
     )
 
 

@@ -115,6 +115,7 @@ def _timm_twin(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[st
     arguments: dict[str, Any] = {key: settings[key] for key in ("num_classes", "in_chans")}
     if published.get("fixed_input_size"):
         arguments["img_size"] = settings["img_size"]
+    arguments |= opened.config.model_arguments
     kinds = {type(opened.network.get_submodule(path)) for s in opened.training.stages for path in s.blocks}
     twin, depths = timm_twin(
         network, kinds, name, arguments, same=lambda twin: _difference("timm", opened, network, twin)

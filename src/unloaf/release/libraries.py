@@ -54,7 +54,7 @@ def timm_twin(
     for keyword, depths in {"layers": counts, "depths": counts, "depth": single}.items():
         try:
             with torch.random.fork_rng(devices=[]), quiet():
-                twin: nn.Module = timm.create_model(name, **arguments, **{keyword: depths}).eval()
+                twin: nn.Module = timm.create_model(name, **{**arguments, keyword: depths}).eval()
             twin.load_state_dict(dense.state_dict())
             same(twin)
             return twin, {keyword: depths}

@@ -60,6 +60,8 @@ class OpenedRun:
         config, data = self.config, self.training.data
         settings = {"name": config.model, "num_classes": data.num_classes, "in_chans": data.in_chans}
         settings |= {"img_size": data.img_size, "width": config.width}
+        if config.model_kwargs:
+            settings["model_kwargs"] = config.model_arguments
         if config.model.startswith("hf/"):
             settings["config"] = transformers_config(self.network)
         return settings

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
 import reprlib
 import types
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -86,8 +88,9 @@ def check_types(config: Config) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         _check_type(name, value, hint)
-        if isinstance(value, str):
-            _check_text(name, value)
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                _check_text(name, text)
 
 
 def check_ranges(config: Config) -> None:
@@ -120,6 +123,8 @@ def check_together(config: Config) -> None:
         raise ValueError("global_batch_size sets grad_accum_steps; give one of the two")
     if config.mixes_images and config.batch_size % 2:
         raise ValueError(f"batch_size {config.batch_size}: mixup and cutmix pair images; give an even number")
+    if config.model_kwargs:
+        keyword_arguments("model_kwargs", config.model_kwargs)
     if config.device_data:
         _check_device_data(config)
     if config.fsdp and config.model_ema:
@@ -138,6 +143,34 @@ def _check_device_data(config: Config) -> None:
         raise ValueError(f"device_data augments in batches, which {', '.join(used)} cannot; give --workers instead")
     if config.workers:
         raise ValueError(f"workers {config.workers}: with device_data there is nothing to read; leave --workers out")
+
+
+def keyword_arguments(setting: str, words: Sequence[str]) -> dict[str, Any]:
+    """Words of the form name=value as a mapping, values read as Python literals, else as text (timm's `ParseKwargs`).
+
+    Raises:
+        ValueError: a word has no name, a name comes twice, or a value is neither a number nor a text nor a list.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier() or name in found:
+            fault = "comes twice" if name in found else "is not of the form name=value"
+            raise ValueError(f"{setting} {brief(word)} {fault}; give each argument once, as in depth=9")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            found[name] = text
+        if not _is_plain(found[name]):
+            raise ValueError(f"{setting} {brief(word)}: give a number, a text, True, False, None or a list of those")
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has it: arguments are written into the description of an exported subnet."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 _AUGMENTATIONS = ("original", "originalr", "v0", "v0r", "3a", "trivial", "uniform")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from unloaf.engine.config.checks import check_ranges, check_together, check_types
+from unloaf.engine.config.checks import check_ranges, check_together, check_types, keyword_arguments
 
 Dataset = Literal["digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "hf", "webdataset"]
 Method = Literal["common", "stochastic-depth", "st", "st++", "gkt"]
@@ -104,6 +104,8 @@ class Config:
     """cifar/resnet{20,32,56,110,...}, cifar/resnet18, cifar/resnet50, timm/NAME, tv/NAME or hf/NAME."""
     width: int = 16
     """Channels of the first stage of cifar/resnet{6n+2}; ignored by every other model."""
+    model_kwargs: tuple[str, ...] = ()
+    """Further arguments of a timm model, such as patch_size=4 depth=9."""
     pretrained: bool = False
     """Start from the published weights (needs the network once)."""
     initial_checkpoint: str | None = None
@@ -258,6 +260,15 @@ class Config:
         defaults = {"common": 0, "stochastic-depth": 0, "st": 1, "st++": 6}
         default = defaults[self.method]
         return default if self.num_subnets is None or default == 0 else self.num_subnets
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """`model_kwargs` by name, values read as Python literals.
+
+        >>> Config(model="timm/resnet10t", model_kwargs=("stem_width=16", "act_layer=silu")).model_arguments
+        {'stem_width': 16, 'act_layer': 'silu'}
+        """
+        return keyword_arguments("model_kwargs", self.model_kwargs)
 
     def accumulation(self, devices: int) -> int:
         """Batches per optimizer step on each of so many devices.
