@@ -153,13 +153,13 @@ def _train(words: list[str]) -> int:
     if asked.print_config:
         print(dump_config(asked.config), end="")
         return 0
-    # Only the first process of a run owns its folder; it is opened before torch is loaded, so that a folder that
-    # cannot be written is known at once.
+    # Only the first process of a run owns its folder, opened before torch is loaded: a bad one is known at once.
     first = os.environ.get("RANK", "0") == "0"
     folder = open_run(asked.config, resume=asked.resume) if first else None
+    from unloaf.engine.display import RunConsole
     from unloaf.engine.train import train
 
-    result = train(asked.config, folder=folder, console=Console(stderr=True))
+    result = train(asked.config, folder=folder, console=RunConsole())
     if folder is not None:
         test = result.test
         print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")
