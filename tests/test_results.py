@@ -97,6 +97,8 @@ def test_differences_are_those_of_the_means(name, view, body):
             pairs.append((row["over common training, at least its cost"], row["which"]))
             cost = max(found[0]["cost_time"], found[0]["cost_flops"])
             assert records_of(name, row["which"])[0]["cost_time"] >= cost - 0.01
+        if row["over ST"]:
+            pairs.append((row["over ST"], "ST"))
         for cell, base in pairs:
             mine, theirs = tops(name, row[""]), tops(name, base)
             text = f"{mine.mean() - theirs.mean():+.1f}"
@@ -114,6 +116,19 @@ def test_subnets_inside_and_alone_are_those_of_the_records(name, view, body):
         for head, cell in row.items():
             found = records_of(name, head.removeprefix("inside "))
             assert cell == stated([r["top1"] if depths == "the whole" else r["subnets"][depths] for r in found])
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/reproduction.md"])
+def test_a_figure_with_its_error_in_the_text_stands_in_a_table(page):
+    """Every "1.7 ± 0.2" of a sentence; a minus or plus of a difference counts, so -0.2 is not 0.2."""
+    figure = r"(?<![\d.])[+-]?\d+\.\d ± \d+\.\d"
+    lines = [line for name in PAGES for line in (ROOT / name).read_text("utf-8").splitlines() if line.startswith("|")]
+    in_tables = {found.lstrip("+") for found in re.findall(figure, " ".join(lines))}
+    text = " ".join(line for line in (ROOT / page).read_text("utf-8").splitlines() if not line.startswith("|"))
+    if page == "README.md":  # before it, the demo, whose earlier tries have no records
+        text = text[text.index("## What it is worth so far") :]
+    assert re.search(figure, text)
+    assert [found for found in re.findall(figure, text) if found.lstrip("+") not in in_tables] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -267,10 +282,10 @@ def test_a_method_is_compared_with_the_cheapest_baseline_that_costs_as_much():
     lines = [line.split(" | ") for line in differences(replace(TINY, rows=rows), records)[2:]]
     # Two seeds two points apart: each mean has a standard error of 1, their difference of the root of 2.
     assert lines == [
-        ["| ST", "+2.0 ± 1.4", "-4.0 ± 1.4", "common training, cost of ST |"],
-        ["| later", "+4.0 ± 1.4", "-4.0 ± 1.4", "common training, dear |"],
-        ["| dearest", "+10.0 ± 1.4", "", " |"],
-        ["| cheap", "+12.0 ± 1.4", "+12.0 ± 1.4", "common training |"],
+        ["| ST", "+2.0 ± 1.4", "-4.0 ± 1.4", "common training, cost of ST", " |"],
+        ["| later", "+4.0 ± 1.4", "-4.0 ± 1.4", "common training, dear", "+2.0 ± 1.4 |"],
+        ["| dearest", "+10.0 ± 1.4", "", "", "+8.0 ± 1.4 |"],
+        ["| cheap", "+12.0 ± 1.4", "+12.0 ± 1.4", "common training", "+10.0 ± 1.4 |"],
     ]
 
 

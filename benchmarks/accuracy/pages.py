@@ -57,7 +57,7 @@ def accuracies(table: Table, records: Records) -> list[str]:
 
 
 def differences(table: Table, records: Records) -> list[str]:
-    """Points of each row's main network over common training: at equal epochs, and at its cost or more."""
+    """Points of each row's main network over common training, at equal epochs and at its cost or more, and over ST."""
     rows = by_row(table, records)
     equal = [row.label for row in table.rows if row.costs_as and row.label in rows]
     base = table.rows[0].label
@@ -70,8 +70,9 @@ def differences(table: Table, records: Records) -> list[str]:
         dearer = [e for e in (base, *equal) if cost(rows[e]) >= cost(found) - 0.005]
         against = min(dearer, key=lambda e: cost(rows[e]), default=None)
         cells = [label, over(found, rows[base]), over(found, rows[against]) if against else "", against or ""]
-        lines.append(cells)
-    return _table(["", "over common training, same epochs", "over common training, at least its cost", "which"], lines)
+        lines.append([*cells, over(found, rows["ST"]) if "ST" in rows and label != "ST" else ""])
+    heads = ["over common training, same epochs", "over common training, at least its cost", "which", "over ST"]
+    return _table(["", *heads], lines)
 
 
 def cost(records: Records) -> float:
