@@ -111,6 +111,25 @@ def combinations(half: int) -> tuple[Row, ...]:
     )
 
 
+def part_rows() -> tuple[Row, ...]:
+    """ST++ with one part taken away or made cheaper, and common training at the cost of each kind."""
+    stpp = partial(Row, tuned="st++")
+    common = partial(Row, tuned="common")
+    return (
+        common(label="common training"),
+        stpp(label="ST++"),
+        stpp(label="ST++, 2 subnets", settings={"num_subnets": 2, "subnet_weight": 0.5}),
+        stpp(label="ST++, 1 subnet", settings={"num_subnets": 1, "subnet_weight": 1.0}),
+        stpp(label="ST++, every 2nd step", settings={"subnet_interval": 2}),
+        stpp(label="ST++ without smaller inputs", settings={"subnet_inputs": "same"}),
+        stpp(label="ST++ without KL-", settings={"subnet_loss": "kl", "main_logits": "raw"}),
+        stpp(label="ST++ without inter-stage sampling", settings={"sampler": "ordered"}),
+        common(label="common training, cost of ST++, 1 subnet", costs_as=("ST++, 1 subnet",)),
+        common(label="common training, cost of ST++, 2 subnets", costs_as=("ST++, 2 subnets",)),
+        common(label="common training, cost of ST++", costs_as=("ST++",)),
+    )
+
+
 # --- CIFAR-100 on two CPU cores
 
 CPU: dict[str, Any] = {
@@ -278,6 +297,17 @@ _ALL = [
         about=f"{_SMALL.replace('10,000', '5,000')}; 40 epochs",
         common=CPU | {"train_images": 5_000, "epochs": 40},
         rows=HEADLINE + combinations(20),
+        trials="cifar100-cpu-trials",
+    ),
+    Table(
+        name="parts-cpu",
+        title="ST++ part by part",
+        about=f"{_SMALL.replace('10,000', '5,000')}; 40 epochs, judged on 5,000 validation images",
+        common=CPU | {"train_images": 5_000, "epochs": 40},
+        rows=part_rows(),
+        seeds=(0, 1),
+        split="val",
+        subnets=8,
         trials="cifar100-cpu-trials",
     ),
     Table(
