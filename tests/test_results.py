@@ -248,7 +248,7 @@ def test_settings_of_a_table_are_settings(table):
 @pytest.mark.parametrize("table", [table for table in TABLES.values() if table.name.endswith("-trials")])
 def test_every_method_has_the_same_number_of_trials(table):
     methods = [row.tuned for row in table.rows]
-    assert {methods.count(method) for method in methods} == {3}
+    assert {methods.count(method) for method in methods} in ({3}, {4})
     assert {row.settings["method"] for row in table.rows} == set(methods)
 
 

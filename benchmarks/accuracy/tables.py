@@ -52,15 +52,23 @@ class Table:
 # --- what is compared
 
 
-def trial_rows(lrs: tuple[float, float], decays: tuple[float, float], methods: Settings) -> tuple[Row, ...]:
-    """Three trials for each method: the usual settings, the other learning rate, another value of its own setting."""
+def trial_rows(
+    lrs: tuple[float, float], decays: tuple[float, float], methods: Settings, *, fourth: bool = False
+) -> tuple[Row, ...]:
+    """Three trials for each method: the usual settings, the other learning rate, another value of its own setting.
+
+    A fourth one has the other weight decay, which is the own setting of common training: there both are the other.
+    """
     own = {"common": ("weight_decay", decays), "stochastic-depth": ("final_survival", (0.8, 0.5))}
     rows = []
     for method, settings in methods.items():
         name, values = own[method] if method in own else ("subnet_weight", WEIGHTS[method])
-        for lr, value in ((lrs[0], values[0]), (lrs[1], values[0]), (lrs[0], values[1])):
-            label = f"{method}, lr {lr:g}, {name} {value:g}"
-            rows.append(Row(label=label, tuned=method, settings=dict(settings) | {"lr": lr, name: value}))
+        trials = [{"lr": lrs[0], name: values[0]}, {"lr": lrs[1], name: values[0]}, {"lr": lrs[0], name: values[1]}]
+        if fourth:
+            trials.append({"lr": lrs[method == "common"], name: values[0], "weight_decay": decays[1]})
+        for trial in trials:
+            words = [method, *(f"{key} {value:g}" for key, value in trial.items())]
+            rows.append(Row(label=", ".join(words), tuned=method, settings=dict(settings) | trial))
     return tuple(rows)
 
 
@@ -304,7 +312,7 @@ _ALL = [
         title="Trials with fewer images",
         about=f"{_SMALL.replace('10,000', '2,500')}; 40 epochs, one seed, judged on 5,000 validation images",
         common=CPU | {"train_images": 2_500, "epochs": 40},
-        rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS),
+        rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS, fourth=True),
         seeds=(0,),
         split="val",
         subnets=8,
