@@ -21,7 +21,7 @@ from rich.table import Table
 from unloaf import __version__
 from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Export, Inspect, Report, Subnets, parse, parse_train
 from unloaf.engine.config import dump_config
-from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError
+from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError, in_one_line
 from unloaf.engine.run_folder import open_run
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 2 if error.errno in _BAD_PATHS else 1
         return _fail(error, code=code, debug=debug, text=str(error) + "; --debug shows where" * (code == 1))
     except Exception as error:
-        return _fail(error, code=1, debug=debug, text=f"{_named(error)}; --debug shows where")
+        return _fail(error, code=1, debug=debug, text=f"{in_one_line(error)}; --debug shows where")
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -118,12 +118,6 @@ def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = No
     message = " ".join((text or str(error)).split())
     print(f"unloaf: error: {message}", file=sys.stderr)
     return code
-
-
-def _named(error: Exception) -> str:
-    """Class and first line of an error nobody expected: a C++ compiler's filled a thousand lines."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first[:300]}"
 
 
 def _run(words: list[str]) -> int:

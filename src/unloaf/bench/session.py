@@ -14,6 +14,7 @@ from unloaf.analysis.quick_flops import QuickCounter
 from unloaf.analysis.step_time import Setup, StepTimeRow, compiled_graphs, flop_counter, run_step, step_time_rows
 from unloaf.bench.networks import Network, build_network, smaller_inputs
 from unloaf.compilation import compile_blocks
+from unloaf.engine.errors import in_one_line
 from unloaf.methods import (
     CommonTraining,
     GroupKnowledgeTraining,
@@ -129,7 +130,7 @@ def measure(network: Network, plan: Plan, *, clock: Clock, say: Callable[[str], 
                 ready = None if has_eager else _prepare(network, plan, lambda line: None)
             rows = [] if ready is None else _rows(ready, plan, seconds, began)
         except Exception as error:  # one network must not cost the table of the others
-            say(f"{network.name}, {mode}: left out: {_line(error)}")
+            say(f"{network.name}, {mode}: left out: {in_one_line(error)}")
             ready, rows = None, []
         late = sum(row.late_graphs for row in rows)
         if late:
@@ -181,7 +182,7 @@ def _prepare(network: Network, plan: Plan, say: Callable[[str], None]) -> _Measu
         except Exception as error:  # one method must not cost the table of the others
             if label == "common":
                 raise
-            say(f"{network.name}: {label} left out: {_line(error)}")
+            say(f"{network.name}: {label} left out: {in_one_line(error)}")
             _free()
         else:
             methods[label] = method
@@ -202,17 +203,11 @@ def _compile(ready: _Measured) -> str | None:
             compile_blocks(ready.model, ready.stages)
             run_step(ready.methods["common"], ready.x, ready.y, 0, dtype=ready.setup.dtype)
     except Exception as error:  # of the compiler: there is no end to their kinds
-        return _line(error)
+        return in_one_line(error)
     if not compiled_graphs():
         return "no graph came of it"
     ready.setup = replace(ready.setup, compiled=True)
     return None
-
-
-def _line(error: Exception) -> str:
-    """Kind and first line of an error, of a ValueError its words alone."""
-    first = next(iter(str(error).strip().splitlines()), "")[:200]
-    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
 
 
 def _free() -> None:

@@ -39,3 +39,13 @@ class StoppedError(Exception):
     def __init__(self, message: str, *, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+def in_one_line(error: Exception) -> str:
+    """Class and first line of an error, of a ValueError its words alone; a C++ compiler's filled a thousand lines.
+
+    >>> in_one_line(KeyError("layer4"))
+    "KeyError: 'layer4'"
+    """
+    first = next(iter(str(error).strip().splitlines()), "")[:300]
+    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
