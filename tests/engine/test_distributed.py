@@ -67,13 +67,16 @@ class Block(nn.Module):
 
 
 class Small(nn.Module):
-    """Two stages of three blocks. Sends its own process a SIGTERM when it is called for the ``stop_at``-th time."""
+    """Two stages of three blocks. Sends its own process a SIGTERM when it is called for the ``stop_at``-th time.
 
-    def __init__(self, norm="group", dtype=torch.float32, stop_at=None):
+    Calls are counted in training, or with ``stop_in`` False in evaluation, but for those that look for blocks.
+    """
+
+    def __init__(self, norm="group", dtype=torch.float32, stop_at=None, stop_in=True):
         super().__init__()
         torch.manual_seed(0)
         norm = NORMS[norm]
-        self.calls, self.stop_at = 0, stop_at
+        self.calls, self.stop_at, self.stop_in = 0, stop_at, stop_in
         self.stem = nn.Conv2d(1, 4, 3, padding=1, bias=False)
         self.first = nn.Sequential(*(Block(4, 4, norm) for _ in range(3)))
         self.second = nn.Sequential(Block(4, 8, norm), *(Block(8, 8, norm) for _ in range(2)))
@@ -81,7 +84,7 @@ class Small(nn.Module):
         self.to(dtype)
 
     def forward(self, x):
-        self.calls += self.training
+        self.calls += self.training == self.stop_in and len(x) > 2
         if self.calls == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         x = self.stem(x.to(self.stem.weight.dtype))
@@ -258,6 +261,26 @@ def stopped_and_resumed(rank, folder, config, **network):
     return {"code": code}
 
 
+def stopped_in_validation(rank, folder):
+    """How many of 25 batches of the first validation are judged if rank 1 is interrupted in the third."""
+    console = Console(file=io.StringIO())
+    config = replace(CONFIG, method="common", output=str(folder), epochs=2)
+    validated = replace(data(), val=images(400, seed=1))
+    train(replace(config, name="whole"), console=console, data=validated, model=Small("batch"))
+    model = Small("batch", stop_at=3 if rank == 1 else None, stop_in=False)
+    try:
+        train(replace(config, name="parts"), console=console, data=validated, model=model)
+    except StoppedError as error:
+        code = error.code
+    else:
+        code = None
+    dist.barrier()  # the first rank has written it
+    step = load_checkpoint(folder / "parts" / "last").step
+    dist.barrier()
+    train(replace(config, name="parts"), resume="auto", console=console, data=validated, model=Small("batch"))
+    return {"code": code, "judged": model.calls if rank == 1 else None, "step": step}
+
+
 def listening(process):
     """Addresses and ports on which a process waits for others."""
     return [(c.laddr.ip, c.laddr.port) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
@@ -276,6 +299,7 @@ def work(rank, folder, port):
         **{f"counted {method}": lambda method=method: counted(method) for method in ["common", *METHODS]},
         "resumed": lambda: stopped_and_resumed(rank, folder / "ddp", replace(CONFIG, method="st++"), norm="batch"),
         "on one": lambda: stopped_and_resumed(rank, folder / "one", replace(CONFIG, method="common")),
+        "stopped in validation": lambda: stopped_in_validation(rank, folder / "validation"),
         **{f"fsdp {method}": lambda method=method: sharded(method) for method in METHODS},
         **{f"captured {fsdp}": lambda fsdp=fsdp: captured(fsdp) for fsdp in (False, True)},
         "fsdp resumed": lambda: stopped_and_resumed(rank, folder / "fsdp", replace(CONFIG, fsdp=True), norm="batch"),
@@ -388,6 +412,16 @@ def test_two_ranks_resume_bit_for_bit(outcome, job, kind):
     log = (outcome.folder / kind / "parts" / "log.txt").read_text()
     assert "resumed at step" in log
     assert "not bit for bit" not in log
+
+
+def test_two_ranks_stop_in_the_middle_of_a_validation(outcome):
+    first, second = outcome("stopped in validation")
+    assert (first["code"], second["code"], first["step"]) == (143, 143, 10)
+    assert second["judged"] == 9  # they ask each other before the tenth of 25
+    runs = [outcome.folder / "validation" / name for name in ("whole", "parts")]
+    assert same(*(last(run)[0] for run in runs))
+    tables = [[line.split(",") for line in (run / "summary.csv").read_text().splitlines()] for run in runs]
+    assert [row[:1] + row[2:] for row in tables[0]] == [row[:1] + row[2:] for row in tables[1]]  # all but the time
 
 
 def test_one_process_goes_on_from_two_and_says_so(outcome, tmp_path):

@@ -29,6 +29,8 @@ from unloaf.engine.saving import Saver, capture, restore
 from unloaf.engine.signals import StopRequest, stop_requests
 from unloaf.evaluation import Accuracy
 
+_BATCHES_BETWEEN_QUESTIONS = 10  # of a validation, in which processes have nothing else to wait for each other for
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -121,6 +123,7 @@ class Run:
             self.saver = Saver(folder, keep=self.config.checkpoint_hist, metadata=metadata)
             stack.callback(self.saver.close)
         self.since, self.steps_since = time.perf_counter(), 0
+        self.judged_batches = 0
 
     def begin(self, found: tuple[Checkpoint | None, list[str]]) -> None:
         """Says what is run, and puts a resumed run where it was."""
@@ -181,7 +184,7 @@ class Run:
         training = self.training
         try:
             while not training.finished:
-                row = train_epoch(training, on_step=self.after_step, on_eval_batch=self._stop_alone)
+                row = train_epoch(training, on_step=self.after_step, on_eval_batch=self._stop_in_validation)
                 self.after_epoch(row)
             if self.saver is not None:
                 self.saver.wait()
@@ -236,9 +239,10 @@ class Run:
             where = f"; go on with --resume {self.folder.path}" if self.folder else ""
             raise StoppedError(f"stopped by {name} after step {self.training.steps_done}{where}", code=code)
 
-    def _stop_alone(self) -> None:
-        """During validation, where processes do not wait for each other, only a single one can stop."""
-        if self.accelerator.num_processes == 1:
+    def _stop_in_validation(self) -> None:
+        """Before each batch; all processes have the same number of batches, and ask each other at some of them."""
+        self.judged_batches += 1
+        if self.accelerator.num_processes == 1 or self.judged_batches % _BATCHES_BETWEEN_QUESTIONS == 0:
             self._stop()
 
     def _log_step(self, row: StepRow) -> None:
