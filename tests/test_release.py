@@ -256,6 +256,9 @@ def test_damaged_and_foreign_files_are_refused(cifar, tmp_path):
         description.write_text(broken)
         with pytest.raises(unloaf.CheckpointError, match=r"subnet\.json"):
             unloaf.load_subnet(folder)
+    # Nobody is asked for published weights, not even where the description says so.
+    description.write_text(text.replace('"name": "cifar', '"pretrained": true, "name": "cifar'))
+    assert isinstance(unloaf.load_subnet(folder), torch.nn.Module)
     description.write_text(text.replace("unloaf subnet", "something else"))
     with pytest.raises(ValueError, match="describes no subnet"):
         unloaf.load_subnet(folder)

@@ -25,6 +25,7 @@ from unloaf.subnet import Subnet, check_stages, check_subnet
 
 FORMAT_VERSION = 1
 _SUBNET = "subnet.json"
+_ARCHITECTURE = ("name", "config", "num_classes", "in_chans", "img_size", "width", "model_kwargs")
 _REMEDY = "copy the folder or export it again"
 
 
@@ -143,7 +144,8 @@ def read_described(file: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, 
 
 def build_described(fields: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Module:
     """The whole network that the JSON names, with fresh weights; torch's random state stays as it was."""
-    settings = dict(fields["architecture"])
+    # What else build_model takes would make it look for published weights.
+    settings = {key: value for key, value in fields["architecture"].items() if key in _ARCHITECTURE}
     name, config = settings.pop("name"), settings.pop("config", None)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         if config is not None:  # of transformers, which reads it from a file

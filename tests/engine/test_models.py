@@ -80,8 +80,14 @@ def test_timm_model_takes_arguments_of_its_class():
         ("timm/vit_tiny_patch16_224", {"checkpoint_path": "x.pth"}, "checkpoint_path: give --initial-checkpoint"),
         ("timm/vit_tiny_patch16_224", {"pretrained_cfg": "x"}, "pretrained_cfg: give arguments of the model's class"),
         ("timm/vit_tiny_patch16_224", {"layers": 3}, "unexpected keyword argument 'layers'"),
-        ("timm/vit_tiny_patch16_224", {"num_heads": 0}, "model timm/vit_tiny_patch16_224: "),
-        ("timm/vit_tiny_patch16_224", {"norm_layer": "none-such"}, "model timm/vit_tiny_patch16_224: "),
+        ("timm/vit_tiny_patch16_224", {"num_heads": 0}, "cannot be built with num_heads=0: ZeroDivisionError: "),
+        (
+            "timm/vit_tiny_patch16_224",
+            {"norm_layer": "none-such"},
+            "with norm_layer='none-such': KeyError: 'none-such'",
+        ),
+        ("timm/vit_tiny_patch16_224", {"pretrained": True}, "model_kwargs pretrained: give --pretrained instead"),
+        ("timm/vit_tiny_patch16_224", {"init_values": None}, "init_values: timm ignores None; leave it out"),
         ("cifar/resnet20", {"depth": 3}, "takes no depth; give a timm/ model, or leave out --model-kwargs"),
     ],
 )

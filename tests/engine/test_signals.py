@@ -98,13 +98,17 @@ def test_signal_during_validation_ends_the_run_before_the_next_batch(tmp_path, c
 def test_run_whose_lines_nobody_reads_ends_with_a_checkpoint(tmp_path):
     """`unloaf train 2>&1 | head -n 1`."""
     words = ["train", "--device", "cpu", "--width", "4", "--epochs", "500", "--output", str(tmp_path), "--name", "run"]
-    run = subprocess.Popen([sys.executable, "-m", "unloaf", *words], stderr=subprocess.PIPE)
-    assert run.stderr is not None
-    while b"epoch 1/500" not in run.stderr.readline():
-        assert run.poll() is None
-    run.stderr.close()
-    assert run.wait(timeout=60) == 143
+    with subprocess.Popen([sys.executable, "-m", "unloaf", *words], stderr=subprocess.PIPE) as run:
+        assert run.stderr is not None
+        try:
+            while b"epoch 1/500" not in run.stderr.readline():
+                assert run.poll() is None
+            run.stderr.close()
+            assert run.wait(timeout=60) == 143
+        finally:
+            run.kill()
     assert 7 <= load_checkpoint(tmp_path / "run" / "last").step < 500 * 7
+    assert "stopped as nobody reads its output after step" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_validation_that_was_stopped_is_made_up_for(tmp_path, default_signals):

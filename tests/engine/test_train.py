@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -270,6 +272,30 @@ def test_bfloat16_is_close_to_float32(own_precision):
     loss = train_epoch(begin(method="st", epochs=1)).train_loss
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train_epoch(begin(method="st", epochs=1, amp=True)).train_loss == pytest.approx(loss, rel=0.03)  # 8 bits
+
+
+def test_network_that_is_no_classifier_of_the_classes_is_refused_before_its_folder(tmp_path):
+    words = [
+        "train",
+        "--device",
+        "cpu",
+        "--img-size",
+        "8",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--method",
+        "common",
+    ]
+    words += ["--model", "timm/vit_tiny_patch16_224", "--output", str(tmp_path), "--name", "run", "--model-kwargs"]
+    words += ["patch_size=4", "embed_dim=24", "depth=2", "num_heads=2"]
+    refused = subprocess.run(
+        [sys.executable, "-m", "unloaf", *words, "class_token=False", "global_pool="], capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "of 2 images its output has the shape (2, 4, 10), not (2, 10); give a classifier" in refused.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_float16_on_a_cpu_is_refused(own_precision):

@@ -13,16 +13,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class RunConsole(Console):
-    """Standard error. Once nobody reads it, as after ``unloaf train 2>&1 | head``, the run ends as at SIGTERM."""
+    """Standard error. Once nobody reads it, as after ``unloaf train 2>&1 | head``, the run ends as at SIGTERM.
+
+    Attributes:
+        unread: whether that happened.
+    """
 
     def __init__(self) -> None:
         super().__init__(stderr=True)
+        self.unread = False
 
     def on_broken_pipe(self) -> None:
         """Sends what is still to be said nowhere, and asks the run to stop; rich would end the process here."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
+        self.unread = True
         signal.raise_signal(signal.SIGTERM)
 
 

@@ -42,7 +42,10 @@ class StoppedError(Exception):
 
 
 def in_one_line(error: Exception) -> str:
-    """Class and first line of an error, of a ValueError its words alone; a C++ compiler's filled a thousand lines.
+    """First line of an error, at most 300 letters, after its class unless it is a ValueError.
+
+    Whole, that of a C++ compiler filled a thousand lines.
+
 
     >>> in_one_line(KeyError("layer4"))
     "KeyError: 'layer4'"

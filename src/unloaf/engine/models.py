@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from unloaf.engine.cifar_resnet import CifarResNet
+from unloaf.engine.errors import in_one_line
 
 _DEEP_CIFAR = {"resnet18", "resnet50"}
 
@@ -74,8 +75,13 @@ def build_model(
             own = {"num_classes": num_classes, "in_chans": in_chans, "pretrained": pretrained}
             return _timm(bare, img_size=img_size, **own, **rates, **(model_kwargs or {}))
         return _torchvision(bare, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
-    except (ValueError, TypeError, AssertionError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"model {family}/{bare}: {error}") from error
+    except (LookupError, ArithmeticError, AttributeError) as error:
+        if not model_kwargs:
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in model_kwargs.items())
+        raise ValueError(f"model {family}/{bare} cannot be built with {given}: {in_one_line(error)}") from error
 
 
 def _resolve(name: str) -> tuple[str, str]:
@@ -134,17 +140,24 @@ def _cifar(name: str, *, num_classes: int, in_chans: int, width: int) -> nn.Modu
 
 _OTHER_FLAGS = {
     "num_classes": "--num-classes", "in_chans": "--dataset", "img_size": "--img-size", "drop_rate": "--drop",
-    "drop_path_rate": "--drop-path", "checkpoint_path": "--initial-checkpoint",
+    "drop_path_rate": "--drop-path", "checkpoint_path": "--initial-checkpoint", "pretrained": "--pretrained",
 }  # fmt: skip
+# Of timm.create_model, and of what it calls: where weights come from, and forms that are no classifier.
+_OF_TIMM = (
+    "model_name", "cache_dir", "features_only", "scriptable", "exportable", "no_jit", "pretrained_cfg",
+    "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn", "pretrained_custom_load",
+)  # fmt: skip
 
 
 def _check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError for what has a setting of its own, and for what makes timm read files or no classifier."""
-    for name in kwargs:
+    """Raises ValueError for what has a setting of its own, or is meant for timm and not for the model's class."""
+    for name, value in kwargs.items():
         if name in _OTHER_FLAGS:
             raise ValueError(f"model_kwargs {name}: give {_OTHER_FLAGS[name]} instead")
-        if name.startswith("pretrained") or name in ("model_name", "cache_dir", "features_only", "scriptable"):
+        if name in _OF_TIMM:
             raise ValueError(f"model_kwargs {name}: give arguments of the model's class alone, such as depth=9")
+        if value is None:
+            raise ValueError(f"model_kwargs {name}: timm ignores None; leave it out")
 
 
 def _timm(name: str, *, img_size: int | None, **arguments: Any) -> nn.Module:

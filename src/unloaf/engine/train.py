@@ -20,7 +20,7 @@ from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpo
 from unloaf.engine.config import Config
 from unloaf.engine.data import Data, explain_worker_death
 from unloaf.engine.devices import total
-from unloaf.engine.display import SILENT, Display, show_progress
+from unloaf.engine.display import SILENT, Display, RunConsole, show_progress
 from unloaf.engine.environment import bits_depend_on, environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
 from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
@@ -235,9 +235,10 @@ class Run:
             codes = total(self.accelerator, torch.tensor(float(code), device=self.training.device))
             code = code or (143 if float(codes) else 0)
         if code:
-            name = "Ctrl-C" if code == 130 else "SIGTERM"
+            unread = isinstance(self.console, RunConsole) and self.console.unread
+            reason = "as nobody reads its output" if unread else "by Ctrl-C" if code == 130 else "by SIGTERM"
             where = f"; go on with --resume {self.folder.path}" if self.folder else ""
-            raise StoppedError(f"stopped by {name} after step {self.training.steps_done}{where}", code=code)
+            raise StoppedError(f"stopped {reason} after step {self.training.steps_done}{where}", code=code)
 
     def _stop_in_validation(self) -> None:
         """Before each batch; all processes have the same number of batches, and ask each other at some of them."""

@@ -24,7 +24,8 @@ from unloaf.engine.methods import build_method
 from unloaf.engine.models import build_model, load_initial_weights
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
 from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
-from unloaf.stages import NoResidualBlocksError, Stage, find_stages, inner_module
+from unloaf.passes import logits_of
+from unloaf.stages import NoResidualBlocksError, Stage, evaluating, find_stages, inner_module
 from unloaf.subnet import Subnet
 
 
@@ -200,7 +201,7 @@ def prepare(
         folder: where trackers write.
 
     Raises:
-        ValueError: the data are not there, the model is unknown, or the method cannot train it.
+        ValueError: the data are not there, the model is unknown or no classifier, or the method cannot train it.
     """
     accelerator = find_devices(config, folder=folder)
     data = data or load_data(config)
@@ -212,6 +213,7 @@ def prepare(
         load_initial_weights(model, Path(config.initial_checkpoint))
     example = torch.zeros(2, data.in_chans, data.img_size, data.img_size)
     stages = _stages(model, example, required=config.method != "common")
+    _check_logits(model, example, config.model, data.num_classes)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = share_model(accelerator, config, model)
@@ -253,6 +255,16 @@ def _build(config: Config, data: Data) -> nn.Module:
         drop_path=config.drop_path,
         model_kwargs=config.model_arguments,
     )
+
+
+def _check_logits(model: nn.Module, example: Tensor, name: str, classes: int) -> None:
+    with evaluating(model):
+        shape = tuple(logits_of(model(example)).shape)
+    if shape != (len(example), classes):
+        raise ValueError(
+            f"model {name}: of {len(example)} images its output has the shape {shape}, not {len(example), classes}; "
+            "give a classifier of the data's classes"
+        )
 
 
 def _stages(model: nn.Module, example: Tensor, *, required: bool) -> tuple[Stage, ...]:

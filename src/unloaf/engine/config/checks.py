@@ -7,6 +7,7 @@ import difflib
 import math
 import reprlib
 import types
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -88,9 +89,13 @@ def check_types(config: Config) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         _check_type(name, value, hint)
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str):
-                _check_text(name, text)
+        if isinstance(value, str):
+            _check_text(name, value)
+            _check_path(name, value)
+        elif isinstance(value, tuple):
+            for text in value:
+                if isinstance(text, str):
+                    _check_text(name, text)
 
 
 def check_ranges(config: Config) -> None:
@@ -149,7 +154,7 @@ def keyword_arguments(setting: str, words: Sequence[str]) -> dict[str, Any]:
     """Words of the form name=value as a mapping, values read as Python literals, else as text (timm's `ParseKwargs`).
 
     Raises:
-        ValueError: a word has no name, a name comes twice, or a value is neither a number nor a text nor a list.
+        ValueError: a word has no name, a name comes twice, or a value is none of number, text, True, False, list.
     """
     found: dict[str, Any] = {}
     for word in words:
@@ -157,20 +162,32 @@ def keyword_arguments(setting: str, words: Sequence[str]) -> dict[str, Any]:
         if not equals or not name.isidentifier() or name in found:
             fault = "comes twice" if name in found else "is not of the form name=value"
             raise ValueError(f"{setting} {brief(word)} {fault}; give each argument once, as in depth=9")
-        try:
-            found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            found[name] = text
+        if text.lower() in _OF_OTHER_LANGUAGES and text not in ("True", "False"):
+            raise ValueError(f"{setting} {brief(word)}: write True or False, as in Python; for None leave it out")
+        found[name] = _literal(text)
         if not _is_plain(found[name]):
-            raise ValueError(f"{setting} {brief(word)}: give a number, a text, True, False, None or a list of those")
+            raise ValueError(f"{setting} {brief(word)}: give a number, a text, True, False or a list of those")
     return found
+
+
+# timm would take "false" for a text, which is true, and leaves None out.
+_OF_OTHER_LANGUAGES = ("true", "false", "none", "null")
+
+
+def _literal(text: str) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Python thinks of 1if, which is a text here
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def _is_plain(value: Any) -> bool:
     """Whether JSON has it: arguments are written into the description of an exported subnet."""
     if isinstance(value, (list, tuple)):
         return all(_is_plain(entry) for entry in value)
-    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 _AUGMENTATIONS = ("original", "originalr", "v0", "v0r", "3a", "trivial", "uniform")
@@ -191,9 +208,13 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def _check_text(name: str, value: str) -> None:
-    """Texts become file names and lines of args.yaml: what cannot be either is refused before training."""
+    """Texts become lines of args.yaml: what cannot be one is refused before training."""
     if any(ord(letter) < 32 or ord(letter) == 127 for letter in value) or not _is_unicode(value):
         raise ValueError(f"{name} {brief(value)}: give a text without control characters, in Unicode")
+
+
+def _check_path(name: str, value: str) -> None:
+    """Most texts become file names or parts of them."""
     if len(value) > 4000 or any(len(part.encode()) > 255 for part in value.split("/")):
         raise ValueError(f"{name} {brief(value)}: too long for a path; give at most 255 bytes between two slashes")
 
