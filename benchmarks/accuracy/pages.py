@@ -70,7 +70,9 @@ def differences(table: Table, records: Records) -> list[str]:
         dearer = [e for e in (base, *equal) if cost(rows[e]) >= cost(found) - 0.005]
         against = min(dearer, key=lambda e: cost(rows[e]), default=None)
         cells = [label, over(found, rows[base]), over(found, rows[against]) if against else "", against or ""]
-        lines.append([*cells, *[over(found, rows["ST"]) if label != "ST" else ""] * ("ST" in rows)])
+        if "ST" in rows:
+            cells.append(over(found, rows["ST"]) if label != "ST" else "")
+        lines.append(cells)
     heads = ["over common training, same epochs", "over common training, at least its cost", "which"]
     return _table(["", *heads, *["over ST"] * ("ST" in rows)], lines)
 
