@@ -345,6 +345,7 @@ _ALL = [
             Row(label="label smoothing 0.1", tuned="common", settings={"smoothing": 0.1}),
             Row(label="mixup 1", tuned="common", settings={"mixup": 1.0}),
             Row(label="ST++", tuned="st++", settings={"epochs": 80}),
+            Row(label="ST++, mixup 1", tuned="st++", settings={"epochs": 80, "mixup": 1.0}),
         ),
         seeds=(0,),
         split="val",
