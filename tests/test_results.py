@@ -335,6 +335,13 @@ def test_a_finished_run_leaves_its_record(tmp_path):
     assert found["top1"] == pytest.approx(event["test_top1"], abs=1e-3)
 
 
+def test_a_network_trained_alone_is_judged_without_the_subnets_that_it_does_not_have(tmp_path):
+    """ResNet-8 has one block that can be skipped, in its first stage."""
+    asked = order(tmp_path)
+    asked["config"] |= {"model": "cifar/resnet8"}
+    assert process.train_and_judge(asked)["subnets"] == {}
+
+
 def test_a_run_that_diverges_leaves_a_record_without_an_accuracy(tmp_path):
     asked = order(tmp_path)
     asked["config"] |= {"lr": 1e30}

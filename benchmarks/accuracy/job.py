@@ -85,8 +85,9 @@ def judge(path: Path, config: Config, order: Mapping[str, Any]) -> dict[str, Any
 def _chosen(stages: Any, asked: int | list[str] | None) -> list[Subnet]:
     if isinstance(asked, list):
         given = [tuple(map(int, depths.split("-"))) for depths in asked]
-        # A network that is itself trained alone has fewer blocks than some of them.
-        fit = [d for d in given if all(n in s.legal_depths for n, s in zip(d, stages, strict=True))]
+        # A network that is itself trained alone has fewer blocks than some of them, the smallest one fewer stages.
+        same = [d for d in given if len(d) == len(stages)]
+        fit = [d for d in same if all(n in s.legal_depths for n, s in zip(d, stages, strict=True))]
         subnets = [Subnet.from_depths(stages, depths) for depths in fit]
         full = Subnet.full(stages)
         return [full, *(subnet for subnet in subnets if subnet != full)]
