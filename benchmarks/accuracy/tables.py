@@ -156,6 +156,8 @@ _SMALL = (
     "CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-20 of width 16, batch 64, SGD with cosine, 2 CPU cores"
 )
 
+CPU_FEW = CPU | {"train_images": 2_500, "epochs": 80}
+_FEW = _SMALL.replace("10,000", "2,500")
 CPU_VIT: dict[str, Any] = {
     "dataset": "cifar100", "train_images": 2_500, "img_size": 16, "model": "timm/vit_tiny_patch16_224",
     "model_kwargs": ("patch_size=4", "embed_dim=64", "depth=8", "num_heads=2"), "opt": "adamw", "weight_decay": 0.05,
@@ -318,8 +320,8 @@ _ALL = [
     Table(
         name="cifar100-cpu-few-trials",
         title="Trials with fewer images",
-        about=f"{_SMALL.replace('10,000', '2,500')}; 40 epochs, one seed, judged on 5,000 validation images",
-        common=CPU | {"train_images": 2_500, "epochs": 40},
+        about=f"{_FEW}; 40 epochs, one seed, judged on 5,000 validation images",
+        common=CPU_FEW | {"epochs": 40},
         rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS, fourth=True),
         seeds=(0,),
         split="val",
@@ -328,17 +330,16 @@ _ALL = [
     Table(
         name="cifar100-cpu-few",
         title="CIFAR-100, fewer images and twice the epochs",
-        about=f"{_SMALL.replace('10,000', '2,500')}; 80 epochs",
-        common=CPU | {"train_images": 2_500, "epochs": 80},
+        about=f"{_FEW}; 80 epochs",
+        common=CPU_FEW,
         rows=HEADLINE,
         trials="cifar100-cpu-few-trials",
     ),
     Table(
         name="baselines-cpu",
         title="Common training, more regularised",
-        about=f"{_SMALL.replace('10,000', '2,500')}; common training for the epochs that cost as much as 80 of ST++, "
-        "judged on 5,000 validation images",
-        common=CPU | {"train_images": 2_500, "epochs": 189},
+        about=f"{_FEW}; epochs at which common training costs as much as 80 of ST++, judged on 5,000 validation images",
+        common=CPU_FEW | {"epochs": 189},
         rows=(
             Row(label="common training", tuned="common"),
             Row(label="weight decay 2e-3", tuned="common", settings={"weight_decay": 2e-3}),
@@ -355,8 +356,8 @@ _ALL = [
     Table(
         name="parts-cpu",
         title="ST++ part by part",
-        about=f"{_SMALL.replace('10,000', '2,500')}; 80 epochs, judged on 5,000 validation images",
-        common=CPU | {"train_images": 2_500, "epochs": 80},
+        about=f"{_FEW}; 80 epochs, judged on 5,000 validation images",
+        common=CPU_FEW,
         rows=part_rows(),
         seeds=(0, 1),
         split="val",
@@ -456,6 +457,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "digits",
         "cifar100-cpu",
         "cifar100-cpu-few",
+        "baselines-cpu",
         "parts-cpu",
         "cifar100-cpu-vit",
         "loafing-cpu",

@@ -46,7 +46,6 @@ def in_one_line(error: Exception) -> str:
 
     Whole, that of a C++ compiler filled a thousand lines.
 
-
     >>> in_one_line(KeyError("layer4"))
     "KeyError: 'layer4'"
     """
