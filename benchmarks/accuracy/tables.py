@@ -256,22 +256,19 @@ QUICK: dict[str, Any] = GPU | {
     "model": "cifar/resnet18", "batch_size": 256, "epochs": 30, "warmup_epochs": 2, "torchcompile": False,
 }  # fmt: skip
 _ADAMW = {"opt": "adamw", "weight_decay": 0.05, "warmup_epochs": 10, "batch_size": 128}
-_VIT = {"model": "timm/vit_tiny_patch16_224", "model_kwargs": ("patch_size=4",)} | _ADAMW
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet18": {"model": "cifar/resnet18"},
     "resnet50": {"model": "cifar/resnet50"},
     "resnet56": {"model": "cifar/resnet56"},
     "mobilenetv3": {"model": "timm/mobilenetv3_large_100", "img_size": 128},
-    "vit": _VIT,
+    "vit": {"model": "timm/vit_tiny_patch16_224", "model_kwargs": ("patch_size=4",)} | _ADAMW,
 }
 
 
 def gpu_tables(network: str) -> tuple[Table, Table]:
     """The table of a network and the trials that give its settings."""
     settings, vit = GPU | NETWORKS[network], network == "vit"
-    methods = METHODS
-    if vit:
-        methods = VIT_METHODS
+    methods = VIT_METHODS if vit else METHODS
     lrs, decays = ((1e-3, 5e-4), (0.05, 0.1)) if vit else ((0.1, 0.05), (5e-4, 1e-3))
     trials = Table(
         name=f"cifar100-gpu-{network}-trials",

@@ -242,18 +242,22 @@ def counted(method):
     return {"sent": per_step, "bytes": sum(p.numel() * p.element_size() for p in training.model.parameters())}
 
 
+def stop_code(config, images, model):
+    """The exit code of a run that a signal ends; None if it comes to its end."""
+    try:
+        train(config, console=Console(file=io.StringIO()), data=images, model=model)
+    except StoppedError as error:
+        return error.code
+    return None
+
+
 def stopped_and_resumed(rank, folder, config, **network):
     """A run that is not interrupted, and one that rank 1 interrupts and that goes on afterwards."""
     console = Console(file=io.StringIO())
     config = replace(config, output=str(folder))
     train(replace(config, name="whole"), console=console, data=data(), model=Small(**network))
     stop_at = 14 if rank == 1 else None
-    try:
-        train(replace(config, name="parts"), console=console, data=data(), model=Small(stop_at=stop_at, **network))
-    except StoppedError as error:
-        code = error.code
-    else:
-        code = None
+    code = stop_code(replace(config, name="parts"), data(), Small(stop_at=stop_at, **network))
     if rank == 0:
         shutil.copytree(folder / "parts", folder / "stopped", symlinks=True)
     dist.barrier()
@@ -268,12 +272,7 @@ def stopped_in_validation(rank, folder):
     validated = replace(data(), val=images(400, seed=1))
     train(replace(config, name="whole"), console=console, data=validated, model=Small("batch"))
     model = Small("batch", stop_at=3 if rank == 1 else None, stop_in=False)
-    try:
-        train(replace(config, name="parts"), console=console, data=validated, model=model)
-    except StoppedError as error:
-        code = error.code
-    else:
-        code = None
+    code = stop_code(replace(config, name="parts"), validated, model)
     dist.barrier()  # the first rank has written it
     step = load_checkpoint(folder / "parts" / "last").step
     dist.barrier()

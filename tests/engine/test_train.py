@@ -275,19 +275,8 @@ def test_bfloat16_is_close_to_float32(own_precision):
 
 
 def test_network_that_is_no_classifier_of_the_classes_is_refused_before_its_folder(tmp_path):
-    words = [
-        "train",
-        "--device",
-        "cpu",
-        "--img-size",
-        "8",
-        "--epochs",
-        "1",
-        "--warmup-epochs",
-        "0",
-        "--method",
-        "common",
-    ]
+    words = ["train", "--device", "cpu", "--img-size", "8", "--epochs", "1", "--warmup-epochs", "0"]
+    words += ["--method", "common"]
     words += ["--model", "timm/vit_tiny_patch16_224", "--output", str(tmp_path), "--name", "run", "--model-kwargs"]
     words += ["patch_size=4", "embed_dim=24", "depth=2", "num_heads=2"]
     refused = subprocess.run(
