@@ -34,6 +34,7 @@ thead th { font-weight: 600; font-size: .86rem; color: #55555c; vertical-align: 
 .settings { font-size: .88rem; }
 .settings td:first-child, .facts td:first-child { color: #55555c; }
 .facts td { text-align: left; white-space: normal; font-size: .88rem; vertical-align: top; overflow-wrap: anywhere; }
+.facts td:first-child { min-width: 5.5rem; }
 figure { margin: 1rem 0 0; display: grid; gap: 1rem;
          grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); }
 figure > div { background: #fff; border: 1px solid #e8e8e5; border-radius: 10px; min-width: 0;
