@@ -84,6 +84,17 @@ def test_flops_of_shared_and_separate_passes_counted_by_hand(network):
     assert flops.separate == pytest.approx(2 * (main + 3 * sum(separate)), rel=0.02)  # first layers: up to 24 each
 
 
+def test_flops_of_subnets_on_a_part_of_the_batch_counted_by_hand(network):
+    model, stages, _, _ = network
+    first, second, head = [4 * 6 + 36, 72, 72], [6 * 5 + 25, 50, 50], 15  # as above
+    main = 3 * (sum(first) + sum(second) + head) - 24
+    drawn = [unloaf.Subnet.from_depths(stages, depths) for depths in [(2, 3), (2, 1)]]
+    x = torch.randn(8, 4, dtype=torch.float64)  # subnets see a quarter of it; they share with each other alone
+    flops = step_flops(model, stages, x, [SubnetPass(subnet, examples=2) for subnet in drawn])
+    passes = 3 * (sum(first[:2]) + sum(second) + head) - 24 + 3 * head
+    assert flops.shared == pytest.approx(2 * (main + passes / 4), rel=0.002)  # the first layer's share is a mean
+
+
 def test_flops_of_resnet50_agree_with_the_published_count():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.resnet50()

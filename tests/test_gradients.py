@@ -101,3 +101,32 @@ def test_stimulative_plus(network, per):
             view = partial(twin.normalised, amplitude=2.0)
             expected = twin.stimulative(model, stages, subnets, x, y, sides=drawn, view=view)
         assert twin.distance(model, expected) < TOLERANCE
+
+
+def test_subnets_on_a_part_of_the_batch(network):
+    model, stages, x, _ = network
+    x, y = torch.cat([x, x.flip(0).flip(-1), x.roll(8, -1)[:1]]), torch.tensor([1, 7, 0, 3, 4])
+    settings = {"groups": 2, "loops": 2, "ema": 0.3}
+    methods = {
+        "st": unloaf.StimulativeTraining(model, stages, num_subnets=3, subnet_batch_fraction=0.6),
+        "gkt": unloaf.GroupKnowledgeTraining(model, stages, subnet_batch_fraction=0.6, **settings),
+    }
+    for name, method in methods.items():
+        assert {request.examples for request in method.draw(x)} == {3}
+        for mode in ("lean", "one graph"):
+            subnets = gradients_of(method, x, y, mode)
+            if name == "st":
+                expected = twin.stimulative(model, stages, subnets, x, y, examples=3)
+            else:
+                expected = twin.group_knowledge(model, stages, subnets, x, y, examples=3, **settings)
+            assert twin.distance(model, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("network", ["resnet", "vit"], indirect=True)
+def test_group_knowledge_training_with_the_main_network_as_teacher(network):
+    model, stages, x, y = network
+    settings = {"groups": 3, "loops": 2, "ema": 0.3, "teacher": "main"}
+    method = unloaf.GroupKnowledgeTraining(model, stages, seed=2, **settings)
+    for mode in ("lean", "one graph"):
+        subnets = gradients_of(method, x, y, mode)
+        assert twin.distance(model, twin.group_knowledge(model, stages, subnets, x, y, **settings)) < TOLERANCE

@@ -229,6 +229,13 @@ def test_weights_out_of_range(name, weight):
         METHODS[name](*toy(), subnet_weight=weight)
 
 
+@pytest.mark.parametrize("name", WITH_SUBNETS)
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+def test_shares_of_the_batch_out_of_range(name, share):
+    with pytest.raises(ValueError, match=rf"subnet_batch_fraction is {share}; give a share above 0, up to 1"):
+        METHODS[name](*toy(), subnet_batch_fraction=share)
+
+
 @pytest.mark.parametrize("name", ["st", "st++"])
 @pytest.mark.parametrize("count", [0, -1, 1.5])
 def test_numbers_of_subnets_out_of_range(name, count):
@@ -245,10 +252,11 @@ def test_numbers_of_subnets_out_of_range(name, count):
         ({"ema": 1.0}, r"ema is 1\.0"),
         ({"ema": -0.1}, r"ema is -0\.1"),
         ({"ema": float("nan")}, "ema is nan"),
+        ({"teacher": "parent"}, "teacher is 'parent'"),
     ],
 )
 def test_arguments_of_group_knowledge_out_of_range(options, message):
-    with pytest.raises(ValueError, match=f"{message}; give a"):
+    with pytest.raises(ValueError, match=f"{message}; give "):
         GroupKnowledgeTraining(*toy(), **options)
 
 

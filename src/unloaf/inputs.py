@@ -1,10 +1,10 @@
-"""Random smaller inputs for subnets: each sees the main network's batch at a smaller side."""
+"""What subnets see of the main network's batch: all of it or a part, at its own side or a smaller one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,51 @@ def resize(images: Tensor, side: int) -> Tensor:
     if side == full:
         return images
     return F.interpolate(images, size=(round(height * side / full), round(width * side / full)), mode="bilinear")
+
+
+def first_examples(inputs: Any, count: int) -> Any:
+    """The first examples of a batch; in a mapping, of each tensor that has a row for each example.
+
+    >>> first_examples({"pixels": torch.zeros(4, 3), "scale": 2.0}, 2)["pixels"].shape
+    torch.Size([2, 3])
+    """
+    if isinstance(inputs, Mapping):
+        size = batch_size(inputs)
+        rows = {name: isinstance(v, Tensor) and v.ndim > 0 and len(v) == size for name, v in inputs.items()}
+        return {name: value[:count] if rows[name] else value for name, value in inputs.items()}
+    return inputs[:count]
+
+
+def batch_size(inputs: Any) -> int:
+    """How many examples a batch has: rows of the tensor, or of the first tensor in a mapping.
+
+    >>> batch_size({"pixels": torch.zeros(4, 3)})
+    4
+    """
+    batch = next((v for v in inputs.values() if isinstance(v, Tensor)), None) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(batch, Tensor) or not batch.ndim:
+        raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
+    return len(batch)
+
+
+class View(NamedTuple):
+    """What a pass sees of a batch.
+
+    Attributes:
+        side: the images' shorter side in pixels; None for their own.
+        examples: how many, the first ones of the batch; None for all.
+
+    >>> View(side=16, examples=2).of(torch.zeros(4, 3, 32, 32)).shape
+    torch.Size([2, 3, 16, 16])
+    """
+
+    side: int | None = None
+    examples: int | None = None
+
+    def of(self, inputs: Any) -> Any:
+        """This view of a batch; the batch itself if nothing is left out."""
+        some = inputs if self.examples is None else first_examples(inputs, self.examples)
+        return some if self.side is None else resize(some, self.side)
 
 
 def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import torch
 
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.config import Config
@@ -41,6 +42,19 @@ def test_epochs_with_subnets():
 def test_a_cosine_lasts_as_long_as_there_are_subnets():
     seen = weights(epochs=3, subnet_on_epoch=2, subnet_off_epoch=3, subnet_schedule="rising")
     assert seen == pytest.approx([0] * 5 + [(1 - math.cos(math.pi * step / 4)) / 2 for step in (1, 2, 3)] + [0] * 4)
+
+
+@pytest.mark.parametrize("method", ["st", "gkt"])
+def test_subnets_see_the_share_of_the_batch_that_is_asked_for(method):
+    training = prepare(tiny.config(method=method, subnet_batch_fraction=0.25), data=tiny.data(), model=tiny.network())
+    images = torch.zeros(16, 1, 8, 8)
+    assert {request.examples for request in training.method.draw(images)} == {4}
+
+
+def test_the_main_network_teaches_all_groups_if_asked_to():
+    for teacher, needs in (("group", {(), (0,), (1,), (0, 3), (1, 4)}), ("main", {()})):
+        training = prepare(tiny.config(method="gkt", teacher=teacher), data=tiny.data(), model=tiny.network())
+        assert {request.needs for request in training.method.draw(torch.zeros(16, 1, 8, 8))} == needs
 
 
 @pytest.mark.parametrize("method", ["st", "gkt"])

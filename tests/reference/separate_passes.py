@@ -74,8 +74,11 @@ def normalised(logits, amplitude):
     return amplitude * centred / (centred.square().mean(-1, keepdim=True) + 1e-7).sqrt()
 
 
-def stimulative(model, stages, subnets, x, y, *, weight=1.0, sides=None, view=lambda logits: logits):
-    """Gradients of CE + weight * sum of KLs, one backward per term; ``view`` is what both losses see of the logits."""
+def stimulative(model, stages, subnets, x, y, *, weight=1.0, sides=None, examples=None, view=lambda logits: logits):
+    """Gradients of CE + weight * sum of KLs, one backward per term; ``view`` is what both losses see of the logits.
+
+    Subnets run on the first ``examples`` of the batch, None for all.
+    """
     model = hold_statistics(model)
     main = model(x)
     teacher = main.detach()
@@ -83,22 +86,22 @@ def stimulative(model, stages, subnets, x, y, *, weight=1.0, sides=None, view=la
     for index, subnet in enumerate(subnets):
         side = x.shape[-1] if sides is None or sides[index] is None else sides[index]
         small = x if side == x.shape[-1] else F.interpolate(x, size=(side, side), mode="bilinear")
-        student = logits_of_subnet(model, stages, subnet, small)
-        terms.append(gradients(model, weight * kl(view(student), view(teacher))))
+        student = logits_of_subnet(model, stages, subnet, small[:examples])
+        terms.append(gradients(model, weight * kl(view(student), view(teacher[:examples]))))
     return total(terms)
 
 
-def group_knowledge(model, stages, subnets, x, y, *, groups, loops, ema, weight=1.0):
-    """The pseudo-code of our reading of GKT, line by line."""
+def group_knowledge(model, stages, subnets, x, y, *, groups, loops, ema, weight=1.0, teacher="group", examples=None):
+    """The pseudo-code of our reading of GKT, line by line; ``teacher`` is group or main."""
     model = hold_statistics(model)
     main = model(x)
-    knowledge = {0: main.detach()}
+    knowledge = {0: main.detach()[:examples]}
     terms = [gradients(model, F.cross_entropy(main, y))]
     drawn = iter(subnets)
     for loop in range(1, loops + 1):
         for group in range(1, groups + 1):
-            student = logits_of_subnet(model, stages, next(drawn), x)
-            terms.append(gradients(model, weight * kl(student, knowledge[group - 1])))
+            student = logits_of_subnet(model, stages, next(drawn), x[:examples])
+            terms.append(gradients(model, weight * kl(student, knowledge[group - 1 if teacher == "group" else 0])))
             z = student.detach()
             knowledge[group] = z if loop == 1 else ema * knowledge[group] + (1 - ema) * z
     return total(terms)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from unloaf.inputs import resize
+from unloaf.inputs import View, batch_size, first_examples
 from unloaf.methods import TrainingMethod
 from unloaf.passes import SubnetPass, between_blocks, logits_of
 from unloaf.stages import Stage, call_model, evaluating, inner_module
@@ -38,7 +38,7 @@ def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFl
 
     Args:
         method: any; its step counter is left as it is.
-        x: a batch, of which the first example is used.
+        x: a batch; the network runs on its first example.
         steps: which steps' draws to count, e.g. ``range(100)``.
     """
     count = _Counter(method.model, method.stages, x)
@@ -56,7 +56,7 @@ def step_flops(model: nn.Module, stages: Sequence[Stage], x: Any, passes: Sequen
         model: any network with these stages; run in eval mode on the first example.
         stages: from `find_stages`.
         x: a batch, as the model takes it.
-        passes: the subnets and the sides of their inputs.
+        passes: the subnets, and what each sees of the batch.
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
@@ -76,7 +76,7 @@ class _Counter:
 
     def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any) -> None:
         self.model, self.stages = copy.deepcopy(inner_module(model)), stages
-        self.x: Any = {k: v[:1] for k, v in x.items()} if isinstance(x, dict) else x[:1]
+        self.x, self.batch_size = first_examples(x, 1), batch_size(x)
         self.blocks = check_stages(self.model, stages)
         self.between = dict(between_blocks(self.model, self.blocks))
         self.events = cache(self._events)
@@ -87,25 +87,26 @@ class _Counter:
     def __call__(self, passes: Sequence[SubnetPass], *, main: bool) -> StepFlops:
         seen: set[tuple[Any, ...]] = set()
         common = 3 * sum(flops for _, flops in self.main) * (1 - self.saved)
-        shared = self._new(None, self.main, seen) if main else 0.0
+        shared = self._new(View(), self.main, seen) if main else 0.0
         separate = common if main else 0.0
         for request in passes:
             events = self.events(request.subnet, request.side)
-            shared += self._new(request.side, events, seen)
-            separate += self._new(request.side, events, set())
+            shared += self._new(request.view, events, seen)
+            separate += self._new(request.view, events, set())
         return StepFlops(common, shared, separate)
 
-    def _new(self, side: int | None, events: Sequence[tuple[str, int]], seen: set[tuple[Any, ...]]) -> float:
+    def _new(self, view: View, events: Sequence[tuple[str, int]], seen: set[tuple[Any, ...]]) -> float:
         """FLOPs of what follows the longest prefix seen before."""
-        prefix: tuple[Any, ...] = (side,)
-        fresh = (side,) not in seen
+        prefix: tuple[Any, ...] = (view,)
+        fresh = prefix not in seen
         seen.add(prefix)
         total = 0
         for path, flops in events:
             prefix = (*prefix, path)
             total += 0 if prefix in seen else flops
             seen.add(prefix)
-        return 3 * total * ((1 - self.saved) if fresh else 1)
+        share = 1 if view.examples is None else view.examples / self.batch_size
+        return 3 * total * share * ((1 - self.saved) if fresh else 1)
 
     def _events(self, subnet: Subnet, side: int | None) -> tuple[tuple[str, int], ...]:
         """Calls of blocks and of modules between them in a pass, with the FLOPs since the call before."""
@@ -123,7 +124,7 @@ class _Counter:
             paths = [path for path in self.blocks if path in kept]
             hooked = self._hooked({p: self.blocks[p] for p in paths} | self.between, record)
             with hooked, active_subnet(self.model, self.stages, subnet):
-                call_model(self.model, self.x if side is None else resize(self.x, side))
+                call_model(self.model, View(side=side).of(self.x))
             record("output")
         return tuple(events)
 

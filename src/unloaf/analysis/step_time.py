@@ -16,7 +16,6 @@ from unloaf.analysis.flops import StepFlops
 from unloaf.analysis.quick_flops import QuickCounter
 from unloaf.analysis.step_memory import peak_bytes
 from unloaf.batchnorm import frozen_statistics
-from unloaf.inputs import resize
 from unloaf.methods import CommonTraining, TrainingMethod
 from unloaf.methods.step import SubnetTraining
 from unloaf.passes import logits_of
@@ -301,9 +300,8 @@ def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
     teacher = logits.detach()
     known: list[Tensor | None] = [None] * len(passes)
     for index, request in enumerate(passes):
-        inputs = x if request.side is None else resize(x, request.side)
         with active_subnet(model, method.stages, request.subnet), frozen_statistics(model):
-            student = logits_of(call_model(model, inputs))
+            student = logits_of(call_model(model, request.view.of(x)))
         known[index] = student.detach()
         _backward(method.subnet_weight * method.subnet_term(index, student, teacher, known))
     method.step += 1

@@ -57,12 +57,19 @@ def build_method(
         "sampler": _sampler(config),
         "subnet_loss": _subnet_loss(config),
         "subnet_weight": _weight(config, steps_per_epoch, batches_per_step),
+        "subnet_batch_fraction": config.subnet_batch_fraction,
         "criterion": _criterion(config),
         "seed": config.seed,
     }
     if config.method == "gkt":
         return GroupKnowledgeTraining(
-            model, stages, groups=config.groups, loops=config.loops, ema=config.ema, **settings
+            model,
+            stages,
+            groups=config.groups,
+            loops=config.loops,
+            ema=config.ema,
+            teacher=config.teacher,
+            **settings,
         )
     return StimulativeTraining(
         model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -29,10 +29,13 @@ class GroupKnowledgeTraining(SubnetTraining):
         groups: subnets per chain.
         loops: chains per step.
         ema: in [0, 1), weight of a group's earlier knowledge.
+        teacher: who teaches a subnet: "group", the group above it, or "main", the main network, for comparison.
         sampler: the rule that draws a subnet inside its parent; default `ExponentialDecaySampler(base=0.5)`.
         subnet_loss: from (student logits, teacher logits) to a loss of shape ().
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
+        subnet_batch_fraction: in (0, 1], share of the batch, its first examples, that subnets are trained on. Below 1
+            they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
 
@@ -58,17 +61,28 @@ class GroupKnowledgeTraining(SubnetTraining):
         groups: int = 3,
         loops: int = 2,
         ema: float = 0.5,
+        teacher: Literal["group", "main"] = "group",
         sampler: Sampler | None = None,
         subnet_loss: Distance = kl_loss,
         subnet_weight: Weight = 1.0,
+        subnet_batch_fraction: float = 1.0,
         criterion: Criterion | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, stages, criterion=criterion, subnet_weight=subnet_weight, seed=seed)
+        super().__init__(
+            model,
+            stages,
+            criterion=criterion,
+            subnet_weight=subnet_weight,
+            subnet_batch_fraction=subnet_batch_fraction,
+            seed=seed,
+        )
         self.groups, self.loops = check_count("groups", groups), check_count("loops", loops)
         if not 0 <= ema < 1:
             raise ValueError(f"ema is {ema}; give a number from 0 (the latest subnet alone) to below 1")
-        self.ema, self.subnet_loss = ema, subnet_loss
+        if teacher not in ("group", "main"):
+            raise ValueError(f"teacher is {teacher!r}; give 'group' (the group above) or 'main' (the main network)")
+        self.ema, self.teacher, self.subnet_loss = ema, teacher, subnet_loss
         self.sampler = sampler if sampler is not None else ExponentialDecaySampler()
         sample_chains(self.sampler, self.stages, groups=1, chains=1, seed=seed, step=0)  # a space that does not fit
 
@@ -85,13 +99,14 @@ class GroupKnowledgeTraining(SubnetTraining):
         return [SubnetPass(subnet, needs=self._teachers(index)) for index, subnet in enumerate(subnets)]
 
     def _teachers(self, index: int) -> tuple[int, ...]:
-        """The passes whose logits make up the teacher of this one: the group above, in all loops so far."""
+        """The passes whose logits make up the teacher of this one; none, where that is the main network."""
         group = index % self.groups
-        return tuple(range(group - 1, index, self.groups)) if group else ()
+        # the group above, in all loops so far
+        return tuple(range(group - 1, index, self.groups)) if group and self.teacher == "group" else ()
 
     def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
-        """Distance to the knowledge of the group above."""
-        teacher = main
+        """Distance to the knowledge of the teacher."""
+        teacher = main[: len(student)]
         for loop, position in enumerate(self._teachers(index)):
             logits = known[position]
             assert logits is not None  # asked for in SubnetPass.needs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.batchnorm import statistics_unless_raised
+from unloaf.inputs import batch_size
 from unloaf.passes import SubnetPass, lean_backward, one_graph
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, check_stages
@@ -125,16 +126,15 @@ class TrainingMethod(ABC):
 
     def _check_batch(self, x: Any, y: Any) -> None:
         """All that can be told before a pass is: a batch refused here has changed nothing."""
-        batch = next((v for v in x.values() if isinstance(v, Tensor)), None) if isinstance(x, Mapping) else x
-        if not isinstance(batch, Tensor) or not batch.ndim:
-            raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
+        size = batch_size(x)
+        batch = next(v for v in x.values() if isinstance(v, Tensor)) if isinstance(x, Mapping) else x
         model = inner_module(self.model)
         first = next(model.parameters(), None)
         if first is not None and (batch.device != first.device or (isinstance(y, Tensor) and y.device != first.device)):
             _check_devices(model, batch, y)
-        if isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
-            raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
-        if len(batch) == 1 and _normalises_over_the_batch(model):
+        if isinstance(y, Tensor) and y.ndim and len(y) != size:
+            raise ValueError(f"x has {size} examples, y has {len(y)}; give one target for each")
+        if size == 1 and _normalises_over_the_batch(model):
             raise ValueError(
                 "the batch has 1 example, but batch norm needs at least 2 in training mode; "
                 "give larger batches (DataLoader(..., drop_last=True) for the last one) or put the norms in eval mode"
@@ -181,6 +181,10 @@ class SubnetTraining(TrainingMethod):
 
     `subnet_weight` is a number, or a function from the step, counted from 0, to one. A step of weight 0 draws no
     subnet: it is a step of common training, at its cost. Subnets that the caller gives are run at any weight.
+
+    With a `subnet_batch_fraction` below 1 subnets are trained on the first examples of each batch, at least two, as
+    they would be on a batch of these alone: with statistics of their own, so that they share blocks with each other but
+    none with the main network.
     """
 
     def __init__(
@@ -190,12 +194,16 @@ class SubnetTraining(TrainingMethod):
         *,
         criterion: Criterion | None,
         subnet_weight: Weight,
+        subnet_batch_fraction: float,
         seed: int,
     ) -> None:
         super().__init__(model, criterion=criterion, seed=seed)
         check_stages(model, stages)
         self.stages, self._weight = tuple(stages), subnet_weight
         self.weight_at(0)
+        if not 0 < subnet_batch_fraction <= 1:
+            raise ValueError(f"subnet_batch_fraction is {subnet_batch_fraction}; give a share above 0, up to 1")
+        self.subnet_batch_fraction = subnet_batch_fraction
 
     @property
     def subnet_weight(self) -> float:
@@ -215,7 +223,7 @@ class SubnetTraining(TrainingMethod):
     def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
         """The subnet passes of a step, by default the next one, for a batch like x; none in a step of weight 0."""
         step = self.step if step is None else step
-        return self._passes(x, self._draw_subnets(step), step) if self.weight_at(step) else []
+        return self._views(x, self._draw_subnets(step), step) if self.weight_at(step) else []
 
     @abstractmethod
     def _draw_subnets(self, step: int) -> list[Subnet]:
@@ -226,11 +234,25 @@ class SubnetTraining(TrainingMethod):
         """The passes that train these subnets."""
 
     def _requested(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
-        return self.draw(x) if subnets is None else self._passes(x, subnets, self.step)
+        return self.draw(x) if subnets is None else self._views(x, subnets, self.step)
+
+    def _views(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
+        """The passes, each on as much of the batch as subnets see."""
+        size = batch_size(x)
+        examples = max(2, round(self.subnet_batch_fraction * size))
+        passes = self._passes(x, subnets, step)
+        return passes if examples >= size else [request._replace(examples=examples) for request in passes]
 
     @abstractmethod
     def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
-        """The unweighted loss of a pass, from its logits and the detached logits of the passes known by then."""
+        """The unweighted loss of a pass.
+
+        Args:
+            index: which pass.
+            student: its logits, of the examples that it was run on.
+            main: detached logits of the main network, of the whole batch.
+            known: detached logits of the passes known by then.
+        """
 
     def _term_name(self, index: int) -> str:
         return f"subnet{index}"

@@ -34,6 +34,8 @@ class StimulativeTraining(SubnetTraining):
         subnet_inputs: `SmallerInputs`, or None for the main network's input.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
+        subnet_batch_fraction: in (0, 1], share of the batch, its first examples, that subnets are trained on. Below 1
+            they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy, which also takes soft labels.
         seed: of the draws.
 
@@ -61,10 +63,18 @@ class StimulativeTraining(SubnetTraining):
         subnet_loss: Distance = kl_loss,
         subnet_inputs: SmallerInputs | None = None,
         subnet_weight: Weight = 1.0,
+        subnet_batch_fraction: float = 1.0,
         criterion: Criterion | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, stages, criterion=criterion, subnet_weight=subnet_weight, seed=seed)
+        super().__init__(
+            model,
+            stages,
+            criterion=criterion,
+            subnet_weight=subnet_weight,
+            subnet_batch_fraction=subnet_batch_fraction,
+            seed=seed,
+        )
         self.sampler = sampler if sampler is not None else OrderedSampler()
         self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
         self.num_subnets = check_count("num_subnets", num_subnets)
@@ -93,7 +103,7 @@ class StimulativeTraining(SubnetTraining):
 
     def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
         """Distance to the main network's prediction."""
-        return self.subnet_loss(student, main)
+        return self.subnet_loss(student, main[: len(student)])
 
 
 def stimulative_plus(
@@ -108,6 +118,7 @@ def stimulative_plus(
     eps: float = 1e-7,
     main_logits: Literal["direction", "raw"] = "direction",
     subnet_weight: Weight = 1.0,
+    subnet_batch_fraction: float = 1.0,
     criterion: Criterion | None = None,
     seed: int = 0,
 ) -> StimulativeTraining:
@@ -125,6 +136,8 @@ def stimulative_plus(
         main_logits: what the criterion sees, the direction of the logits (published runs) or the raw logits.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
+        subnet_batch_fraction: in (0, 1], share of the batch, its first examples, that subnets are trained on. Below 1
+            they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
 
@@ -152,6 +165,7 @@ def stimulative_plus(
         subnet_loss=partial(direction_kl_loss, amplitude=amplitude, norm=norm, eps=eps),
         subnet_inputs=subnet_inputs,
         subnet_weight=subnet_weight,
+        subnet_batch_fraction=subnet_batch_fraction,
         criterion=DirectionCriterion(criterion, amplitude, norm, eps) if main_logits == "direction" else criterion,
         seed=seed,
     )

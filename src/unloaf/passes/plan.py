@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from unloaf.inputs import View
 from unloaf.stages import Stage
 from unloaf.subnet import BlockMode, Subnet
 
@@ -19,11 +20,19 @@ class SubnetPass(NamedTuple):
         subnet: which one.
         side: resize the input's shorter side to this many pixels; None is the main network's input.
         needs: indices of the requests whose logits the loss of this one reads (the main network's are always there).
+        examples: run on the first so many examples of the batch; None is all of them. Passes with the same view of the
+            batch, side and examples, share their prefixes.
     """
 
     subnet: Subnet
     side: int | None = None
     needs: tuple[int, ...] = ()
+    examples: int | None = None
+
+    @property
+    def view(self) -> View:
+        """What the pass sees of the batch."""
+        return View(self.side, self.examples)
 
 
 @dataclass(eq=False)
@@ -53,9 +62,9 @@ class State:
 
 @dataclass(eq=False)
 class Run:
-    """One call of the model; requests for the same subnet at the same side share it."""
+    """One call of the model; requests for the same subnet with the same view share it."""
 
-    side: int | None
+    view: View
     modes: Mapping[str, BlockMode]
     requests: list[int] = field(default_factory=list)
     needs: set[int] = field(default_factory=set)
@@ -79,22 +88,22 @@ class Plan:
     """The trie of a step."""
 
     def __init__(self, stages: Sequence[Stage], passes: Sequence[SubnetPass]) -> None:
-        self.roots: dict[int | None, State] = {}
-        self.main = self._insert(None, Subnet.full(stages).modes(stages))
+        self.roots: dict[View, State] = {}
+        self.main = self._insert(View(), Subnet.full(stages).modes(stages))
         firsts = [self.main]
-        for index, (subnet, side, needs) in enumerate(passes):
-            run = self._insert(side, subnet.modes(stages))
+        for index, request in enumerate(passes):
+            run = self._insert(request.view, request.subnet.modes(stages))
             run.requests.append(index)
-            run.needs.update(needs)
+            run.needs.update(request.needs)
             if run.parent is None and run not in firsts:
                 firsts.append(run)
         self.runs = [run for first in firsts for run in first.depth_first()]
 
-    def _insert(self, side: int | None, modes: Mapping[str, BlockMode]) -> Run:
-        run = Run(side, modes)
-        state = self.roots.get(side)
+    def _insert(self, view: View, modes: Mapping[str, BlockMode]) -> Run:
+        run = Run(view, modes)
+        state = self.roots.get(view)
         if state is None:
-            state = self.roots[side] = State(run)
+            state = self.roots[view] = State(run)
         path = [state]
         branch = None if state.owner is run else state
         for step in modes.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unloaf.inputs import resize
+from unloaf.inputs import View
 from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
 from unloaf.stages import Form, Stage, call_model, inner_module, stand_in
 from unloaf.subnet import branches, check_stages, check_subnet, replaced_forwards
@@ -28,9 +28,9 @@ class Session:
         blocks = check_stages(self.inner, stages)
         self.plan = Plan(stages, passes)
         self.run = self.plan.main
-        self.state = self.plan.roots[None]
+        self.state = self.plan.roots[View()]
         self.calls: Counter[tuple[State, str]] = Counter()
-        self._resized: dict[int, Tensor] = {}
+        self._views: dict[View, Any] = {View(): inputs}
         branch: dict[str, Callable[..., Any]] = {}
         for subnet in {request.subnet for request in passes}:
             branch |= branches(self.inner, stages, subnet)
@@ -72,17 +72,12 @@ class Session:
         return run.logits
 
     def _call(self, run: Run) -> Tensor:
-        self.run, self.state = run, self.plan.roots[run.side]
+        self.run, self.state = run, self.plan.roots[run.view]
         self.calls.clear()
         model = self.model if run is self.plan.main else self.inner
-        return logits_of(call_model(model, self._inputs_at(run.side)))
-
-    def _inputs_at(self, side: int | None) -> Any:
-        if side is None:
-            return self.inputs
-        if side not in self._resized:
-            self._resized[side] = resize(self.inputs, side)
-        return self._resized[side]
+        if run.view not in self._views:
+            self._views[run.view] = run.view.of(self.inputs)
+        return logits_of(call_model(model, self._views[run.view]))
 
     def remember_or(
         self, key: tuple[str, int], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -117,7 +112,7 @@ class Session:
     def release(self, run: Run) -> None:
         """Forget a finished run: its graph and all it recorded."""
         own = set(run.records)
-        states = [self.plan.roots[run.side]]
+        states = [self.plan.roots[run.view]]
         for step in run.modes.items():
             states.append(states[-1].following[step])
         for state in states:

@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "subnet_interval": _COUNT,
     "subnet_on_epoch": (1, 10**9, "an epoch, at least 1"),
     "subnet_off_epoch": (0, 10**9, "an epoch, or 0 for never"),
+    "subnet_batch_fraction": (_TINY, 1, "a share above 0, up to 1"),
     "amplitude": (_TINY, _LARGEST, "a finite number above 0, or auto"),
     "eps": _ABOVE_ZERO,
     "min_ratio": (_TINY, 1, "a share above 0, up to 1"),
