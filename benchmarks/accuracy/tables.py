@@ -119,29 +119,66 @@ def combinations(half: int) -> tuple[Row, ...]:
     )
 
 
-def part_rows() -> tuple[Row, ...]:
-    """ST++ with one part taken away or made cheaper, and common training at the cost of each kind.
+# --- one factor at a time: parts of ST++ taken away or made cheaper, and what our readings of the papers are worth
 
-    Its weight is not that of the trials, so that it is one together also where there are fewer subnets.
-    """
-    one = {"subnet_weight": 0.17}
+_ONE = {"subnet_weight": 0.17}  # six subnets weigh about one together
+_STPP_CHANGED: dict[str, dict[str, Any]] = {
+    "2 subnets": {"num_subnets": 2, "subnet_weight": 0.5},
+    "1 subnet": {"num_subnets": 1, "subnet_weight": 1.0},
+    "every 2nd step": {"subnet_interval": 2},
+    "half the batch": {"subnet_batch_fraction": 0.5},
+    "the main network's inputs": {"subnet_inputs": "same"},
+    "KL": {"subnet_loss": "kl", "main_logits": "raw"},
+    "ordered sampling": {"sampler": "ordered"},
+    "a side for each subnet": {"per": "subnet"},
+    "cross-entropy on raw logits": {"main_logits": "raw"},
+    "eps 1e-7": {"eps": 1e-7},
+    "amplitude 3": {"amplitude": 3.0},
+}
+_ST_CHANGED: dict[str, dict[str, Any]] = {
+    "2 subnets": {"num_subnets": 2},
+    "3 subnets": {"num_subnets": 3},
+    "stochastic sampling": {"sampler": "stochastic"},
+    "inter-stage sampling": {"sampler": "inter-stage"},
+    "exponential decay": {"sampler": "exponential-decay"},
+}
+_GKT_CHANGED: dict[str, dict[str, Any]] = {
+    "the main network as teacher": {"teacher": "main"},
+    "1 loop": {"loops": 1, "subnet_weight": 0.34},
+    "2 groups": {"groups": 2, "subnet_weight": 0.25},
+    "ema 0": {"ema": 0.0},
+    "ema 0.9": {"ema": 0.9},
+    "decay base 0.25": {"decay_base": 0.25},
+    "decay base 1": {"decay_base": 1.0},
+    "ordered sampling": {"sampler": "ordered"},
+    "KL-": KL_MINUS,
+}
 
-    def stpp(label: str, settings: Settings = one) -> Row:
-        return Row(label=label, tuned="st++", settings=one | dict(settings))
 
+def changed_rows(method: str, changes: Mapping[str, Settings], also: Settings) -> list[Row]:
+    """A method, and the method with one change in each row; `also` holds for all that do not say otherwise."""
+    plain = Row(label=method, tuned=method.lower(), settings=also)
+    changed = (replace(plain, label=f"{method}, {what}", settings={**also, **new}) for what, new in changes.items())
+    return [plain, *changed]
+
+
+def stpp_rows() -> tuple[Row, ...]:
+    """ST++ with one part taken away, made cheaper or read in another way; common training at the cost of some."""
     common = partial(Row, tuned="common")
+    cheaper = ("ST++, 1 subnet", "ST++, 2 subnets", "ST++")
     return (
         common(label="common training"),
-        stpp("ST++"),
-        stpp("ST++, 2 subnets", {"num_subnets": 2, "subnet_weight": 0.5}),
-        stpp("ST++, 1 subnet", {"num_subnets": 1, "subnet_weight": 1.0}),
-        stpp("ST++, every 2nd step", {"subnet_interval": 2}),
-        stpp("ST++ without smaller inputs", {"subnet_inputs": "same"}),
-        stpp("ST++ without KL-", {"subnet_loss": "kl", "main_logits": "raw"}),
-        stpp("ST++ without inter-stage sampling", {"sampler": "ordered"}),
-        common(label="common training, cost of ST++, 1 subnet", costs_as=("ST++, 1 subnet",)),
-        common(label="common training, cost of ST++, 2 subnets", costs_as=("ST++, 2 subnets",)),
-        common(label="common training, cost of ST++", costs_as=("ST++",)),
+        *changed_rows("ST++", _STPP_CHANGED, _ONE),
+        *(common(label=f"common training, cost of {row}", costs_as=(row,)) for row in cheaper),
+    )
+
+
+def reading_rows() -> tuple[Row, ...]:
+    """ST and GKT, each with one setting changed."""
+    return (
+        Row(label="common training", tuned="common"),
+        *changed_rows("ST", _ST_CHANGED, {}),
+        *changed_rows("GKT", _GKT_CHANGED, _ONE),
     )
 
 
@@ -168,41 +205,6 @@ _SMALL_VIT = (
     "CIFAR-100 shrunk to 16 px, 2,500 training images, ViT of 8 blocks, 64 channels and patches of 4 px, batch 64, "
     "AdamW with cosine, 2 CPU cores"
 )
-
-# --- one factor at a time
-
-_READINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ST, 2 subnets": ("st", {"num_subnets": 2}),
-    "ST, 3 subnets": ("st", {"num_subnets": 3}),
-    "ST, stochastic sampling": ("st", {"sampler": "stochastic"}),
-    "ST, inter-stage sampling": ("st", {"sampler": "inter-stage"}),
-    "ST, exponential decay": ("st", {"sampler": "exponential-decay"}),
-    "ST++, amplitude 1": ("st++", {"amplitude": 1.0}),
-    "ST++, amplitude 3": ("st++", {"amplitude": 3.0}),
-    "ST++, eps 1e-7": ("st++", {"eps": 1e-7}),
-    "ST++, cross-entropy on raw logits": ("st++", {"main_logits": "raw"}),
-    "ST++, a side for each subnet": ("st++", {"per": "subnet"}),
-    "ST++, ordered sampling": ("st++", {"sampler": "ordered"}),
-    "ST++, 3 subnets": ("st++", {"num_subnets": 3, "subnet_weight": 0.34}),
-    "GKT, 1 loop": ("gkt", {"loops": 1, "subnet_weight": 0.34}),
-    "GKT, 2 groups": ("gkt", {"groups": 2, "subnet_weight": 0.25}),
-    "GKT, ema 0": ("gkt", {"ema": 0.0}),
-    "GKT, ema 0.9": ("gkt", {"ema": 0.9}),
-    "GKT, decay base 0.25": ("gkt", {"decay_base": 0.25}),
-    "GKT, decay base 1": ("gkt", {"decay_base": 1.0}),
-    "GKT, KL-": ("gkt", KL_MINUS),
-    "GKT, ordered sampling": ("gkt", {"sampler": "ordered"}),
-}
-_BY_DEFAULT = {"st": ST, "st++": STPP | {"subnet_weight": 0.17}, "gkt": {"method": "gkt", "subnet_weight": 0.17}}
-
-
-def reading_rows() -> tuple[Row, ...]:
-    """The three methods, and each with one setting changed."""
-    plain = [Row(label="common training", settings=METHODS["common"])]
-    plain += [Row(label=label, settings=_BY_DEFAULT[label.lower()]) for label in ("ST", "ST++", "GKT")]
-    changed = [Row(label=label, settings=_BY_DEFAULT[m] | more, tier=2) for label, (m, more) in _READINGS.items()]
-    return (*plain, *changed)
-
 
 # --- loafing
 
@@ -295,6 +297,15 @@ def gpu_tables(network: str) -> tuple[Table, Table]:
     return trials, table
 
 
+def one_factor_tables(device: str, **settings: Any) -> tuple[Table, Table]:
+    """ST++ part by part, and the readings of ST and GKT."""
+    both = partial(Table, split="val", subnets=8, **settings)
+    return (
+        both(name=f"parts-{device}", title="ST++ part by part", rows=stpp_rows()),
+        both(name=f"readings-{device}", title="Our readings, one factor at a time", rows=reading_rows()),
+    )
+
+
 _ALL = [
     Table(
         name="cifar100-cpu-trials",
@@ -350,15 +361,11 @@ _ALL = [
         subnets=8,
         trials="cifar100-cpu-few-trials",
     ),
-    Table(
-        name="parts-cpu",
-        title="ST++ part by part",
+    *one_factor_tables(
+        "cpu",
         about=f"{_FEW}; 80 epochs, judged on 5,000 validation images",
         common=CPU_FEW,
-        rows=part_rows(),
         seeds=(0, 1),
-        split="val",
-        subnets=8,
         trials="cifar100-cpu-few-trials",
     ),
     Table(
@@ -398,16 +405,6 @@ _ALL = [
         trials="cifar100-cpu-trials",
     ),
     Table(
-        name="readings-cpu",
-        title="Our readings, one factor at a time",
-        about=f"{_SMALL}; 10 epochs, judged on 5,000 validation images",
-        common=CPU | {"epochs": 10, "lr": 0.1},
-        rows=reading_rows(),
-        seeds=(0, 1),
-        split="val",
-        subnets=8,
-    ),
-    Table(
         name="cifar100-gpu-quick-trials",
         title="Trials for ResNet-18 in 30 epochs",
         about="8 epochs, one seed, judged on 5,000 validation images",
@@ -435,21 +432,25 @@ _ALL = [
         subnets=("9-9-9", *GPU_ALONE),
         trials="cifar100-gpu-resnet56-trials",
     ),
-    Table(
-        name="readings-gpu",
-        title="Our readings, one factor at a time, on ResNet-18",
-        about="CIFAR-100, 45,000 training images, 60 epochs, bf16, judged on 5,000 validation images",
-        common=GPU | NETWORKS["resnet18"] | {"epochs": 60, "lr": 0.1},
-        rows=reading_rows(),
-        split="val",
-        subnets=8,
+    *one_factor_tables(
+        "gpu",
+        about="CIFAR-100, 45,000 training images, ResNet-18, 60 epochs, bf16, judged on 5,000 validation images",
+        common=GPU | NETWORKS["resnet18"] | {"epochs": 60},
+        seeds=(0, 1, 2),
+        trials="cifar100-gpu-resnet18-trials",
     ),
 ]  # fmt: skip
 TABLES: dict[str, Table] = {table.name: table for table in _ALL}
 # One word for all that a machine with a GPU has to train; the networks in the order of what they tell for their cost.
 GROUPS: dict[str, tuple[str, ...]] = {
     "cifar100-gpu": tuple(f"cifar100-gpu-{network}" for network in NETWORKS),
-    "gpu": ("cifar100-gpu-quick", *(f"cifar100-gpu-{network}" for network in NETWORKS), "loafing-gpu", "readings-gpu"),
+    "gpu": (
+        "cifar100-gpu-quick",
+        *(f"cifar100-gpu-{network}" for network in NETWORKS),
+        "loafing-gpu",
+        "parts-gpu",
+        "readings-gpu",
+    ),
     "cpu": (
         "digits",
         "cifar100-cpu",
