@@ -134,6 +134,7 @@ _STPP_CHANGED: dict[str, dict[str, Any]] = {
     "cross-entropy on raw logits": {"main_logits": "raw"},
     "eps 1e-7": {"eps": 1e-7},
     "amplitude 3": {"amplitude": 3.0},
+    "the paper's settings": {"subnet_weight": 1.0, "eps": 1e-7, "min_ratio": 0.43, "per": "subnet"},
 }
 _ST_CHANGED: dict[str, dict[str, Any]] = {
     "2 subnets": {"num_subnets": 2},
@@ -152,6 +153,7 @@ _GKT_CHANGED: dict[str, dict[str, Any]] = {
     "decay base 1": {"decay_base": 1.0},
     "ordered sampling": {"sampler": "ordered"},
     "KL-": KL_MINUS,
+    "weight 1": {"subnet_weight": 1.0},
 }
 
 
