@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from benchmarks.accuracy import job as process
 from benchmarks.accuracy import run
 from benchmarks.accuracy.jobs import MissingError, Results, best_trial, command, plan
-from benchmarks.accuracy.pages import PAGES, accuracies, differences, inside, written
+from benchmarks.accuracy.pages import PAGES, PICTURE, PICTURED, accuracies, differences, inside, picture, written
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
 from unloaf.engine.config import Config
@@ -136,6 +137,28 @@ def test_a_figure_with_its_error_in_the_text_stands_in_a_table(page):
 def test_pages_are_up_to_date(page):
     text = (ROOT / page).read_text("utf-8")
     assert written(text, Results(RESULTS), links="docs/" if "/" not in page else "") == text
+
+
+def described(svg: str) -> dict[str, list[dict]]:
+    """The points that a picture holds, by panel."""
+    [text] = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("description")]
+    return json.loads(text or "")
+
+
+def test_the_picture_shows_the_records():
+    panels = described((RESULTS / PICTURE).read_text("utf-8"))
+    assert panels == described(picture(Results(RESULTS)))
+    assert list(panels) == list(PICTURED.values())
+    for name, points in zip(PICTURED, panels.values(), strict=True):
+        expected = []
+        for row in dict.fromkeys(r["row"] for r in records_of(name)):
+            found = records_of(name, row)
+            spread = tops(name, row).std(ddof=1) / math.sqrt(len(found))
+            mean_subnet = np.mean([list(r["subnets"].values()) for r in found])
+            cost = max(found[0]["cost_time"], found[0]["cost_flops"])
+            expected.append([cost, tops(name, row).mean(), spread, mean_subnet])
+        drawn = [[point[key] for key in ("cost", "main", "error", "subnets")] for point in points]
+        np.testing.assert_allclose(drawn, expected)
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -1,9 +1,10 @@
-"""Writes the tables of docs/results.md anew, from the records in docs/results; of README.md too, if it has markers.
+"""Writes the tables of docs/results.md and README.md and the picture of the results anew, from docs/results.
 
     python -m benchmarks.accuracy.pages [--check]
 
 A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with
-"differences" or "inside" after it for those views of it. --check only says whether the pages are up to date.
+"differences" or "inside" after it for those views of it. --check only says whether the pages are up to date, and writes
+no picture.
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from typing import Any
 from benchmarks.accuracy.jobs import Results
 from benchmarks.accuracy.tables import TABLES, Table
 
+from unloaf.analysis.plots import CostPoint, accuracy_over_cost
+
 ROOT = Path(__file__).resolve().parents[2]
 
 Records = Sequence[Mapping[str, Any]]
 PAGES = ("README.md", "docs/results.md")
+PICTURE = "accuracy-over-cost.svg"
+PICTURED = {"cifar100-cpu": "5,000 images, 40 epochs", "cifar100-cpu-few": "2,500 images, 80 epochs"}
 _PLACE = re.compile(r"(<!-- results: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end of results -->)", re.S)
 
 
@@ -149,6 +154,24 @@ def written(text: str, results: Results, *, links: str) -> str:
     return _PLACE.sub(place, text)
 
 
+def points(table: Table, records: Records) -> list[CostPoint]:
+    """Main network and mean subnet of each row, over its cost."""
+    found = []
+    for label, rows in by_row(table, records).items():
+        tops = [r["top1"] for r in rows]
+        error = statistics.stdev(tops) / len(tops) ** 0.5 if len(tops) > 1 else 0.0
+        subnets = statistics.fmean(statistics.fmean(r["subnets"].values()) for r in rows)
+        method = table.row(label).tuned or ""
+        found.append(CostPoint(method, label.partition(",")[0], cost(rows), statistics.fmean(tops), error, subnets))
+    return found
+
+
+def picture(results: Results) -> str:
+    """Accuracy over cost, a panel for each table that is there."""
+    panels = {title: points(TABLES[name], results.records(name)) for name, title in PICTURED.items()}
+    return accuracy_over_cost(panels, axis="top-1 accuracy, % of test images")
+
+
 def main() -> int:
     """0, or 1 when --check finds a page that is not up to date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -164,6 +187,8 @@ def main() -> int:
             stale.append(name)
             if not options.check:
                 page.write_text(after, encoding="utf-8")
+    if not options.check:
+        (options.results / PICTURE).write_text(picture(Results(options.results)) + "\n", encoding="utf-8")
     print(f"{'out of date' if options.check else 'written'}: {', '.join(stale) or 'nothing'}")
     return 1 if stale and options.check else 0
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -219,10 +220,80 @@ def _key_of_bars() -> tuple[list[Any], list[str]]:
     return [measured, limit, Patch(**_PALE)], ["measured", "FLOPs limit", "separate passes"]
 
 
-def _svg(figure: Figure, *, background: str | None = None) -> str:
+class CostPoint(NamedTuple):
+    """A way to train, in `accuracy_over_cost`; accuracies in percent.
+
+    Attributes:
+        method: "common", "st", ...: its colour. Points of one method are joined by a line.
+        label: of the method, in the legend.
+        cost: of training, relative to the first point.
+        main: mean accuracy of the main network.
+        error: standard error of that mean.
+        subnets: mean accuracy of its subnets.
+    """
+
+    method: str
+    label: str
+    cost: float
+    main: float
+    error: float
+    subnets: float
+
+
+def accuracy_over_cost(panels: Mapping[str, Sequence[CostPoint]], *, axis: str) -> str:
+    """Accuracy of main networks, filled, and of their mean subnets, hollow, over the cost of training, as SVG.
+
+    The picture's description holds the points, as JSON.
+
+    Args:
+        panels: points by title.
+        axis: what the accuracies are, with their unit.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2 * len(panels), 4.9))
+        figure.set_layout_engine("constrained", wspace=0.06)
+        FigureCanvasSVG(figure)
+        columns = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, points) in zip(columns, panels.items(), strict=True):
+            _points(axes, points)
+            axes.set_title(title, loc="left", fontsize=13, weight="bold", color="#222222")
+            axes.set_xlabel("cost of training, relative to common training")
+            axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.tick_params(length=3)
+            axes.margins(x=0.12)
+        columns[0].set_ylabel(axis)
+        labels = {point.method: point.label for points in panels.values() for point in points}
+        handles = [_marker(method) for method in labels]
+        handles += [Line2D([], [], linestyle="", color="#777777", marker="o", fillstyle=f) for f in ("full", "none")]
+        names = [*labels.values(), "main network", "mean subnet"]
+        look: Any = {"frameon": False, "fontsize": 12, "columnspacing": 1.2, "handletextpad": 0.2}
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), **look)
+        figures = {title: [point._asdict() for point in points] for title, points in panels.items()}
+        return _svg(figure, background="white", about=json.dumps(figures))
+
+
+def _points(axes: Any, points: Sequence[CostPoint]) -> None:
+    for method in dict.fromkeys(point.method for point in points):
+        mine = sorted((point for point in points if point.method == method), key=lambda point: point.cost)
+        costs, look = [point.cost for point in mine], {"color": _COLOURS[_SAME_COLOUR[method]], "linewidth": 1.6}
+        marker = {"marker": _MARKERS[_SAME_COLOUR[method]], "markersize": 8}
+        axes.plot(
+            costs, [point.subnets for point in mine], linestyle=(0, (1.5, 1.5)), fillstyle="none", **look, **marker
+        )
+        mains, errors = [point.main for point in mine], [point.error for point in mine]
+        axes.errorbar(costs, mains, errors, zorder=3, capsize=3, **look, **marker)
+
+
+def _marker(method: str) -> Line2D:
+    index = _SAME_COLOUR[method]
+    return Line2D([], [], linestyle="", color=_COLOURS[index], marker=_MARKERS[index], markersize=8)
+
+
+def _svg(figure: Figure, *, background: str | None = None, about: str | None = None) -> str:
     """Without a background the page shows through; a picture that is a file of its own needs one."""
     buffer = io.StringIO()
     look: Any = {"transparent": True} if background is None else {"facecolor": background}
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **look)
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": about}, **look)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
