@@ -9,7 +9,7 @@ from torch import nn
 import unloaf
 from unloaf.analysis.flops import method_flops, step_flops
 from unloaf.analysis.step_memory import peak_bytes
-from unloaf.analysis.step_time import run_step, separate_backward, step_time_rows
+from unloaf.analysis.step_time import flop_counter, run_step, separate_backward, step_time_rows
 from unloaf.passes import SubnetPass
 
 
@@ -93,6 +93,13 @@ def test_flops_of_subnets_on_a_part_of_the_batch_counted_by_hand(network):
     flops = step_flops(model, stages, x, [SubnetPass(subnet, examples=2) for subnet in drawn])
     passes = 3 * (sum(first[:2]) + sum(second) + head) - 24 + 3 * head
     assert flops.shared == pytest.approx(2 * (main + passes / 4), rel=0.002)  # the first layer's share is a mean
+
+
+def test_flops_beside_measured_times_are_those_of_the_whole_batch(network):
+    model, stages, _, _ = network
+    x = torch.randn(8, 4, dtype=torch.float64)
+    method = unloaf.StimulativeTraining(model, stages, subnet_batch_fraction=0.25)
+    assert flop_counter({"st": method}, x).mean(method, x, range(5)) == method_flops(method, x, range(5))
 
 
 def test_flops_of_resnet50_agree_with_the_published_count():

@@ -68,6 +68,23 @@ def test_block_applications_are_the_nodes_of_the_trie(chain, sampler, mode, seed
     assert sum(model.count.values()) == number_of_nodes(stages, out.subnets)
 
 
+@pytest.mark.parametrize("mode", ["lean", "one graph"])
+def test_subnets_on_a_part_of_the_batch_share_with_each_other_alone(chain, mode):
+    model, stages, x, y = chain
+    subnets = [unloaf.Subnet.from_depths(stages, depths) for depths in [(2, 3), (2, 2), (1, 3)]]
+    method = unloaf.StimulativeTraining(model, stages, subnet_batch_fraction=0.5)
+    _ = method.backward(x, y, subnets) if mode == "lean" else method(x, y, subnets)
+    # The main network; then on half the batch 2-3, whose blocks are all of 2-2, and the second stage of 1-3.
+    assert sum(model.count.values()) == 6 + 5 + 3
+
+
+@pytest.mark.parametrize(("fraction", "size", "examples"), [(0.01, 8, 2), (0.5, 3, 2), (0.6, 5, 3), (0.5, 2, None)])
+def test_a_part_of_the_batch_has_two_examples_at_least(chain, fraction, size, examples):
+    model, stages, _, _ = chain
+    method = unloaf.StimulativeTraining(model, stages, subnet_batch_fraction=fraction)
+    assert [request.examples for request in method.draw(torch.zeros(size, 5))] == [examples]
+
+
 def test_a_nested_chain_is_a_path_of_the_trie(chain):
     model, stages, x, y = chain
     subnets = [unloaf.Subnet.from_depths(stages, depths) for depths in [(2, 3), (2, 2), (2, 1)]]

@@ -3,8 +3,7 @@
     python -m benchmarks.accuracy.pages [--check]
 
 A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with
-"differences" or "inside" after it for those views of it. --check only says whether the pages are up to date, and writes
-no picture.
+"differences" or "inside" after it for those views of it. --check writes nothing and says what is out of date.
 """
 
 from __future__ import annotations
@@ -158,37 +157,40 @@ def points(table: Table, records: Records) -> list[CostPoint]:
     """Main network and mean subnet of each row, over its cost."""
     found = []
     for label, rows in by_row(table, records).items():
+        row = table.row(label)
+        if row.tuned is None or row.tier > 1:  # our combinations would be more than one can tell apart
+            continue
         tops = [r["top1"] for r in rows]
         error = statistics.stdev(tops) / len(tops) ** 0.5 if len(tops) > 1 else 0.0
         subnets = statistics.fmean(statistics.fmean(r["subnets"].values()) for r in rows)
-        method = table.row(label).tuned or ""
-        found.append(CostPoint(method, label.partition(",")[0], cost(rows), statistics.fmean(tops), error, subnets))
+        found.append(CostPoint(row.tuned, label.partition(",")[0], cost(rows), statistics.fmean(tops), error, subnets))
     return found
 
 
 def picture(results: Results) -> str:
-    """Accuracy over cost, a panel for each table that is there."""
+    """Accuracy over cost, a panel for each of `PICTURED`."""
     panels = {title: points(TABLES[name], results.records(name)) for name, title in PICTURED.items()}
     return accuracy_over_cost(panels, axis="top-1 accuracy, % of test images")
 
 
 def main() -> int:
-    """0, or 1 when --check finds a page that is not up to date."""
+    """0, or 1 when --check finds something out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the records")
     options = parser.parse_args()
-    stale = []
+    results = Results(options.results)
+    texts = {options.results / PICTURE: picture(results) + "\n"}
     for name in PAGES:
         page = ROOT / name
         before = page.read_text(encoding="utf-8")
-        after = written(before, Results(options.results), links="docs/" if page.parent == ROOT else "")
-        if after != before:
-            stale.append(name)
+        texts[page] = written(before, results, links="docs/" if page.parent == ROOT else "")
+    stale = []
+    for path, text in texts.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.name)
             if not options.check:
-                page.write_text(after, encoding="utf-8")
-    if not options.check:
-        (options.results / PICTURE).write_text(picture(Results(options.results)) + "\n", encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
     print(f"{'out of date' if options.check else 'written'}: {', '.join(stale) or 'nothing'}")
     return 1 if stale and options.check else 0
 

@@ -121,7 +121,8 @@ def combinations(half: int) -> tuple[Row, ...]:
 
 # --- one factor at a time: parts of ST++ taken away or made cheaper, and what our readings of the papers are worth
 
-_ONE = {"subnet_weight": 0.17}  # six subnets weigh about one together
+# Six subnets weigh about one together. Not the weight of the trials, so that fewer subnets can be given the same sum.
+_ONE = {"subnet_weight": 0.17}
 _STPP_CHANGED: dict[str, dict[str, Any]] = {
     "2 subnets": {"num_subnets": 2, "subnet_weight": 0.5},
     "1 subnet": {"num_subnets": 1, "subnet_weight": 1.0},

@@ -141,7 +141,8 @@ class Export:
     depths: str | None = None
     """Kept blocks of each stage, as in 3,3,5,3; default: the whole network."""
     format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
-    """Weights with a JSON file beside them, a model that timm reloads, a torch.export program, or ONNX."""
+    """Weights with a JSON file beside them (of an hf/ run also a config.json), a model that timm reloads, a
+    torch.export program, or ONNX."""
     recalibrate: int | None = None
     """Training images from which batch-norm statistics are estimated; 0 for none; default: as in the run."""
     elastic: bool = False

@@ -134,7 +134,7 @@ def _median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
 
 def _flops_limit(training: Training) -> float:
     """The arithmetic of what the first steps drew, no block computed twice, relative to common training."""
-    x = next(iter(training.calibration_batches())).x[:1]
+    x = next(iter(training.calibration_batches())).x
     steps = min(_COUNTED_STEPS, training.config.epochs * training.steps_per_epoch)
     flops = method_flops(training.method, x, range(steps))
     return flops.shared / flops.common

@@ -80,7 +80,7 @@ def resize(images: Tensor, side: int) -> Tensor:
 
 
 def first_examples(inputs: Any, count: int) -> Any:
-    """The first examples of a batch; in a mapping, of each tensor that has a row for each example.
+    """The first examples of a batch; in a mapping, of each tensor that has a row for each example, nothing else.
 
     >>> first_examples({"pixels": torch.zeros(4, 3), "scale": 2.0}, 2)["pixels"].shape
     torch.Size([2, 3])
@@ -98,10 +98,24 @@ def batch_size(inputs: Any) -> int:
     >>> batch_size({"pixels": torch.zeros(4, 3)})
     4
     """
+    return len(first_tensor(inputs))
+
+
+def first_tensor(inputs: Any) -> Tensor:
+    """A batch, or the first tensor in a mapping; it has a row for each example.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> first_tensor({"scale": 2.0, "pixels": torch.zeros(4, 3)}).shape
+    torch.Size([4, 3])
+    """
     batch = next((v for v in inputs.values() if isinstance(v, Tensor)), None) if isinstance(inputs, Mapping) else inputs
-    if not isinstance(batch, Tensor) or not batch.ndim:
+    if not isinstance(batch, Tensor):
         raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
-    return len(batch)
+    if not batch.ndim:
+        raise ValueError("x is a tensor of one number; give a batch, with a row for each example")
+    return batch
 
 
 class View(NamedTuple):

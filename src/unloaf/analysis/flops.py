@@ -38,7 +38,7 @@ def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFl
 
     Args:
         method: any; its step counter is left as it is.
-        x: a batch; the network runs on its first example.
+        x: a batch of the size that is trained; the network runs on its first example.
         steps: which steps' draws to count, e.g. ``range(100)``.
     """
     count = _Counter(method.model, method.stages, x)
@@ -55,7 +55,7 @@ def step_flops(model: nn.Module, stages: Sequence[Stage], x: Any, passes: Sequen
     Args:
         model: any network with these stages; run in eval mode on the first example.
         stages: from `find_stages`.
-        x: a batch, as the model takes it.
+        x: a batch, as the model takes it, of the size that is trained.
         passes: the subnets, and what each sees of the batch.
 
     >>> import torch, unloaf

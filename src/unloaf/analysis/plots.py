@@ -226,7 +226,7 @@ class CostPoint(NamedTuple):
     Attributes:
         method: "common", "st", ...: its colour. Points of one method are joined by a line.
         label: of the method, in the legend.
-        cost: of training, relative to the first point.
+        cost: of training, relative to common training.
         main: mean accuracy of the main network.
         error: standard error of that mean.
         subnets: mean accuracy of its subnets.
@@ -263,7 +263,9 @@ def accuracy_over_cost(panels: Mapping[str, Sequence[CostPoint]], *, axis: str) 
             axes.tick_params(length=3)
             axes.margins(x=0.12)
         columns[0].set_ylabel(axis)
-        labels = {point.method: point.label for points in panels.values() for point in points}
+        labels: dict[str, str] = {}
+        for point in (point for points in panels.values() for point in points):
+            labels.setdefault(point.method, point.label)
         handles = [_marker(method) for method in labels]
         handles += [Line2D([], [], linestyle="", color="#777777", marker="o", fillstyle=f) for f in ("full", "none")]
         names = [*labels.values(), "main network", "mean subnet"]

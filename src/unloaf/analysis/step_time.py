@@ -167,15 +167,15 @@ def flop_counter(methods: Mapping[str, TrainingMethod], x: Any) -> QuickCounter:
     method = next((method for method in methods.values() if method.stages), next(iter(methods.values())))
     try:
         # Counting needs no arithmetic: without data it takes a fraction of the time.
-        return QuickCounter(copy.deepcopy(inner_module(method.model)).to("meta"), method.stages, _one(x, "meta"))
+        return QuickCounter(copy.deepcopy(inner_module(method.model)).to("meta"), method.stages, _on_meta(x))
     except Exception:  # whatever a model raises that looks at values, or makes tensors of its own
-        return QuickCounter(method.model, method.stages, _one(x, None))
+        return QuickCounter(method.model, method.stages, x)
 
 
-def _one(x: Any, device: str | None) -> Any:
+def _on_meta(x: Any) -> Any:
     if isinstance(x, Mapping):
-        return {name: _one(value, device) for name, value in x.items()}
-    return x[:1].to(device) if device else x[:1]
+        return {name: _on_meta(value) for name, value in x.items()}
+    return x.to("meta") if isinstance(x, Tensor) else x
 
 
 @dataclass
@@ -303,7 +303,7 @@ def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
         with active_subnet(model, method.stages, request.subnet), frozen_statistics(model):
             student = logits_of(call_model(model, request.view.of(x)))
         known[index] = student.detach()
-        _backward(method.subnet_weight * method.subnet_term(index, student, teacher, known))
+        _backward(method.weighted_term(index, student, teacher, known))
     method.step += 1
 
 

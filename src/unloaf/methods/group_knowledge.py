@@ -28,14 +28,14 @@ class GroupKnowledgeTraining(SubnetTraining):
         stages: from `find_stages`.
         groups: subnets per chain.
         loops: chains per step.
-        ema: in [0, 1), weight of a group's earlier knowledge.
+        ema: in [0, 1), weight of a group's earlier knowledge; without effect if the main network teaches.
         teacher: who teaches a subnet: "group", the group above it, or "main", the main network, for comparison.
         sampler: the rule that draws a subnet inside its parent; default `ExponentialDecaySampler(base=0.5)`.
         subnet_loss: from (student logits, teacher logits) to a loss of shape ().
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
-        subnet_batch_fraction: in (0, 1], share of the batch, its first examples, that subnets are trained on. Below 1
-            they share no block with the main network.
+        subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
+            trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
 
@@ -106,7 +106,7 @@ class GroupKnowledgeTraining(SubnetTraining):
 
     def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
         """Distance to the knowledge of the teacher."""
-        teacher = main[: len(student)]
+        teacher = main
         for loop, position in enumerate(self._teachers(index)):
             logits = known[position]
             assert logits is not None  # asked for in SubnetPass.needs

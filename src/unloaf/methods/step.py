@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.batchnorm import statistics_unless_raised
-from unloaf.inputs import batch_size
+from unloaf.inputs import batch_size, first_tensor
 from unloaf.passes import SubnetPass, lean_backward, one_graph
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, check_stages
@@ -126,15 +126,14 @@ class TrainingMethod(ABC):
 
     def _check_batch(self, x: Any, y: Any) -> None:
         """All that can be told before a pass is: a batch refused here has changed nothing."""
-        size = batch_size(x)
-        batch = next(v for v in x.values() if isinstance(v, Tensor)) if isinstance(x, Mapping) else x
+        batch = first_tensor(x)
         model = inner_module(self.model)
         first = next(model.parameters(), None)
         if first is not None and (batch.device != first.device or (isinstance(y, Tensor) and y.device != first.device)):
             _check_devices(model, batch, y)
-        if isinstance(y, Tensor) and y.ndim and len(y) != size:
-            raise ValueError(f"x has {size} examples, y has {len(y)}; give one target for each")
-        if size == 1 and _normalises_over_the_batch(model):
+        if isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
+            raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
+        if len(batch) == 1 and _normalises_over_the_batch(model):
             raise ValueError(
                 "the batch has 1 example, but batch norm needs at least 2 in training mode; "
                 "give larger batches (DataLoader(..., drop_last=True) for the last one) or put the norms in eval mode"
@@ -184,7 +183,7 @@ class SubnetTraining(TrainingMethod):
 
     With a `subnet_batch_fraction` below 1 subnets are trained on the first examples of each batch, at least two, as
     they would be on a batch of these alone: with statistics of their own, so that they share blocks with each other but
-    none with the main network.
+    none with the main network. Where the fraction comes to the whole batch, it is as 1.
     """
 
     def __init__(
@@ -250,9 +249,13 @@ class SubnetTraining(TrainingMethod):
         Args:
             index: which pass.
             student: its logits, of the examples that it was run on.
-            main: detached logits of the main network, of the whole batch.
+            main: detached logits of the main network, of the same examples.
             known: detached logits of the passes known by then.
         """
+
+    def weighted_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """The loss of a pass as it enters the sum; `main` are logits of the whole batch. Else as `subnet_term`."""
+        return self.subnet_weight * self.subnet_term(index, student, main[: len(student)], known)
 
     def _term_name(self, index: int) -> str:
         return f"subnet{index}"
@@ -261,21 +264,20 @@ class SubnetTraining(TrainingMethod):
         passes = self._requested(x, subnets)
         main, logits = one_graph(self.model, self.stages, x, passes)
         known, teacher = [z.detach() for z in logits], main.detach()
-        weight = self.subnet_weight
-        losses = [weight * self.subnet_term(i, z, teacher, known) for i, z in enumerate(logits)]
+        losses = [self.weighted_term(i, z, teacher, known) for i, z in enumerate(logits)]
         main_loss = self._main_loss(main, y)
         total = torch.stack([main_loss, *losses]).sum()
         return self._output(passes, total, teacher, main_loss.detach(), [loss.detach() for loss in losses])
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        passes, weight = self._requested(x, subnets), self.subnet_weight
+        passes = self._requested(x, subnets)
         step = lean_backward(
             self.model,
             self.stages,
             x,
             passes,
             main_loss=lambda logits: self._main_loss(logits, y),
-            subnet_loss=lambda *args: weight * self.subnet_term(*args),
+            subnet_loss=self.weighted_term,
             scale=scale,
         )
         total = torch.stack([step.main_loss, *step.subnet_losses]).sum()

@@ -34,8 +34,8 @@ class StimulativeTraining(SubnetTraining):
         subnet_inputs: `SmallerInputs`, or None for the main network's input.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
-        subnet_batch_fraction: in (0, 1], share of the batch, its first examples, that subnets are trained on. Below 1
-            they share no block with the main network.
+        subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
+            trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy, which also takes soft labels.
         seed: of the draws.
 
@@ -103,7 +103,7 @@ class StimulativeTraining(SubnetTraining):
 
     def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
         """Distance to the main network's prediction."""
-        return self.subnet_loss(student, main[: len(student)])
+        return self.subnet_loss(student, main)
 
 
 def stimulative_plus(
@@ -136,8 +136,8 @@ def stimulative_plus(
         main_logits: what the criterion sees, the direction of the logits (published runs) or the raw logits.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
-        subnet_batch_fraction: in (0, 1], share of the batch, its first examples, that subnets are trained on. Below 1
-            they share no block with the main network.
+        subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
+            trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
 

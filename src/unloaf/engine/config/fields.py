@@ -136,8 +136,8 @@ class Config:
     subnet_off_epoch: int = 0
     """Epoch from which no subnets are trained; 0 for never."""
     subnet_batch_fraction: float = 1.0
-    """Share of each batch, its first images, that subnets are trained on; below 1 they share nothing with the main
-    network, so it is cheaper only where they share little, as with smaller images."""
+    """Share of each batch, its first images and at least two, that subnets are trained on; below 1 they share nothing
+    with the main network, so it is cheaper only where they share little, as with smaller images."""
     sampler: Sampler = "auto"
     """How subnets are drawn; auto: ordered for st, inter-stage for st++, exponential-decay for gkt."""
     subnet_loss: Literal["auto", "kl", "kl-"] = "auto"
@@ -161,7 +161,7 @@ class Config:
     loops: int = 2
     """gkt: passes over the groups in a step."""
     ema: float = 0.5
-    """gkt: how much of a group's old knowledge stays, in [0, 1)."""
+    """gkt: how much of a group's old knowledge stays, in [0, 1); without effect with --teacher main."""
     teacher: Literal["group", "main"] = "group"
     """gkt: who teaches a subnet, the group above it or the main network."""
     decay_base: float = 0.5
