@@ -137,6 +137,10 @@ _STPP_CHANGED: dict[str, dict[str, Any]] = {
     "amplitude 3": {"amplitude": 3.0},
     "the paper's settings": {"subnet_weight": 1.0, "eps": 1e-7, "min_ratio": 0.43, "per": "subnet"},
 }
+_WHEN: dict[str, dict[str, Any]] = {
+    "weight rising": {"subnet_schedule": "rising"},
+    "weight falling": {"subnet_schedule": "falling"},
+}
 _ST_CHANGED: dict[str, dict[str, Any]] = {
     "2 subnets": {"num_subnets": 2},
     "3 subnets": {"num_subnets": 3},
@@ -165,14 +169,22 @@ def changed_rows(method: str, changes: Mapping[str, Settings], also: Settings) -
     return [plain, *changed]
 
 
-def stpp_rows() -> tuple[Row, ...]:
-    """ST++ with one part taken away, made cheaper or read in another way; common training at the cost of some."""
+def stpp_rows(half: int) -> tuple[Row, ...]:
+    """ST++ with one part taken away, made cheaper or read in another way; common training at the cost of some.
+
+    `half` is the middle epoch.
+    """
     common = partial(Row, tuned="common")
+    halves = {
+        "second half only": {"subnet_on_epoch": half + 1},
+        "first half only": {"subnet_off_epoch": half + 1},
+    }
     cheaper = ("ST++, 1 subnet", "ST++, 2 subnets", "ST++")
     return (
         common(label="common training"),
         *changed_rows("ST++", _STPP_CHANGED, _ONE),
         *(common(label=f"common training, cost of {row}", costs_as=(row,)) for row in cheaper),
+        *(replace(row, tier=2) for row in changed_rows("ST++", _WHEN | halves, _ONE)[1:]),
     )
 
 
@@ -304,7 +316,7 @@ def one_factor_tables(device: str, **settings: Any) -> tuple[Table, Table]:
     """ST++ part by part, and the readings of ST and GKT."""
     both = partial(Table, split="val", subnets=8, **settings)
     return (
-        both(name=f"parts-{device}", title="ST++ part by part", rows=stpp_rows()),
+        both(name=f"parts-{device}", title="ST++ part by part", rows=stpp_rows(settings["common"]["epochs"] // 2)),
         both(name=f"readings-{device}", title="Our readings, one factor at a time", rows=reading_rows()),
     )
 
