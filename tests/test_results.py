@@ -173,7 +173,8 @@ def test_a_record_says_how_it_came_about(name):
         assert set(record["versions"]) == {"unloaf", "torch", "timm"}
         assert all(record[key] for key in ("command", "hardware", "commit", "date"))
         assert record["command"].startswith("unloaf train ")
-        Config(**record["settings"] | ({} if record["settings"].get("dataset") is None else {"data_dir": "DIR"}))
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in record["settings"].items()}
+        Config(**settings | ({} if settings.get("dataset") is None else {"data_dir": "DIR"}))
     assert len(seen) == len(records_of(name))
 
 
