@@ -98,8 +98,8 @@ HEADLINE = (
     Row(label="common training, cost of ST", tuned="common", costs_as=("ST",)),
     Row(label="common training, cost of the dearest", tuned="common", costs_as=("ST", "ST++", "GKT")),
 )
-# What ST++ part by part showed on validation images: one subnet gains nearly as much as six, and ordered sampling, which
-# also draws the small ones, cures the subnets.
+# On validation images one subnet gained nearly as much as six, and ordered sampling, which also draws the small ones,
+# cured the subnets: the table of ST++ part by part.
 _ONE_SUBNET = {"num_subnets": 1, "subnet_weight": 1.0}
 ONE_SUBNET = (
     Row(label="ST++, 1 subnet", tuned="st++", settings=_ONE_SUBNET),
