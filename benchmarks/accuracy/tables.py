@@ -434,8 +434,8 @@ _ALL = [
     Table(
         name="few-classes-cpu",
         title="KL- on ten classes",
-        about="Digits, ResNet-26 of width 8, 25 epochs; settings of unloaf.recipes.digits but for those named, judged on 300 "
-        "validation images",
+        about="Digits, ResNet-26 of width 8, 25 epochs; settings of unloaf.recipes.digits but for those named, judged "
+        "on 300 validation images",
         common=_DIGITS,
         rows=few_classes_rows(),
         split="val",
