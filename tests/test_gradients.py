@@ -99,7 +99,8 @@ def test_stimulative_plus(network, per):
         subnets = gradients_of(method, x, y, mode)
         if expected is None:
             view = partial(twin.normalised, amplitude=2.0)
-            expected = twin.stimulative(model, stages, subnets, x, y, sides=drawn, view=view)
+            # By default the subnets weigh one together.
+            expected = twin.stimulative(model, stages, subnets, x, y, sides=drawn, view=view, weight=1 / 4)
         assert twin.distance(model, expected) < TOLERANCE
 
 

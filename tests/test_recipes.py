@@ -98,7 +98,7 @@ def test_lookup_needs_no_torch():
         (
             "cifar100_resnet50_st",
             {"dataset": "cifar100", "epochs": 500, "global_batch_size": 64, "opt": "sgd", "method": "st",
-             "num_subnets_or_default": 1, "subnet_weight": 1.0, "sampler": "auto", "subnet_loss": "auto"},
+             "num_subnets_or_default": 1, "subnet_weight_or_default": 1.0, "sampler": "auto", "subnet_loss": "auto"},
         ),
         (
             "cifar10_mobilenetv3_common",

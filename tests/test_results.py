@@ -66,7 +66,7 @@ def test_a_table_states_its_records(name, view, body):
     if not (RESULTS / f"{name}.json").exists():
         assert body.startswith("Not run yet: ")
         words = ["python", "-m", "benchmarks.accuracy.run", name]
-        words += [] if name == "digits" else ["--data-dir", "DIR"]
+        words += [] if TABLES[name].common["dataset"] == "digits" else ["--data-dir", "DIR"]
         assert re.findall("`(.*)`", body) == [" ".join(words)]
         return
     rows = parsed(body)

@@ -257,7 +257,7 @@ def _subnet_settings(config: Config) -> dict[str, str]:
         "subnets per step": str(config.num_subnets_or_default),
         "sampling": sampler if config.sampler == "auto" else config.sampler,
         "subnet loss": loss if config.subnet_loss == "auto" else config.subnet_loss,
-        "weight of a subnet": f"{config.subnet_weight:g}",
+        "weight of a subnet": f"{config.subnet_weight_or_default:g}",
     }
     if config.method == "st++":
         shown |= {"KL- eps": f"{config.eps:g}", "smallest input": f"{config.min_ratio:g} of the side"}

@@ -24,6 +24,22 @@ def test_constant_by_default():
     assert weights(subnet_weight=0.3) == [0.3] * 8
 
 
+@pytest.mark.parametrize(
+    ("settings", "weight"),
+    [
+        ({"method": "st"}, 1.0),
+        ({"method": "st", "num_subnets": 3}, 1.0),
+        ({"method": "st++"}, 1 / 6),
+        ({"method": "st++", "num_subnets": 2}, 1 / 2),
+        ({"method": "st++", "subnet_weight": 1.0}, 1.0),
+        ({"method": "gkt"}, 1.0),
+    ],
+)
+def test_by_default_the_subnets_of_stpp_weigh_one_together(settings, weight):
+    training = prepare(tiny.config(**settings, subnet_inputs="same"), data=tiny.data(), model=tiny.network())
+    assert training.method.subnet_weight == weight
+
+
 def test_rising_and_falling_are_half_a_cosine_over_the_run():
     fall = [0.3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     assert weights(subnet_weight=0.3, subnet_schedule="falling") == pytest.approx(fall)

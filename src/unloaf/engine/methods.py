@@ -119,7 +119,7 @@ class SubnetSchedule:
 def _weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) -> Weight:
     on, off = config.subnet_on_epoch, config.subnet_off_epoch
     if (config.subnet_schedule, config.subnet_interval, on, off) == ("constant", 1, 1, 0):
-        return config.subnet_weight
+        return config.subnet_weight_or_default
     if steps_per_epoch is None:
         raise ValueError("the subnets' weight changes over the run: build_method needs steps_per_epoch")
     first = (on - 1) * steps_per_epoch
@@ -130,7 +130,7 @@ def _weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) 
             "give a smaller one, or --method common"
         )
     return SubnetSchedule(
-        peak=config.subnet_weight,
+        peak=config.subnet_weight_or_default,
         shape=config.subnet_schedule,
         interval=config.subnet_interval,
         first=first,

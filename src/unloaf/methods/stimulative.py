@@ -117,7 +117,7 @@ def stimulative_plus(
     norm: Norm = "layer_norm",
     eps: float = 1e-7,
     main_logits: Literal["direction", "raw"] = "direction",
-    subnet_weight: Weight = 1.0,
+    subnet_weight: Weight | None = None,
     subnet_batch_fraction: float = 1.0,
     criterion: Criterion | None = None,
     seed: int = 0,
@@ -135,7 +135,8 @@ def stimulative_plus(
         eps: of the norm.
         main_logits: what the criterion sees, the direction of the logits (published runs) or the raw logits.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
-            no subnet is run.
+            no subnet is run. Default: ``1 / num_subnets``, one for all together; the published runs, on 1,000 classes,
+            gave each subnet 1.
         subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
             trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
@@ -164,7 +165,7 @@ def stimulative_plus(
         num_subnets=num_subnets,
         subnet_loss=partial(direction_kl_loss, amplitude=amplitude, norm=norm, eps=eps),
         subnet_inputs=subnet_inputs,
-        subnet_weight=subnet_weight,
+        subnet_weight=1 / check_count("num_subnets", num_subnets) if subnet_weight is None else subnet_weight,
         subnet_batch_fraction=subnet_batch_fraction,
         criterion=DirectionCriterion(criterion, amplitude, norm, eps) if main_logits == "direction" else criterion,
         seed=seed,

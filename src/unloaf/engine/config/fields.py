@@ -125,8 +125,8 @@ class Config:
     """How the network is trained."""
     num_subnets: int | None = None
     """Subnets per step; default 1 for st, 6 for st++. gkt runs groups x loops."""
-    subnet_weight: float = 1.0
-    """Weight of the subnets' loss."""
+    subnet_weight: float | None = None
+    """Weight of each subnet's loss; default 1, for st++ 1 / num_subnets, one for all together."""
     subnet_schedule: Literal["constant", "rising", "falling"] = "constant"
     """How that weight changes over the epochs that train subnets: not at all, or as a cosine from 0 up or down to 0."""
     subnet_interval: int = 1
@@ -265,6 +265,17 @@ class Config:
         defaults = {"common": 0, "stochastic-depth": 0, "st": 1, "st++": 6}
         default = defaults[self.method]
         return default if self.num_subnets is None or default == 0 else self.num_subnets
+
+    @property
+    def subnet_weight_or_default(self) -> float:
+        """Weight of each subnet's loss.
+
+        >>> Config(method="st++", num_subnets=4).subnet_weight_or_default
+        0.25
+        """
+        if self.subnet_weight is not None:
+            return self.subnet_weight
+        return 1 / self.num_subnets_or_default if self.method == "st++" else 1.0
 
     @property
     def model_arguments(self) -> dict[str, Any]:
