@@ -163,7 +163,7 @@ def points(table: Table, records: Records) -> list[CostPoint]:
         tops = [r["top1"] for r in rows]
         error = statistics.stdev(tops) / len(tops) ** 0.5 if len(tops) > 1 else 0.0
         subnets = statistics.fmean(statistics.fmean(r["subnets"].values()) for r in rows)
-        found.append(CostPoint(row.tuned, label.partition(",")[0], cost(rows), statistics.fmean(tops), error, subnets))
+        found.append(CostPoint(label.partition(", cost of")[0], cost(rows), statistics.fmean(tops), error, subnets))
     return found
 
 

@@ -224,20 +224,22 @@ class CostPoint(NamedTuple):
     """A way to train, in `accuracy_over_cost`; accuracies in percent.
 
     Attributes:
-        method: "common", "st", ...: its colour. Points of one method are joined by a line.
-        label: of the method, in the legend.
+        label: of the method; points of one label are joined by a line.
         cost: of training, relative to common training.
         main: mean accuracy of the main network.
         error: standard error of that mean.
         subnets: mean accuracy of its subnets.
     """
 
-    method: str
     label: str
     cost: float
     main: float
     error: float
     subnets: float
+
+
+# The colours that the methods have in other pictures; any other label gets one that is left.
+_COLOUR_OF = {"common training": 0, "stochastic depth": 6, "ST": 2, "ST++": 3, "GKT": 4}
 
 
 def accuracy_over_cost(panels: Mapping[str, Sequence[CostPoint]], *, axis: str) -> str:
@@ -246,16 +248,20 @@ def accuracy_over_cost(panels: Mapping[str, Sequence[CostPoint]], *, axis: str) 
     The picture's description holds the points, as JSON.
 
     Args:
-        panels: points by title.
+        panels: points by title; at most two labels beside the methods' own.
         axis: what the accuracies are, with their unit.
     """
+    labels = dict.fromkeys(point.label for points in panels.values() for point in points)
+    left = iter((1, 5))
+    looks = {label: _COLOUR_OF[label] if label in _COLOUR_OF else next(left) for label in labels}
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2 * len(panels), 4.9))
+        figure = Figure(figsize=(5.2 * len(panels), 5.1))
         figure.set_layout_engine("constrained", wspace=0.06)
         FigureCanvasSVG(figure)
         columns = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, points) in zip(columns, panels.items(), strict=True):
-            _points(axes, points)
+            for label, index in looks.items():
+                _series(axes, [point for point in points if point.label == label], index)
             axes.set_title(title, loc="left", fontsize=13, weight="bold", color="#222222")
             axes.set_xlabel("cost of training, relative to common training")
             axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
@@ -263,33 +269,26 @@ def accuracy_over_cost(panels: Mapping[str, Sequence[CostPoint]], *, axis: str) 
             axes.tick_params(length=3)
             axes.margins(x=0.12)
         columns[0].set_ylabel(axis)
-        labels: dict[str, str] = {}
-        for point in (point for points in panels.values() for point in points):
-            labels.setdefault(point.method, point.label)
-        handles = [_marker(method) for method in labels]
+        handles = [Line2D([], [], linestyle="", **_marker(index)) for index in looks.values()]
         handles += [Line2D([], [], linestyle="", color="#777777", marker="o", fillstyle=f) for f in ("full", "none")]
-        names = [*labels.values(), "main network", "mean subnet"]
-        look: Any = {"frameon": False, "fontsize": 12, "columnspacing": 1.2, "handletextpad": 0.2}
-        figure.legend(handles, names, loc="outside lower center", ncols=len(names), **look)
+        look: Any = {"frameon": False, "fontsize": 12, "columnspacing": 1.6, "handletextpad": 0.2}
+        names = [*looks, "main network", "mean subnet"]
+        figure.legend(handles, names, loc="outside lower center", ncols=-(-len(names) // 2), **look)
         figures = {title: [point._asdict() for point in points] for title, points in panels.items()}
         return _svg(figure, background="white", about=json.dumps(figures))
 
 
-def _points(axes: Any, points: Sequence[CostPoint]) -> None:
-    for method in dict.fromkeys(point.method for point in points):
-        mine = sorted((point for point in points if point.method == method), key=lambda point: point.cost)
-        costs, look = [point.cost for point in mine], {"color": _COLOURS[_SAME_COLOUR[method]], "linewidth": 1.6}
-        marker = {"marker": _MARKERS[_SAME_COLOUR[method]], "markersize": 8}
-        axes.plot(
-            costs, [point.subnets for point in mine], linestyle=(0, (1.5, 1.5)), fillstyle="none", **look, **marker
-        )
-        mains, errors = [point.main for point in mine], [point.error for point in mine]
-        axes.errorbar(costs, mains, errors, zorder=3, capsize=3, **look, **marker)
+def _series(axes: Any, points: Sequence[CostPoint], index: int) -> None:
+    ordered = sorted(points, key=lambda point: point.cost)
+    costs, look = [point.cost for point in ordered], _marker(index) | {"linewidth": 1.6}
+    dots: Any = (0, (1.5, 1.5))
+    axes.plot(costs, [point.subnets for point in ordered], linestyle=dots, fillstyle="none", **look)
+    mains, errors = [point.main for point in ordered], [point.error for point in ordered]
+    axes.errorbar(costs, mains, errors, zorder=3, capsize=3, **look)
 
 
-def _marker(method: str) -> Line2D:
-    index = _SAME_COLOUR[method]
-    return Line2D([], [], linestyle="", color=_COLOURS[index], marker=_MARKERS[index], markersize=8)
+def _marker(index: int) -> dict[str, Any]:
+    return {"color": _COLOURS[index], "marker": _MARKERS[index], "markersize": 8}
 
 
 def _svg(figure: Figure, *, background: str | None = None, about: str | None = None) -> str:
