@@ -36,7 +36,12 @@ def mean(values: Sequence[float], *, digits: int = 1, sign: str = "") -> str:
     text = f"{statistics.fmean(values):{sign}.{digits}f}"
     if len(values) < 2:
         return text
-    return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return f"{text} ± {standard_error(values):.{digits}f}"
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; 0 where a single value tells nothing of it."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def by_row(table: Table, records: Records) -> dict[str, list[Mapping[str, Any]]]:
@@ -161,9 +166,12 @@ def points(table: Table, records: Records) -> list[CostPoint]:
         if row.tuned is None or row.tier > 1:  # our combinations would be more than one can tell apart
             continue
         tops = [r["top1"] for r in rows]
-        error = statistics.stdev(tops) / len(tops) ** 0.5 if len(tops) > 1 else 0.0
         subnets = statistics.fmean(statistics.fmean(r["subnets"].values()) for r in rows)
-        found.append(CostPoint(label.partition(", cost of")[0], cost(rows), statistics.fmean(tops), error, subnets))
+        found.append(
+            CostPoint(
+                label.partition(", cost of")[0], cost(rows), statistics.fmean(tops), standard_error(tops), subnets
+            )
+        )
     return found
 
 
