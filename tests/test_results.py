@@ -275,7 +275,7 @@ def test_settings_of_a_table_are_settings(table):
 @pytest.mark.parametrize("table", [table for table in TABLES.values() if table.name.endswith("-trials")])
 def test_every_method_has_the_same_number_of_trials(table):
     methods = [row.tuned for row in table.rows]
-    few_images = table.name in ("cifar100-cpu-few-trials", "cifar100-cpu-vit-trials")
+    few_images = table.common.get("train_images") == 2_500
     assert {methods.count(method) for method in methods} == {4 if few_images else 3}
     assert {row.settings["method"] for row in table.rows} == set(methods)
 

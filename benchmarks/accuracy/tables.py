@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 Settings = Mapping[str, Any]
@@ -53,7 +54,7 @@ class Table:
 
 
 def trial_rows(
-    lrs: tuple[float, float], decays: tuple[float, float], methods: Settings, *, fourth: bool = False
+    lrs: tuple[float, float], decays: tuple[float, float], methods: Mapping[str, Settings], *, fourth: bool = False
 ) -> tuple[Row, ...]:
     """Three trials for each method: the usual settings, the other learning rate, another value of its own setting.
 
@@ -62,7 +63,8 @@ def trial_rows(
     own = {"common": ("weight_decay", decays), "stochastic-depth": ("final_survival", (0.8, 0.5))}
     rows = []
     for method, settings in methods.items():
-        name, values = own[method] if method in own else ("subnet_weight", WEIGHTS[method])
+        weight = settings.get("subnet_weight", WEIGHTS.get(method))
+        name, values = own.get(method, ("subnet_weight", (weight, 0.5)))
         trials = [{"lr": lrs[0], name: values[0]}, {"lr": lrs[1], name: values[0]}, {"lr": lrs[0], name: values[1]}]
         if fourth:
             trials.append({"lr": lrs[method == "common"], name: values[0], "weight_decay": decays[1]})
@@ -87,7 +89,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # A ViT has one stage, and one size of input.
 VIT_METHODS = METHODS | {"st++": STPP | {"sampler": "ordered", "subnet_inputs": "same"}}
-WEIGHTS = {"st": (1.0, 0.5), "st++": (0.17, 0.5), "gkt": (0.17, 0.5)}
+# Of each subnet, so that those of a step weigh about one together; 0.5 is the other value that trials try.
+WEIGHTS = {"st": 1.0, "st++": 0.17, "gkt": 0.17}
 
 HEADLINE = (
     Row(label="common training", tuned="common"),
@@ -101,9 +104,10 @@ HEADLINE = (
 # On validation images one subnet gained nearly as much as six, and ordered sampling, which also draws the small ones,
 # cured the subnets: the table of ST++ part by part.
 _ONE_SUBNET = {"num_subnets": 1, "subnet_weight": 1.0}
+_ONE_ORDERED = _ONE_SUBNET | {"sampler": "ordered"}
 ONE_SUBNET = (
     Row(label="ST++, 1 subnet", tuned="st++", settings=_ONE_SUBNET),
-    Row(label="ST++, 1 subnet, ordered", tuned="st++", settings=_ONE_SUBNET | {"sampler": "ordered"}),
+    Row(label="ST++, 1 subnet, ordered", tuned="st++", settings=_ONE_ORDERED),
     Row(
         label="common training, cost of ST++, 1 subnet",
         tuned="common",
@@ -112,22 +116,38 @@ ONE_SUBNET = (
 )
 
 
+def changed_rows(
+    method: str, changes: Mapping[str, Settings], also: Settings = MappingProxyType({}), *, tier: int = 1
+) -> list[Row]:
+    """A method with one change in each row; `also` holds for all that do not say otherwise."""
+    plain = Row(label=method, tuned=method.lower(), settings=also, tier=tier)
+    return [replace(plain, label=f"{method}, {what}", settings={**also, **new}) for what, new in changes.items()]
+
+
+def when_trained(half: int) -> dict[str, dict[str, Any]]:
+    """Subnets that count or run in a part of the training only. `half` is the middle epoch."""
+    return {
+        "weight falling": {"subnet_schedule": "falling"},
+        "weight rising": {"subnet_schedule": "rising"},
+        "second half only": {"subnet_on_epoch": half + 1},
+        "first half only": {"subnet_off_epoch": half + 1},
+    }
+
+
 def combinations(half: int) -> tuple[Row, ...]:
     """Ours: parts of ST++ alone, subnets in a part of the steps, GKT with KL-. `half` is the middle epoch."""
-    st = partial(Row, tuned="st")
+    parts: dict[str, dict[str, Any]] = {
+        "smaller inputs": {"subnet_inputs": "smaller", "min_ratio": 0.5},
+        "inter-stage": {"sampler": "inter-stage"},
+        "KL-": KL_MINUS,
+        "KL-, 6 subnets": KL_MINUS | {"num_subnets": 6, "subnet_weight": 0.17},
+    }
     return (
-        st(label="ST, every 2nd step", settings={"subnet_interval": 2}, tier=2),
-        st(label="ST, weight falling", settings={"subnet_schedule": "falling"}, tier=2),
-        st(label="ST, weight rising", settings={"subnet_schedule": "rising"}, tier=2),
-        Row(label="GKT with KL-", tuned="gkt", settings=KL_MINUS, tier=2),
+        *changed_rows("ST", {"every 2nd step": {"subnet_interval": 2}} | when_trained(half), tier=2),
+        *changed_rows("GKT", {"KL-": KL_MINUS}, tier=2),
         Row(label="common training on normalised logits", tuned="common", settings=NORMALISED, tier=2),
-        st(label="ST, second half only", settings={"subnet_on_epoch": half + 1}, tier=3),
-        st(label="ST, first half only", settings={"subnet_off_epoch": half + 1}, tier=3),
-        st(label="ST, smaller inputs", settings={"subnet_inputs": "smaller", "min_ratio": 0.5}, tier=3),
-        st(label="ST, inter-stage", settings={"sampler": "inter-stage"}, tier=3),
-        st(label="ST, KL-", settings=KL_MINUS, tier=3),
-        st(label="ST, KL-, 6 subnets", settings=KL_MINUS | {"num_subnets": 6, "subnet_weight": 0.17}, tier=3),
-        Row(label="ST++, a side for each subnet", tuned="st++", settings={"per": "subnet"}, tier=3),
+        *changed_rows("ST", parts, tier=3),
+        *changed_rows("ST++", {"a side for each subnet": {"per": "subnet"}}, tier=3),
     )
 
 
@@ -148,10 +168,6 @@ _STPP_CHANGED: dict[str, dict[str, Any]] = {
     "eps 1e-7": {"eps": 1e-7},
     "amplitude 3": {"amplitude": 3.0},
     "the paper's settings": {"subnet_weight": 1.0, "eps": 1e-7, "min_ratio": 0.43, "per": "subnet"},
-}
-_WHEN: dict[str, dict[str, Any]] = {
-    "weight rising": {"subnet_schedule": "rising"},
-    "weight falling": {"subnet_schedule": "falling"},
 }
 _ST_CHANGED: dict[str, dict[str, Any]] = {
     "2 subnets": {"num_subnets": 2},
@@ -174,29 +190,19 @@ _GKT_CHANGED: dict[str, dict[str, Any]] = {
 }
 
 
-def changed_rows(method: str, changes: Mapping[str, Settings], also: Settings) -> list[Row]:
-    """A method, and the method with one change in each row; `also` holds for all that do not say otherwise."""
-    plain = Row(label=method, tuned=method.lower(), settings=also)
-    changed = (replace(plain, label=f"{method}, {what}", settings={**also, **new}) for what, new in changes.items())
-    return [plain, *changed]
-
-
 def stpp_rows(half: int) -> tuple[Row, ...]:
     """ST++ with one part taken away, made cheaper or read in another way; common training at the cost of some.
 
     `half` is the middle epoch.
     """
     common = partial(Row, tuned="common")
-    halves = {
-        "second half only": {"subnet_on_epoch": half + 1},
-        "first half only": {"subnet_off_epoch": half + 1},
-    }
     cheaper = ("ST++, 1 subnet", "ST++, 2 subnets", "ST++")
     return (
         common(label="common training"),
+        Row(label="ST++", tuned="st++", settings=_ONE),
         *changed_rows("ST++", _STPP_CHANGED, _ONE),
         *(common(label=f"common training, cost of {row}", costs_as=(row,)) for row in cheaper),
-        *(replace(row, tier=2) for row in changed_rows("ST++", _WHEN | halves, _ONE)[1:]),
+        *changed_rows("ST++", when_trained(half), _ONE, tier=2),
     )
 
 
@@ -204,7 +210,9 @@ def reading_rows() -> tuple[Row, ...]:
     """ST and GKT, each with one setting changed."""
     return (
         Row(label="common training", tuned="common"),
-        *changed_rows("ST", _ST_CHANGED, {}),
+        Row(label="ST", tuned="st"),
+        *changed_rows("ST", _ST_CHANGED),
+        Row(label="GKT", tuned="gkt", settings=_ONE),
         *changed_rows("GKT", _GKT_CHANGED, _ONE),
     )
 
@@ -231,6 +239,18 @@ CPU_VIT_METHODS = ("common", "stochastic-depth", "st")
 _SMALL_VIT = (
     "CIFAR-100 shrunk to 16 px, 2,500 training images, ViT of 8 blocks, 64 channels and patches of 4 px, batch 64, "
     "AdamW with cosine, 2 CPU cores"
+)
+CPU_MOBILENET: dict[str, Any] = {
+    "dataset": "cifar100", "train_images": 2_500, "img_size": 64, "model": "timm/mobilenetv3_small_050",
+    "batch_size": 64, "epochs": 80, "warmup_epochs": 1, "device_data": True, "channels_last": True, "device": "cpu",
+    "eval_interval": 1000,
+}  # fmt: skip
+CPU_MOBILENET_METHODS = {name: METHODS[name] for name in ("common", "stochastic-depth", "st")} | {
+    "st++": STPP | _ONE_ORDERED,
+}
+_SMALL_MOBILENET = (
+    "CIFAR-100 enlarged to 64 px, 2,500 training images, MobileNetV3-Small of width 0.5, batch 64, SGD with cosine, "
+    "2 CPU cores"
 )
 
 # --- loafing
@@ -384,7 +404,7 @@ _ALL = [
     Table(
         name="baselines-cpu",
         title="Common training, more regularised",
-        about=f"{_FEW}; epochs at which common training costs as much as 80 of ST++, judged on 5,000 validation images",
+        about=f"{_FEW}; epochs at which each row costs as much as 80 of ST++, judged on 5,000 validation images",
         common=CPU_FEW | {"epochs": 189},
         rows=(
             Row(label="common training", tuned="common"),
@@ -393,8 +413,15 @@ _ALL = [
             Row(label="mixup 1", tuned="common", settings={"mixup": 1.0}),
             Row(label="ST++", tuned="st++", settings={"epochs": 80}),
             Row(label="ST++, mixup 1", tuned="st++", settings={"epochs": 80, "mixup": 1.0}),
+            Row(label="ST++, 1 subnet, ordered", tuned="st++", settings=_ONE_ORDERED | {"epochs": 126}),
+            Row(
+                label="ST++, 1 subnet, ordered, mixup 1",
+                tuned="st++",
+                settings=_ONE_ORDERED | {"epochs": 126, "mixup": 1.0},
+            ),
+            Row(label="ST, mixup 1", tuned="st", settings={"epochs": 139, "mixup": 1.0}),
+            Row(label="stochastic depth, mixup 1", tuned="stochastic-depth", settings={"epochs": 200, "mixup": 1.0}),
         ),
-        seeds=(0,),
         split="val",
         subnets=8,
         trials="cifar100-cpu-few-trials",
@@ -422,6 +449,34 @@ _ALL = [
         common=CPU_VIT,
         rows=tuple(row for row in HEADLINE if row.tuned in CPU_VIT_METHODS and "dearest" not in row.label),
         trials="cifar100-cpu-vit-trials",
+    ),
+    Table(
+        name="cifar100-cpu-mobilenetv3-trials",
+        title="Trials for MobileNetV3",
+        about=f"{_SMALL_MOBILENET}; 40 epochs, one seed, judged on 5,000 validation images",
+        common=CPU_MOBILENET | {"epochs": 40},
+        rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), CPU_MOBILENET_METHODS, fourth=True),
+        seeds=(0,),
+        split="val",
+        subnets=8,
+    ),
+    Table(
+        name="cifar100-cpu-mobilenetv3",
+        title="A small MobileNetV3 on CIFAR-100, as large as two CPU cores allow",
+        about=f"{_SMALL_MOBILENET}; 80 epochs",
+        common=CPU_MOBILENET,
+        rows=(
+            Row(label="common training", tuned="common"),
+            Row(label="stochastic depth", tuned="stochastic-depth"),
+            Row(label="ST", tuned="st"),
+            Row(label="ST++, 1 subnet, ordered", tuned="st++"),
+            Row(
+                label="common training, cost of the dearest",
+                tuned="common",
+                costs_as=("ST", "ST++, 1 subnet, ordered"),
+            ),
+        ),
+        trials="cifar100-cpu-mobilenetv3-trials",
     ),
     Table(
         name="digits",
@@ -505,6 +560,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "baselines-cpu",
         "parts-cpu",
         "cifar100-cpu-vit",
+        "cifar100-cpu-mobilenetv3",
         "few-classes-cpu",
         "loafing-cpu",
         "readings-cpu",
