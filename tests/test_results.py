@@ -238,8 +238,24 @@ def test_equal_cost_is_the_higher_of_time_and_arithmetic_in_whole_epochs(results
 
 
 def test_a_table_is_not_planned_without_its_costs(tmp_path):
-    with pytest.raises(MissingError, match="tiny lacks the cost of common training; ST; later"):
+    with pytest.raises(MissingError, match="tiny lacks the cost of ST; later"):
         plan(TINY, Results(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "needed"),
+    [(["common training"], None), (["common training, cost of ST"], "ST"), (["later", "common training"], "later")],
+)
+def test_rows_that_are_asked_for_need_their_costs_only(tmp_path, labels, needed):
+    results = Results(tmp_path)
+    if needed is not None:
+        with pytest.raises(MissingError, match=f"lacks the cost of {needed}$"):
+            plan(TINY, results, labels=labels)
+        results.add_cost(TINY, {needed: {"time": 1.5, "flops": 1.5}})
+    jobs = plan(TINY, results, labels=labels)
+    assert {job.row.label for job in jobs} == set(labels)
+    baseline = [job.cost for job in jobs if job.row.label == "common training"]
+    assert baseline == [{"time": 1.0, "flops": 1.0}] * (2 if "common training" in labels else 0)
 
 
 def test_a_tier_needs_the_costs_of_its_own_rows_only(results):

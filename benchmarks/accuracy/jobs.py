@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from benchmarks.accuracy.tables import TABLES, Row, Table
 
 from unloaf.engine.config import Config
 
+BASELINE_COST = {"time": 1.0, "flops": 1.0}
 # Where a run lies and how it is fed is no part of what was trained.
 _PRIVATE = ("output", "name", "data_dir")
 
@@ -114,17 +115,20 @@ def settings_of(table: Table, row: Row, results: Results) -> dict[str, Any]:
     return {**table.common, **tuned, **row.settings}
 
 
-def plan(table: Table, results: Results, tier: int | None = None) -> list[Job]:
-    """The runs of a table, up to this tier, in the order in which they are to be trained: by tier, then seed, then row.
+def plan(table: Table, results: Results, tier: int | None = None, labels: Collection[str] | None = None) -> list[Job]:
+    """The runs of a table in the order in which they are to be trained: by tier, then seed, then row.
+
+    Only rows up to this tier and of these labels, where they are given.
 
     Raises:
         MissingError: trials or costs are missing.
     """
-    costs = results.costs(table.name)
-    if costless := [row.label for row in to_measure(table, tier) if row.label not in costs]:
+    measured = to_measure(table, tier, labels)
+    costs = {row.label: BASELINE_COST for row in measured[:1]} | results.costs(table.name)
+    if costless := [row.label for row in measured if row.label not in costs]:
         raise MissingError(f"{table.name} lacks the cost of {'; '.join(costless)}")
     jobs = []
-    for row in _up_to(tier, table):
+    for row in _asked(table, tier, labels):
         settings = settings_of(table, row, results)
         cost = {name: costs[row.label][name] for name in ("time", "flops")} if row.label in costs else {}
         if row.costs_as:
@@ -138,15 +142,17 @@ def plan(table: Table, results: Results, tier: int | None = None) -> list[Job]:
     return sorted(jobs, key=lambda job: (job.row.tier, job.seed, order.index(job.row.label)))
 
 
-def to_measure(table: Table, tier: int | None = None) -> list[Row]:
-    """Rows whose cost is measured; trials need none, and networks trained alone have no method to compare."""
+def to_measure(table: Table, tier: int | None = None, labels: Collection[str] | None = None) -> list[Row]:
+    """Rows whose cost is measured, the baseline first; trials and networks trained alone have no method to compare."""
     if not any(row.costs_as for row in table.rows):
         return []
-    return [row for row in _up_to(tier, table) if not row.costs_as]
+    asked = _asked(table, tier, labels)
+    needed = {table.rows[0].label} | {label for row in asked for label in (row.label, *row.costs_as)}
+    return [row for row in table.rows if row.label in needed and not row.costs_as]
 
 
-def _up_to(tier: int | None, table: Table) -> list[Row]:
-    return [row for row in table.rows if tier is None or row.tier <= tier]
+def _asked(table: Table, tier: int | None, labels: Collection[str] | None) -> list[Row]:
+    return [row for row in table.rows if (tier is None or row.tier <= tier) and (labels is None or row.label in labels)]
 
 
 def described(config: Config) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.jobs import Job, MissingError, Results, plan, settings_of, to_measure
+from benchmarks.accuracy.jobs import BASELINE_COST, Job, MissingError, Results, plan, settings_of, to_measure
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
 from unloaf.engine.config import Config
@@ -59,12 +59,13 @@ class Study:
         """Trials, costs, runs; whether all of them are there."""
         if table.trials is not None and not self.table(TABLES[table.trials]):
             return False
-        # Trials that another table needs are all needed.
-        tier = self.options.tier if table.name in self.options.named else None
-        if not self._measured(table, tier):
+        options = self.options
+        tier, rows, seeds = None, None, None  # of trials that another table needs
+        if table.name in options.named:
+            tier, rows, seeds = options.tier, options.rows, options.seeds
+        if not self._measured(table, to_measure(table, tier, rows)):
             return False
-        jobs = plan(table, self.results, tier)
-        chosen = [job for job in jobs if self._asked(job)]
+        chosen = [job for job in plan(table, self.results, tier, rows) if seeds is None or job.seed in seeds]
         done = {(record["row"], record["seed"]) for record in self.results.records(table.name)}
         missing = [job for job in chosen if job.key not in done]
         say(f"{table.name}: {len(chosen) - len(missing)} of {len(chosen)} runs are there")
@@ -72,18 +73,11 @@ class Study:
         done = {(record["row"], record["seed"]) for record in self.results.records(table.name)}
         return all(job.key in done for job in chosen)
 
-    def _asked(self, job: Job) -> bool:
-        rows, seeds = self.options.rows, self.options.seeds
-        if job.table.name not in self.options.named:
-            return True
-        return (rows is None or job.row.label in rows) and (seeds is None or job.seed in seeds)
-
-    def _measured(self, table: Table, tier: int | None) -> bool:
-        base, *rows = to_measure(table, tier) or [table.rows[0]]
-        for row in rows:
+    def _measured(self, table: Table, rows: Sequence[Row]) -> bool:
+        for row in rows[1:]:
             if row.label in self.results.costs(table.name):
                 continue
-            if self.over or not self._measure(table, base, row):
+            if self.over or not self._measure(table, rows[0], row):
                 return False
         return True
 
@@ -100,8 +94,9 @@ class Study:
         self._wait([(folder, process)])
         found = read(folder / "result.json")
         if found is not None:
-            own = {base.label: {"time": 1.0, "flops": 1.0}}
-            self.results.add_cost(table, own | self.results.costs(table.name) | {row.label: found})
+            self.results.add_cost(
+                table, {base.label: BASELINE_COST} | self.results.costs(table.name) | {row.label: found}
+            )
         elif not self.over:
             self._fail(f"cost of {row.label}", process.returncode, folder)
         return found is not None
