@@ -14,7 +14,7 @@ PYTEST_PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-demo: $(VENV)/.engine ## train a small network four ways on real data and write report.html
+demo: $(VENV)/.engine ## train a small network by five methods on real data and write report.html
 	$(BIN)/unloaf demo $(ARGS)
 
 install: $(VENV)/.dev ## create the environment in .venv

@@ -230,7 +230,8 @@ CPU: dict[str, Any] = {
     "eval_interval": 1000,
 }  # fmt: skip
 _SMALL = (
-    "CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-20 of width 16, batch 64, SGD with cosine, 2 CPU cores"
+    "CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-20 of width 16, batch 64, SGD with cosine, bfloat16, "
+    "2 CPU cores"
 )
 
 CPU_FEW = CPU | {"train_images": 2_500, "epochs": 80}
@@ -507,8 +508,8 @@ _ALL = [
     Table(
         name="loafing-cpu",
         title="Loafing",
-        about="CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-32 of width 8, 20 epochs, 2 CPU cores; "
-        "settings chosen by the trials with ResNet-20",
+        about="CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-32 of width 8, 20 epochs, bfloat16, 2 CPU "
+        "cores; settings chosen by the trials with ResNet-20",
         common=CPU | {"model": "cifar/resnet32", "width": 8, "epochs": 20},
         rows=loafing_rows(CPU_ALONE),
         seeds=(0, 1),
