@@ -91,7 +91,8 @@ def of_throughput(folder: Path) -> Iterator[Check]:
 def of_overhead(folder: Path) -> Iterator[Check]:
     """The loop beside the bare step."""
     measured = json.loads((folder / "overhead.json").read_text(encoding="utf-8"))
-    what = f"{measured['model']}, a step of {measured['bare_ms']:.1f} ms: time of an epoch / its bare steps"
+    ran = f"{measured['model']} of width {measured['width']}, {measured['method']}, batch {measured['batch_size']}"
+    what = f"{ran}, a step of {measured['bare_ms']:.1f} ms: time of an epoch / its bare steps"
     yield at_most(what, measured["ratios"]["engine's epoch"], OVERHEAD)
 
 

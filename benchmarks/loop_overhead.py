@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--method", default="common")
     parser.add_argument("--model", default="cifar/resnet14")
-    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--width", type=int, default=4, help="of a cifar/ network; others have their own")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--device-data", action="store_true", help="images lie on the device")
@@ -100,7 +101,9 @@ def main() -> None:
         medians[name] = statistics.median(ratios)
         print(f"{name}: {medians[name]:.3f} times the bare step")
     if options.output is not None:
-        figures = {"model": options.model, "bare_ms": 1e3 * bare, "ratios": medians, "environment": environment()}
+        asked = ("model", "width", "batch_size", "method", "device_data", "rounds")
+        figures: dict[str, Any] = {name: getattr(options, name) for name in asked}
+        figures |= {"bare_ms": 1e3 * bare, "ratios": medians, "environment": environment()}
         options.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import UserDict
 
 import pytest
 import timm
@@ -73,6 +74,25 @@ def test_tuples_of_a_loader_are_unpacked():
     one, another = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     unloaf.recalibrate_bn(nn.Sequential(one), batches())
     unloaf.recalibrate_bn(nn.Sequential(another), [(x, torch.zeros(4)) for x in batches()])
+    assert torch.equal(one.running_mean, another.running_mean)
+
+
+class Named(nn.Module):
+    """Takes its input by name, as models of transformers do."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, pixels):
+        return self.norm(pixels)
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_mappings_are_keyword_arguments(kind):
+    one, another = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    unloaf.recalibrate_bn(one, batches())
+    unloaf.recalibrate_bn(Named(another), [kind(pixels=x) for x in batches()])
     assert torch.equal(one.running_mean, another.running_mean)
 
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import xml.etree.ElementTree as ET
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,8 +180,27 @@ def test_unknown_words_are_refused(options, reason):
 
 def test_when_the_time_is_up_a_network_is_not_begun_and_a_line_says_so(said):
     clock = session.Clock(1e-9, parts=1)
-    assert measured(said, clock=clock) == []
+    assert measured(said, clock=clock) == [[]]
     assert said == ["cifar/resnet14, eager: not begun, the time is up"]
+
+
+def test_what_was_not_begun_is_in_the_file_and_on_the_bar(tmp_path, monkeypatch):
+    shares = iter([60.0, 0.0])
+    monkeypatch.setattr(session.Clock, "share", lambda self: next(shares))
+    said, advanced = [], []
+
+    @contextmanager
+    def watched(console, *, total, label):
+        yield SimpleNamespace(line=said.append, advance=advanced.append)
+
+    monkeypatch.setattr(bench, "show_progress", watched)
+    model = ("cifar/resnet14", "cifar/resnet20")
+    rows = bench.bench_step(**SMALL | {"model": model}, methods=["st"], minutes=1, output=str(tmp_path))
+    assert {row.setup.network for row in rows} == {"cifar/resnet14"}
+    written = json.loads((tmp_path / "step_time.json").read_text(encoding="utf-8"))
+    assert written["notes"] == said == ["cifar/resnet20, eager: not begun, the time is up"]
+    assert len(written["rows"]) == 2
+    assert advanced == list(model)
 
 
 def test_time_that_one_part_leaves_is_shared_by_the_others(monkeypatch):

@@ -100,9 +100,12 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
         (["inspect", "cifar/resnet20", "--img-size", "0"], "img_size 0: give at least 1"),
         (["export"], "RUN"),
         (["export", "norun", "--depths", "3;3"], "depths '3;3': give a number for each stage, as in 3,3,5,3"),
+        (["export", "norun", "--depths", "3,2:121"], "or 2:101 for its blocks"),
+        (["export", "norun", "--depths", "3,,3"], "give a number for each stage"),
         (["export", "norun", "--elastic", "--depths", "3,3"], "leave --depths and --format out"),
         (["export", "norun", "--format", "jit"], "invalid choice 'jit'"),
         (["eval"], "RUN"),
+        (["eval", "r", "--output", "a.csv"], "output a.csv is for the table of subnets; give --subnets with it"),
         (["eval", "r", "-b", "x"], "-b/--batch-size ['x']: give"),
         (["report"], "give at least one run folder"),
         (["check-data"], "DIR"),
@@ -166,9 +169,10 @@ def test_exit_code_of_a_stopped_run(capsys, monkeypatch, error, code, text):
     assert in_process(capsys, "train") == (code, "", f"unloaf: error: {text}\n")
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(ValueError, match="epochs 0"):
-        cli.main(["train", "--epochs", "0", "--debug"])
+def test_debug_shows_the_traceback_as_well(capsys):
+    code, _, err = in_process(capsys, "train", "--epochs", "0", "--debug")
+    assert (code, err.splitlines()[0]) == (2, "Traceback (most recent call last):")
+    assert err.splitlines()[-1].startswith("unloaf: error: epochs 0")
 
 
 def test_version(capsys):
@@ -313,6 +317,21 @@ def test_export_hands_over_what_was_asked_for(capsys, exports, words, name, give
     code, out, _ = in_process(capsys, "export", *words.split())
     assert (code, exports) == (0, [(name, "first", given)])
     assert out == "a note\nmodel.safetensors: 1,234 bytes\nexport: there\nload()\n"
+
+
+@pytest.mark.parametrize("depths", ["5,4:11101,5", "5-4:11101-5", "2-1-2"])
+def test_long_block_marks_and_printed_subnets_are_handed_over(capsys, exports, depths):
+    code, _, err = in_process(capsys, "export", "first", "--depths", depths)
+    assert (code, err) == (0, "")
+    assert exports[0][2]["depths"] == depths
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_of_bench_is_that_of_its_one_benchmark(capsys, flag):
+    code, out, err = in_process(capsys, "bench", flag)
+    assert (code, err) == (0, "")
+    assert out == in_process(capsys, "bench", "step", "--help")[1]
+    assert out.startswith("usage: unloaf bench step ")
 
 
 def section(command):

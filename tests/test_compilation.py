@@ -1,6 +1,8 @@
 """Blocks compiled one by one: the same gradients, and few graphs."""
 
 import copy
+import functools
+from types import MethodType
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def network():
 
 
 def gradients(model):
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    """Zero where a parameter took no part."""
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+    return torch.cat([grad.flatten() for grad in grads])
 
 
 def plus(model, stages):
@@ -102,8 +106,73 @@ def test_where_the_compiler_fails_blocks_run_as_they_are_and_it_is_said_once(net
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), eager.buffers(), strict=True))
 
 
+REPLACEMENTS = {
+    "as accelerate does": lambda block: functools.partial(lambda old, *args: old(*args) + 1, block.forward),
+    "by a method": lambda block: MethodType(lambda self, x: type(self).forward(self, x) + 1, block),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_a_forward_that_something_else_replaced_is_not_thrown_away(network, counted, replace):
+    model, stages, x, _ = network
+    path = stages[1].blocks[1]
+    block = model.get_submodule(path)
+    block.forward = replace(block)
+    expected = model.eval()(x)
+    with pytest.raises(ValueError, match=rf"forward of block '{path}' was replaced.*call compile_blocks again"):
+        unloaf.compile_blocks(model, stages, backend=counted[0])
+    assert torch.equal(model(x), expected)
+    assert [b for b in model.modules() if "forward" in b.__dict__] == [block]
+
+
+def test_blocks_may_be_compiled_anew(network, counted):
+    model, stages, x, _ = network
+    unloaf.compile_blocks(model, stages, backend="eager")
+    unloaf.compile_blocks(model, stages, backend=counted[0])
+    model(x)
+    assert len(counted[1]) > 0
+
+
 def test_an_error_of_the_block_itself_is_not_the_compilers(network, counted):
     model, stages, x, _ = network
     unloaf.compile_blocks(model, stages, backend=counted[0])
     with pytest.raises(RuntimeError, match="channels"):
         model.get_submodule(stages[1].blocks[1])(x)
+
+
+def as_wrapper(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def block_by_block(model):
+    for block in model.layer2:
+        block.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [as_wrapper, in_place, block_by_block])
+@pytest.mark.parametrize("method", [unloaf.StimulativeTraining, unloaf.StochasticDepth])
+def test_what_torch_compiled_as_a_whole_trains_to_the_same_gradients(network, compiled, method):
+    model, stages, x, y = network
+    torch._dynamo.reset()
+    eager, subnet = copy.deepcopy(model), unloaf.Subnet.from_depths(stages, (2, 1, 3))
+    method(eager, stages).backward(x, y, subnets=[subnet])
+    wrapped = compiled(model)
+    method(wrapped, stages).backward(x, y, subnets=[subnet])
+    assert (gradients(model) - gradients(eager)).norm() < 1e-10 * gradients(eager).norm()
+    wrapped.eval()
+    eager.eval()
+    with unloaf.active_subnet(wrapped, stages, subnet), unloaf.active_subnet(eager, stages, subnet):
+        assert torch.allclose(wrapped(x), eager(x))
+
+
+def test_a_wrapper_around_a_compiled_model_is_refused(network):
+    model, stages, x, y = network
+    method = unloaf.StimulativeTraining(torch.nn.DataParallel(torch.compile(model, backend="eager")), stages)
+    with pytest.raises(ValueError, match="DataParallel holds a compiled model"):
+        method.backward(x, y)

@@ -226,8 +226,14 @@ def test_file_has_a_column_for_each_figure(tmp_path):
 
 
 def test_file_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(ValueError, match="give another --output"):
-        write_csv(cost_records(ROWS), tmp_path / "nofolder" / "costs.csv")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write .*costs\.csv: .*; give another --output"):
+        write_csv(cost_records(ROWS), tmp_path / "taken" / "costs.csv")
+
+
+def test_file_is_written_into_a_new_folder(tmp_path):
+    write_csv(cost_records([CostRow("1", 1, 0.5)]), tmp_path / "new" / "folder" / "costs.csv")
+    assert (tmp_path / "new" / "folder" / "costs.csv").read_text() == "subnet,params,gmacs\n1,1,0.5\n"
 
 
 def test_unmeasured_rows_have_no_latency():

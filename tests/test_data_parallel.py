@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import unloaf
+from toy_networks import ToyNetwork
 from unloaf.engine.models import build_model
 
 RANKS = 2
@@ -87,3 +88,39 @@ def test_gradients_are_the_mean_over_the_ranks(ranks, kind, mode, dtype, bucket_
     for grads in ranks:
         error = grads[f"{kind}/{mode}/{dtype}/{bucket_view}"] - expected
         assert error.norm() < TOLERANCE[dtype] * expected.norm()
+
+
+# --- stochastic depth, whose skipped blocks have no gradient
+
+
+@pytest.fixture(scope="module")
+def _one_rank(tmp_path_factory):
+    dist.init_process_group("gloo", f"file://{tmp_path_factory.mktemp('rank')}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.filterwarnings("ignore:You passed find_unused_parameters=true to DistributedDataParallel")
+@pytest.mark.parametrize(
+    "options", [{}, {"static_graph": True}, {"static_graph": True, "find_unused_parameters": True}], ids=str
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_stochastic_depth_refuses_a_wrapper_that_waits_for_skipped_blocks(options, compiled):
+    model = ToyNetwork()
+    stages, wrapped = unloaf.find_stages(model, torch.randn(2, 4)), DistributedDataParallel(model, **options)
+    message = "blocks that stochastic depth skips get no gradient; wrap the model with find_unused_parameters=True"
+    with pytest.raises(ValueError, match=message):
+        unloaf.StochasticDepth(torch.compile(wrapped, backend="eager") if compiled else wrapped, stages)
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {}], ids=str)
+def test_stochastic_depth_trains_in_a_wrapper_that_does_not(options):
+    torch.manual_seed(0)
+    model, x, y = ToyNetwork(), torch.randn(2, 4), torch.tensor([0, 2])
+    stages = unloaf.find_stages(model, x)
+    survival = 0.3 if options else 1.0  # where no block is skipped, any wrapper will do
+    method = unloaf.StochasticDepth(DistributedDataParallel(model, **options), stages, final_survival=survival)
+    depths = {method.backward(x, y).subnets[0].depths for _ in range(6)}
+    assert len(depths) > 1 if options else depths == {(3, 3)}

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -282,6 +283,91 @@ def test_identity_takes_the_place_where_deleting_would_change_the_network():
     assert [type(child) for child in small.blocks] == [Pair, nn.Identity, Pair]
     with unloaf.active_subnet(model, stages, subnet):
         assert torch.equal(model(x), small(x))
+
+
+class Result:
+    """An output that is neither a tensor nor a container."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Scaled(nn.Module):
+    """Pairs blocks with scales by position, so that the network is another one when a block is deleted."""
+
+    def __init__(self, wrap=Result):
+        super().__init__()
+        self.blocks = nn.ModuleList([Pair(), Pair(), Pair()])
+        self.scale, self.wrap = (1.0, 5.0, 9.0), wrap
+
+    def forward(self, x):
+        for block, scale in zip(self.blocks, self.scale, strict=False):
+            x = block(x * scale) / scale
+        return self.wrap(x)
+
+
+@dataclass
+class DataResult:
+    logits: torch.Tensor
+
+
+WRAPS = {
+    "attribute": Result,
+    "data class": DataResult,
+    "inside a list": lambda x: [Result(x)],
+    "one inside the other": lambda x: Result(Result(x)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_outputs_that_are_objects_are_compared_too(wrap):
+    x = torch.randn(2, 4)
+    model, plain = Scaled(wrap), Scaled(lambda x: x)
+    plain.load_state_dict(model.state_dict())
+    stages = unloaf.find_stages(plain, x, blocks=[["blocks.0", "blocks.1", "blocks.2"]])
+    small = unloaf.export_subnet(model, stages, unloaf.Subnet(((True, False, True),)))
+    small.wrap = lambda x: x
+    expected = plain.blocks[2](plain.blocks[0](x) * 5 / 5 * 9) / 9  # a skipped block returns its input
+    torch.testing.assert_close(small(x), expected)
+
+
+class Owned(Scaled):
+    """Its outputs know their network, and themselves."""
+
+    def forward(self, x):
+        result = super().forward(x)
+        result.model, result.self = self, result
+        return result
+
+
+def test_weights_of_a_network_that_its_output_holds_are_not_compared():
+    model, x = Owned(), torch.randn(2, 4)
+    stages = unloaf.find_stages(Scaled(lambda x: x), x, blocks=[["blocks.0", "blocks.1", "blocks.2"]])
+    small = unloaf.export_subnet(model, stages, unloaf.Subnet.from_depths(stages, (2,)))
+    expected = model.blocks[1](model.blocks[0](x) * 5) / 5
+    torch.testing.assert_close(small(x).logits, expected)
+    assert len(small.blocks) == 2
+
+
+@pytest.mark.parametrize("wrap", [lambda x: None, lambda x: [], lambda x: "logits"], ids=["None", "empty", "text"])
+def test_a_model_without_output_to_compare_is_refused(wrap):
+    stages = unloaf.find_stages(Scaled(lambda x: x), torch.randn(2, 4), blocks=[["blocks.0", "blocks.1", "blocks.2"]])
+    with pytest.raises(ValueError, match=r"Scaled returned a \w+ without a tensor.*return the logits"):
+        unloaf.export_subnet(Scaled(wrap), stages, unloaf.Subnet(((True, False, True),)))
+
+
+class Random(Counting):
+    """Draws in eval mode too."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.rand_like(x)
+
+
+@pytest.mark.parametrize("keep", [(True, True, True), (True, False, True)])
+def test_a_model_that_is_random_in_eval_mode_is_refused_as_such(keep):
+    stages = unloaf.find_stages(Counting(), torch.randn(2, 4), blocks=[["blocks.0", "blocks.1", "blocks.2"]])
+    with pytest.raises(ValueError, match=r"Random gives other outputs for the same input in eval mode.*switch"):
+        unloaf.export_subnet(Random(), stages, unloaf.Subnet((keep,)))
 
 
 def test_example_is_needed_where_the_stages_know_no_shape():

@@ -116,10 +116,12 @@ def test_throughput_is_that_of_the_best_batch(tmp_path):
 
 @pytest.mark.parametrize(("ratio", "holds"), [(1.05, True), (1.06, False)])
 def test_loop_overhead_is_that_of_a_whole_epoch(ratio, holds, tmp_path):
-    document = {"model": "cifar/resnet20", "bare_ms": 5.0, "ratios": {"engine's step": 1.0, "engine's epoch": ratio}}
+    document = {"model": "cifar/resnet20", "width": 4, "batch_size": 64, "method": "common", "bare_ms": 5.0}
+    document["ratios"] = {"engine's step": 1.0, "engine's epoch": ratio}
     (tmp_path / "overhead.json").write_text(json.dumps(document), encoding="utf-8")
     [check], _ = gpu_checks.check("overhead", tmp_path)
     assert check.holds is holds
+    assert check.what.startswith("cifar/resnet20 of width 4, common, batch 64, a step of 5.0 ms: ")
 
 
 def test_throughput_without_a_cuda_device_is_refused(tmp_path, monkeypatch, capsys):
@@ -201,8 +203,11 @@ def test_a_slice_that_left_nothing_says_so(tmp_path, capsys):
     assert "vit-small: nothing was measured" in capsys.readouterr().out
 
 
-def test_a_slice_runs_tiny_on_the_cpu(tmp_path):
+def test_a_slice_runs_tiny_on_the_cpu_and_its_record_says_what_ran(tmp_path):
     check_smoke("overhead", tmp_path)
+    record = json.loads((tmp_path / "overhead" / "overhead.json").read_text(encoding="utf-8"))
+    ran = {"model": "cifar/resnet20", "width": 4, "batch_size": 64, "method": "common", "device_data": False}
+    assert record | ran == record
 
 
 @pytest.mark.slow

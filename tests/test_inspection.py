@@ -5,6 +5,7 @@ import sys
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -86,6 +87,15 @@ def test_patches_leave_some_sides(monkeypatch, tmp_path):
     found = inspect_model("patchy:net", img_size=64)
     assert (found.sides, found.legal_sides) == ("legal", (32, 48, 64))
     sys.modules.pop("patchy")
+
+
+def test_keyword_of_timm_is_found_for_a_model_of_a_function(monkeypatch):
+    module = type(sys)("made_by_timm")
+    module.net = lambda: timm.create_model("resnet18", num_classes=3)
+    monkeypatch.setitem(sys.modules, "made_by_timm", module)
+    found = inspect_model("made_by_timm:net", img_size=64)
+    assert found.timm_keyword == "layers"
+    assert found.advice["export"].startswith("timm builds ordered subnets itself (layers=...)")
 
 
 @pytest.mark.parametrize(("name", "keyword"), [("timm/convnext_atto", "depths"), ("tv/resnet18", None)])
@@ -201,6 +211,26 @@ def test_function_may_give_an_example(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "made_here", module)
     found = inspect_model("made_here:net")
     assert (found.sides, found.input, found.stages[0].depths) == ("none", (4,), (1, 2))
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["subnets", "--num", "1"]])
+@pytest.mark.parametrize(
+    ("made", "flags", "left_out"),
+    [
+        ("model", ["--num-classes", "10"], "--num-classes"),
+        ("model and example", ["--img-size", "32"], "--img-size"),
+        ("model and example", ["--img-size", "32", "--num-classes", "10"], "--num-classes and --img-size"),
+    ],
+)
+def test_what_a_function_decides_is_not_silently_ignored(capsys, monkeypatch, command, made, flags, left_out):
+    module = type(sys)("decided_here")
+    model = build_model("cifar/resnet14", num_classes=3)
+    module.net = lambda: model if made == "model" else (model, torch.zeros(1, 3, 16, 16))
+    monkeypatch.setitem(sys.modules, "decided_here", module)
+    code, out, err = in_process(capsys, *command, "decided_here:net", *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"the {made} that net() returns" in err
+    assert err.endswith(f"; leave {left_out} out\n")
 
 
 def test_drawn_subnets_of_a_model_are_distinct_and_begin_with_the_whole():

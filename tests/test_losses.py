@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from unloaf import direction_kl_loss, kl_loss
 from unloaf.losses import direction, resolve_amplitude
+from unloaf.methods.stimulative import DirectionCriterion
 
 
 def randn(*shape, seed=0):
@@ -75,17 +78,18 @@ def test_direction_kl_is_its_formula(norm, temperature):
 
 
 @pytest.mark.parametrize(
-    ("norm", "expected"),
+    ("norm", "eps", "expected"),
     [
-        # Two classes have the directions (1, -1) and (-1, 1); p = 1 / (1 + e^-2); KL = 2 (2p - 1) = 2 tanh 1
-        ("layer_norm", 2 * math.tanh(1)),
+        # Both have variance 4; with eps 12 their directions are (2, -2) / sqrt(16) and the opposite;
+        # p = 1 / (1 + e^-1); KL = 2p - 1 = tanh 1/2
+        ("layer_norm", 12.0, math.tanh(0.5)),
         # (1, 0) and (0, 1); p = 1 / (1 + e^-1); KL = 2p - 1 = tanh 1/2
-        ("l2", math.tanh(0.5)),
+        ("l2", 1e-15, math.tanh(0.5)),
     ],
 )
-def test_direction_kl_of_a_hand_computed_pair(norm, expected):
-    student, teacher = torch.tensor([[9.0, 0.0]]).double(), torch.tensor([[0.0, 4.0]]).double()
-    loss = direction_kl_loss(student, teacher, amplitude=1.0, norm=norm, eps=1e-15)
+def test_direction_kl_of_a_hand_computed_pair(norm, eps, expected):
+    student, teacher = torch.tensor([[4.0, 0.0]]).double(), torch.tensor([[0.0, 4.0]]).double()
+    loss = direction_kl_loss(student, teacher, amplitude=1.0, norm=norm, eps=eps)
     assert float(loss) == pytest.approx(expected, rel=1e-12)
 
 
@@ -149,6 +153,46 @@ def test_the_loss_resolves_auto():
     assert float(direction_kl_loss(student, teacher)) == pytest.approx(float(expected), rel=1e-12)
 
 
+# --- two classes, of which layer norm leaves the sign
+
+TWO = (torch.tensor([[0.3, -0.2]]), torch.tensor([[1.0, 2.0]]))
+ADVICE = r"two classes have only a sign under layer_norm.*give norm='l2'.*1\.0"
+
+
+@pytest.mark.parametrize("eps", [1e-7, 0.09, 0.0, math.nan])
+def test_two_classes_under_layer_norm_need_a_large_eps(eps):
+    with pytest.raises(ValueError, match=rf"with eps {eps} .*{ADVICE.partition('.*')[2]}"):
+        direction_kl_loss(*TWO, eps=eps)
+    with pytest.raises(ValueError, match=ADVICE):
+        DirectionCriterion(F.cross_entropy, eps=eps)(TWO[0], torch.tensor([1]))
+
+
+@pytest.mark.parametrize("options", [{"eps": 0.1}, {"eps": 1.0}, {"norm": "l2"}])
+def test_two_classes_that_get_a_gradient(options):
+    student = TWO[0].clone().requires_grad_()
+    loss = direction_kl_loss(student, TWO[1], **options)
+    loss = loss + DirectionCriterion(F.cross_entropy, **options)(student, torch.tensor([1]))
+    (grad,) = torch.autograd.grad(loss, student)
+    assert float(grad.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("amplitude", [1.0, "auto"])
+@pytest.mark.parametrize("options", [{"eps": 0.1}, {"eps": 1.0}, {"norm": "l2"}])
+def test_two_separable_classes_are_learned_with_what_is_allowed(options, amplitude):
+    # Without the check, eps 1e-7 ends at 44 to 56 % in five seeds.
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    y = (x @ torch.randn(8) > 0).long()
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    criterion = DirectionCriterion(F.cross_entropy, amplitude, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(200):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert float((model(x).argmax(1) == y).float().mean()) > 0.97
+
+
 # --- what holds for all of them
 
 
@@ -187,6 +231,7 @@ def test_equal_logits_have_no_loss(name):
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), classes=st.integers(2, 20), scale=st.floats(0.01, 100))
 def test_no_loss_is_negative(name, seed, classes, scale):
+    classes = max(classes, 2 if name in ("kl", "l2") else 3)
     assert float(LOSSES[name](scale * randn(3, classes, seed=seed), randn(3, classes, seed=seed + 1))) > -1e-12
 
 

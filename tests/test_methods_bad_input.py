@@ -161,6 +161,15 @@ def test_wrong_numbers_of_subnets(name, call, count, message):
 
 @pytest.mark.parametrize("name", ["stochastic depth", *WITH_SUBNETS])
 @every_call
+def test_depths_in_place_of_a_subnet(name, call):
+    method = METHODS[name](*toy())
+    message = r"\(2, 1\) is of type tuple; give a Subnet, e\.g\. Subnet\.from_depths\(stages, \(3, 3\)\)"
+    count = 6 if name == "gkt" else 1
+    assert refuses(method, message, lambda: call(method, *batch(), subnets=[(2, 1)] * count))
+
+
+@pytest.mark.parametrize("name", ["stochastic depth", *WITH_SUBNETS])
+@every_call
 def test_a_step_inside_active_subnet(name, call):
     model, stages = toy()
     method = METHODS[name](model, stages)
@@ -201,6 +210,14 @@ def test_a_single_class(name, call):
     assert refuses(method, message, lambda: call(method, *batch(classes=1)))
 
 
+@pytest.mark.parametrize("main_logits", ["direction", "raw"])
+@every_call
+def test_two_classes_without_magnitude(call, main_logits):
+    method = unloaf.stimulative_plus(*toy(classes=2), subnet_inputs=None, main_logits=main_logits)
+    message = r"two classes have only a sign under layer_norm.*give norm='l2', or a larger eps such as 1\.0"
+    assert refuses(method, message, lambda: call(method, *batch(classes=2)))
+
+
 @every_method
 @every_call
 def test_a_criterion_that_does_not_reduce(name, call):
@@ -217,6 +234,16 @@ def test_a_criterion_that_raises(name, call):
     with pytest.raises((IndexError, RuntimeError), match=message):
         call(method, batch()[0], torch.full((4,), 99))
     assert unchanged(before, everything_about(method))
+
+
+@pytest.mark.parametrize("name", WITH_SUBNETS)
+@pytest.mark.parametrize("shape", [(4,), (1,)])
+@every_call
+def test_a_subnet_loss_that_does_not_reduce(name, call, shape):
+    method = METHODS[name](*toy())
+    method.subnet_loss = lambda student, teacher: student.sum(1) if shape == (4,) else student.sum()[None]
+    message = rf"subnet_loss returned shape \({shape[0]},\); it must return one number"
+    assert refuses(method, message, lambda: call(method, *batch()))
 
 
 # --- construction

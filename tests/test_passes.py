@@ -7,6 +7,7 @@ import timm
 import torch
 from tests.reference import separate_passes as twin
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import unloaf
 from unloaf.passes import SubnetPass, lean_backward, one_graph
@@ -182,6 +183,124 @@ def test_gradients_equal_separate_passes_on_unusual_models(kind, mode, seed):
     if mode == "one graph":
         out.loss.backward()
     assert twin.distance(model, twin.stimulative(model, stages, out.subnets, x, y, weight=0.7)) < 1e-12
+
+
+class OneActivation(nn.Module):
+    """One activation module for all: inside the blocks or the stem, and between the calls of these."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.act = nn.Tanh()
+        self.stem = nn.Sequential(nn.Linear(5, 4), self.act, nn.Linear(4, 4)) if where == "stem" else nn.Linear(5, 4)
+        self.blocks = nn.Sequential(*(Inverted(4, self.act if where == "blocks" else nn.Tanh()) for _ in range(4)))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.act(self.blocks(self.act(self.stem(x)))))
+
+
+class Inverted(nn.Module):
+    def __init__(self, width, act):
+        super().__init__()
+        self.f, self.act, self.g = nn.Linear(width, 2 * width), act, nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.g(self.act(self.f(x)))
+
+
+@pytest.mark.parametrize("where", ["blocks", "stem"])
+@pytest.mark.parametrize("mode", ["lean", "one graph"])
+def test_a_module_inside_and_between_blocks(where, mode):
+    model, (x, y) = OneActivation(where).double(), (torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 0]))
+    stages = unloaf.find_stages(model, x)
+    subnets = [unloaf.Subnet(((False, True, True, True),)), *(unloaf.Subnet.from_depths(stages, (k,)) for k in (2, 1))]
+    method = unloaf.StimulativeTraining(model, stages)
+    if mode == "lean":
+        method.backward(x, y, subnets=subnets)
+    else:
+        method(x, y, subnets=subnets).loss.backward()
+    assert twin.distance(model, twin.stimulative(model, stages, subnets, x, y)) < 1e-12
+
+
+class Checkpointing(Chain):
+    """A model that checkpoints activations itself: its stages as wholes, or block by block."""
+
+    def __init__(self, whole=True, reentrant=False):
+        super().__init__()
+        self.whole, self.reentrant = whole, reentrant
+
+    def forward(self, x):
+        x = self.stem(x)
+        for stage, behind in [(self.first, self.between), (self.second, self.head)]:
+            for part in [stage] if self.whole else stage:
+                x = checkpoint(part, x, use_reentrant=self.reentrant)
+            x = behind(x)
+        return x
+
+
+def checkpointing(**how):
+    x, y = torch.randn(4, 5).double(), torch.tensor([0, 1, 2, 0])
+    plain = Chain().double()
+    model = Checkpointing(**how).double()
+    model.load_state_dict(plain.state_dict())
+    stages = unloaf.find_stages(plain, x)
+    return model, plain, stages, [unloaf.Subnet.from_depths(stages, depths) for depths in [(2, 3), (1, 1)]], x, y
+
+
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [
+        ({"whole": True}, "lean"),
+        ({"whole": True}, "one graph"),
+        ({"whole": False}, "lean"),
+        ({"whole": False, "reentrant": True}, "lean"),
+        ({"whole": False, "reentrant": True}, "one graph"),
+    ],
+    ids=str,
+)
+def test_a_model_that_checkpoints_itself_is_refused_where_it_would_compute_other_blocks(how, mode):
+    model, _, stages, subnets, x, y = checkpointing(**how)
+    method = unloaf.StimulativeTraining(model, stages)
+    with pytest.raises(ValueError, match=r"Checkpointing checkpoints activations itself.*unloaf\.checkpoint_blocks"):
+        method.backward(x, y, subnets=subnets) if mode == "lean" else method(x, y, subnets=subnets)
+
+
+def test_a_model_that_checkpoints_each_block_alone_has_the_same_gradients_in_one_graph():
+    model, plain, stages, subnets, x, y = checkpointing(whole=False)
+    unloaf.StimulativeTraining(model, stages)(x, y, subnets=subnets).loss.backward()
+    assert twin.distance(model, twin.stimulative(plain, stages, subnets, x, y)) < 1e-12
+
+
+def test_stochastic_depth_computes_the_blocks_of_the_subnet_anew():
+    model, plain, stages, _, x, y = checkpointing(whole=True)
+    subnet = unloaf.Subnet(((False, True, True), (True, False, True)))
+    unloaf.StochasticDepth(model, stages).backward(x, y, subnets=[subnet])
+    loss = nn.functional.cross_entropy(twin.logits_of_subnet(plain, stages, subnet, x), y)
+    assert twin.distance(model, twin.total([twin.gradients(plain, loss)])) < 1e-12
+
+
+@pytest.mark.parametrize("mode", ["lean", "one graph"])
+def test_modules_without_gradients_are_replayed_if_they_are_frozen(chain, mode):
+    model, stages, x, y = chain
+
+    class Frozen(Chain):
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.stem(x)
+            return self.head(self.second(self.between(self.first(x))))
+
+    model = Frozen().double()
+    method, subnets = unloaf.StimulativeTraining(model, stages), [unloaf.Subnet.from_depths(stages, (1, 2))]
+    with pytest.raises(ValueError, match="requires_grad_"):
+        method(x, y, subnets=subnets)
+    model.stem.requires_grad_(False)
+    if mode == "lean":
+        method.backward(x, y, subnets=subnets)
+    else:
+        method(x, y, subnets=subnets).loss.backward()
+    held, expected = model.stem.weight.grad, twin.stimulative(model.requires_grad_(), stages, subnets, x, y)
+    assert held is None
+    assert twin.distance(model, expected) < 1e-12
 
 
 def test_gradients_add_to_those_there_and_scale(chain):

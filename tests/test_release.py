@@ -4,13 +4,16 @@ import copy
 import hashlib
 import io
 import json
+import sys
 import warnings
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +23,9 @@ from unloaf.engine.config import Config
 from unloaf.engine.models import build_model
 from unloaf.engine.train import train
 from unloaf.release import export_elastic, export_run
+from unloaf.release.formats import timm_config
 from unloaf.release.libraries import describe_for_transformers
+from unloaf.release.opened import open_trained
 from unloaf.saved import save_subnet
 
 CPU = {"device": "cpu"}
@@ -47,6 +52,19 @@ def resnet(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory):
     return train_run(tmp_path_factory.mktemp("runs"), "vit", model="timm/vit_tiny_patch16_224", img_size=32, lr=0.01)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A run on image files, judged on the centre of 16 of 20 pixels, resized bicubically."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(16):
+        path = root / ("train", "val")[number // 8] / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (16 * number, 0, 0)).save(path)
+    look = {"img_size": 16, "crop_pct": 0.8, "interpolation": "bicubic"}
+    data = {"dataset": "imagefolder", "data_dir": str(root), "batch_size": 4}
+    return train_run(tmp_path_factory.mktemp("runs"), "files", model="timm/resnet18", **look, **data)
 
 
 def images(batch, side):
@@ -117,6 +135,58 @@ def test_card_says_what_it_is_and_how_it_is_loaded(cifar, tmp_path):
         assert part in card
     assert str(tmp_path) not in card
     assert "1-2-1" in str(result)
+
+
+def test_card_of_the_whole_network_does_not_call_it_a_part_of_itself(cifar, tmp_path):
+    card = (export_run(cifar, output=tmp_path / "whole", **CPU).folder / "README.md").read_text()
+    assert "The whole network, 2-2-2, of cifar/resnet14, trained on digits for 2 epochs by the method `st`." in card
+    assert "without" not in card
+
+
+def test_card_says_that_a_run_began_with_other_weights_and_not_where_they_lay(cifar, tmp_path):
+    started = train_run(tmp_path, "started", model="cifar/resnet14", initial_checkpoint=str(cifar))
+    cards = [
+        (export(started, output=tmp_path / export.__name__, **CPU).folder / "README.md").read_text()
+        for export in (export_run, export_elastic)
+    ]
+    cards += [(export_run(cifar, output=tmp_path / "fresh", **CPU).folder / "README.md").read_text()]
+    assert ["not from random weights but from others (`initial_checkpoint`)" in card for card in cards] == [
+        True,
+        True,
+        False,
+    ]
+    assert str(cifar) not in "".join(cards)
+
+
+def test_preprocessing_of_image_files_is_that_of_the_evaluation(files, tmp_path):
+    folder = export_run(files, output=tmp_path / "small", **CPU).folder
+    described = json.loads((folder / "subnet.json").read_text())["preprocessing"]
+    assert described | {"mean": 0, "std": 0} == {
+        "input_size": [3, 16, 16], "mean": 0, "std": 0, "interpolation": "bicubic", "crop_pct": 0.8,
+        "crop_mode": "center",
+    }  # fmt: skip
+    text = "resized so that its shorter side has 20 pixels (bicubic interpolation), and the centre is cut out"
+    assert text in (folder / "README.md").read_text()
+
+
+def test_card_of_images_in_memory_speaks_of_no_crop(cifar, tmp_path):
+    folder = export_run(cifar, depths="1,1,1", output=tmp_path / "small", **CPU).folder
+    assert "the centre" not in (folder / "README.md").read_text()
+
+
+def test_timm_prepares_images_as_the_run_did(files, tmp_path):
+    folder = export_run(files, format="timm", output=tmp_path / "small", **CPU).folder
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    for use_test_size in (False, True):
+        found = timm.data.resolve_model_data_config(model, use_test_size=use_test_size)
+        assert (found["crop_pct"], found["crop_mode"], found["interpolation"]) == (0.8, "center", "bicubic")
+        assert found["input_size"] == (3, 16, 16)
+
+
+def test_crop_of_the_published_model_is_replaced(resnet):
+    """timm's configuration of a name may say that its images are squashed, or cut otherwise in a test."""
+    described = timm_config(open_trained(resnet, **CPU))["pretrained_cfg"]
+    assert [described[name] for name in ("crop_pct", "test_crop_pct", "crop_mode")] == [1.0, 1.0, "center"]
 
 
 @pytest.fixture(scope="module")
@@ -314,34 +384,49 @@ class Hub:
 
     calls: ClassVar[list] = []
 
+    def create_repo(self, name, **kwargs):
+        """Says in whose name it was made."""
+        self.calls.append(("create_repo", (name,), kwargs))
+        return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
     def __getattr__(self, name):
         return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
 
 
-def test_nothing_is_pushed_unless_asked_for(cifar, monkeypatch, tmp_path):
+@pytest.fixture
+def hub(monkeypatch):
+    """The calls that were made."""
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [])
+    return Hub.calls
+
+
+@pytest.mark.parametrize("name", ["me/small", "small"])
+def test_nothing_is_pushed_unless_asked_for(cifar, hub, tmp_path, name):
     assert export_run(cifar, depths="1,1,1", output=tmp_path / "kept", **CPU).pushed is None
-    assert Hub.calls == []
-    result = export_run(cifar, depths="1,1,1", output=tmp_path / "pushed", push_to_hub="me/small", **CPU)
+    assert hub == []
+    result = export_run(cifar, depths="1,1,1", output=tmp_path / "pushed", push_to_hub=name, **CPU)
     assert result.pushed == "me/small"
-    assert [name for name, _, _ in Hub.calls] == ["create_repo", "upload_folder"]
-    assert Hub.calls[1][2] == {"repo_id": "me/small", "folder_path": str(tmp_path / "pushed")}
+    assert [call for call, _, _ in hub] == ["create_repo", "upload_folder"]
+    assert hub[1][2] == {"repo_id": "me/small", "folder_path": str(tmp_path / "pushed")}
 
 
-def test_timm_form_is_handed_to_the_function_of_timm(vit, monkeypatch, tmp_path):
-    import huggingface_hub
-
+def test_timm_form_is_handed_to_the_function_of_timm(vit, hub, monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(timm.models, "push_to_hf_hub", lambda *args, **kwargs: given.append((args, kwargs)))
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(Hub, "calls", [])
-    result = export_run(vit, depths="2", format="timm", output=tmp_path / "small", push_to_hub="me/vit", **CPU)
-    [((model, repository), _)] = given
+    result = export_run(vit, depths="2", format="timm", output=tmp_path / "small", push_to_hub="vit", **CPU)
+    [((model, repository), keywords)] = given
     assert (len(model.blocks), repository, result.pushed) == (2, "me/vit", "me/vit")
-    assert Hub.calls[0][0] == "upload_file"
+    # What timm 1.0.20 to 1.0.30 needs to build the network again; later ones remember it.
+    assert keywords["model_args"] == {"num_classes": 10, "in_chans": 1, "img_size": 32, "depth": 2}
+    assert keywords["safe_serialization"] is True
+    written = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert keywords["model_config"]["label_names"] == written["label_names"]
+    assert keywords["model_config"]["pretrained_cfg"]["input_size"] == [1, 32, 32]
+    [(call, _, readme)] = hub[1:]
+    assert (call, readme["repo_id"], readme["path_in_repo"]) == ("upload_file", "me/vit", "README.md")
 
 
 def test_failed_upload_keeps_the_files(cifar, monkeypatch, tmp_path):
@@ -375,6 +460,13 @@ def test_elastic_subnet_is_the_one_that_is_exported_alone(cifar, tmp_path):
         assert torch.equal(model(x, subnet="1-2-1"), unloaf.load_subnet(alone.folder)(x))
     with pytest.raises(ValueError, match="1-1-1 has no batch-norm statistics here"):
         model(x, subnet="1-1-1")
+
+
+def test_elastic_file_says_how_many_of_the_subnets_it_stores(cifar, monkeypatch, tmp_path):
+    monkeypatch.setattr("unloaf.release._MOST_STORED", 3)
+    result = export_elastic(cifar, output=tmp_path / "elastic", recalibrate=64, **CPU)
+    assert len(result.networks) == 3
+    assert result.notes == ("3 of 8 ordered subnets have statistics; --subnets chooses others.",)
 
 
 def test_elastic_without_estimate_is_refused(cifar, tmp_path):
@@ -508,6 +600,35 @@ def test_onnx_of_a_network_of_transformers_returns_its_logits(kind, hf, tmp_path
             ours = expected(x).logits
             # float32 in another order of adding; relative to the largest logit.
             assert (torch.from_numpy(logits) - ours).abs().max() <= 1e-5 * max(1, ours.abs().max())
+
+
+def test_missing_library_is_no_damage(hf, monkeypatch, tmp_path):
+    run, _, depths, _ = hf("ViT")
+    small = export_run(run, depths=depths, recalibrate=0, output=tmp_path / "small", **CPU).folder
+    elastic = export_elastic(run, output=tmp_path / "elastic", subnets=1, **CPU).folder
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as Python does where an import is to fail
+    reason = r"hf/tiny-ViT needs transformers, which is not installed; pip install transformers$"
+    for load, folder, name in (unloaf.load_subnet, small, "subnet"), (unloaf.load_elastic, elastic, "elastic"):
+        with pytest.raises(ValueError, match=rf"^{folder}/{name}\.json: {reason}"):
+            load(folder)
+
+
+def test_missing_library_of_another_family_is_named_too(vit, monkeypatch, tmp_path):
+    folder = export_run(vit, depths="2", output=tmp_path / "small", **CPU).folder
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"timm/vit_tiny_patch16_224 needs timm, which is not installed"):
+        unloaf.load_subnet(folder)
+
+
+def test_damaged_configuration_is_told_without_the_temporary_folder(hf, tmp_path):
+    run, _, depths, _ = hf("ViT")
+    folder = export_run(run, depths=depths, recalibrate=0, output=tmp_path / "small", **CPU).folder
+    text = (folder / "subnet.json").read_text()
+    (folder / "subnet.json").write_text(text.replace('"model_type": "vit"', '"model_type": "none of them"'))
+    with pytest.raises(unloaf.CheckpointError) as caught:
+        unloaf.load_subnet(folder)
+    assert "model hf/tiny-ViT: " in str(caught.value)
+    assert "/tmp" not in str(caught.value).replace(str(tmp_path), "")
 
 
 def test_timm_form_of_a_network_of_transformers_is_refused(hf, tmp_path):

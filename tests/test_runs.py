@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -118,7 +119,8 @@ def test_many_subnets_are_drawn_and_said_so(trained, monkeypatch):
     monkeypatch.setattr("unloaf.analysis.runs._MOST_JUDGED", 4)
     judged = judge_run(trained, subnets="pareto")
     assert len(judged.judged) == 4
-    assert "4 of 8 ordered subnets were drawn" in judged.notes[0]
+    drawn = "4 of 8 ordered subnets were drawn; others may be better"
+    assert judged.notes == (f"{drawn} (give all instead of pareto to judge every one)",)
 
 
 def test_gmacs_by_hand_and_as_published():
@@ -154,9 +156,9 @@ def test_command_prints_and_writes_every_subnet_and_nothing_else(run, capsys):
 
 
 def test_command_writes_elsewhere(run, capsys, tmp_path):
-    code, _, _ = in_process(capsys, "eval", run, "--subnets", "1", "--output", tmp_path / "table.csv")
+    code, _, _ = in_process(capsys, "eval", run, "--subnets", "1", "--output", tmp_path / "new" / "table.csv")
     assert code == 0
-    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+    assert len((tmp_path / "new" / "table.csv").read_text().splitlines()) == 3
     assert not (run / "subnets.csv").exists()
 
 
@@ -190,7 +192,6 @@ def test_damaged_checkpoint_is_passed_over_and_said_so(run, capsys):
     [
         (["--subnets", "best"], "subnets 'best': give all, pareto or a number"),
         (["-b", "1"], "batch_size 1: give at least 2"),
-        (["--output", "no/such/folder/table.csv", "--subnets", "1"], "give another --output"),
     ],
 )
 def test_bad_option_is_answered(run, capsys, words, message):
@@ -198,6 +199,30 @@ def test_bad_option_is_answered(run, capsys, words, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["eval", "first", "--subnets", "1"], ["subnets", "output/first"], ["subnets", "cifar/resnet20"]]
+)
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("taken/table.csv", "taken is no folder"), (".", "it is a folder"), ("locked/t.csv", "may not")],
+)
+def test_place_that_cannot_be_written_is_known_before_anything_is_judged(
+    words, place, reason, capsys, monkeypatch, tmp_path
+):
+    for judging in ("analysis.runs.judge_run", "inspection.cost_of_model"):
+        monkeypatch.setattr(f"unloaf.{judging}", lambda *args, **kwargs: pytest.fail("it was judged"))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "locked"
+    )  # the superuser may write anywhere
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "locked").mkdir()
+    code, out, err = in_process(capsys, *words, "--output", tmp_path / place)
+    assert (code, out) == (2, "")
+    assert f"cannot write {tmp_path / place}: " in err
+    assert reason in err
+    assert "give another --output" in err
 
 
 def test_folder_without_a_run_or_a_checkpoint_is_answered(run, capsys, tmp_path):
@@ -216,9 +241,17 @@ def second(tmp_path_factory):
     return train_run(path, "second", epochs=2, method="common", lr=0.05, eval_subnets=0)
 
 
-def test_network_without_average_or_blocks_is_answered(second, capsys):
+def test_network_without_average_is_answered(second, capsys):
     code, _, err = in_process(capsys, "eval", second, "--ema")
     assert (code, "kept no moving average" in err) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["eval", "--subnets", "3"], ["subnets"]])
+def test_network_without_blocks_is_answered_in_words_that_fit_both_commands(tmp_path, capsys, words):
+    plain = train_run(tmp_path, "plain", model="cifar/resnet8", epochs=1, method="common", eval_subnets=0)
+    code, _, err = in_process(capsys, words[0], plain, *words[1:])
+    reason = "its network has no residual blocks that could be skipped, so it has no subnets"
+    assert (code, err) == (2, f"unloaf: error: {plain}: {reason}\n")
 
 
 def test_report_states_what_the_folders_say(trained, second, capsys):

@@ -188,6 +188,13 @@ def test_a_block_that_is_called_twice_is_not_a_block():
         unloaf.find_stages(nn.Sequential(shared, shared, nn.Linear(4, 3)), torch.randn(2, 4))
 
 
+def test_the_encoder_layers_of_torch_are_found():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True, batch_first=True)
+    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    [stage] = unloaf.find_stages(model, torch.randn(2, 5, 16))
+    assert (stage.blocks, stage.skippable) == (tuple(f"layers.{i}" for i in range(4)), (True,) * 4)
+
+
 def test_in_place_blocks_are_found():
     class InPlace(Block):
         def forward(self, x):

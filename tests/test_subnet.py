@@ -106,6 +106,27 @@ def test_depths_out_of_range_are_refused_with_the_legal_ones(depths, message):
         Subnet.from_depths(STAGES, depths)
 
 
+def test_one_number_is_no_list_of_depths():
+    with pytest.raises(
+        ValueError, match=r"depths is 3; give one depth for each stage, the main network's are \(3, 2\)"
+    ):
+        Subnet.from_depths(STAGES, 3)
+
+
+def test_depths_may_come_from_a_generator():
+    assert Subnet.from_depths(STAGES, (depth for depth in (2, 1))) == Subnet.from_depths(STAGES, (2, 1))
+
+
+@pytest.mark.parametrize(
+    ("value", "given"),
+    [((2, 1), r"\(2, 1\) is of type tuple"), ("2-1", "'2-1' is of type str"), (2, "2 is of type int")],
+)
+def test_what_is_no_subnet_is_told_how_to_make_one(value, given, model, stages):
+    advice = rf"{given}; give a Subnet, e\.g\. Subnet\.from_depths\(stages, \(3, 3\)\)"
+    with pytest.raises(ValueError, match=advice), unloaf.active_subnet(model, stages, value):
+        pass
+
+
 def test_depths_that_drop_an_unskippable_block_are_refused_by_its_name():
     stage = Stage("s", tuple("abc"), (True, False, True))
     with pytest.raises(ValueError, match=r"'s' keeps 1 of 3 blocks, but block 'b' changes shape.*\(2, 3\)"):

@@ -91,7 +91,7 @@ def _chosen(stages: Any, asked: int | list[str] | None) -> list[Subnet]:
         subnets = [Subnet.from_depths(stages, depths) for depths in fit]
         full = Subnet.full(stages)
         return [full, *(subnet for subnet in subnets if subnet != full)]
-    return choose_subnets(stages, None if asked is None else min(asked + 1, len(choose_subnets(stages))))
+    return choose_subnets(stages, None if asked is None else asked + 1)
 
 
 def _origin(config: Config) -> dict[str, Any]:

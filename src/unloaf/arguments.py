@@ -1,9 +1,7 @@
-"""What each command accepts, and how its words are read. Imports no torch."""
+"""What each command accepts. Imports no torch."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,9 @@ import tyro
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.config.fields import Dataset
 from unloaf.engine.run_folder import run_of
+from unloaf.parsing import parse
 
-_STAGE = "[0-9]{1,4}(:[01]{1,4})?"  # a depth, or which blocks are kept
+_STAGE = "[0-9]{1,4}(:[01]+)?"  # a depth, and perhaps which blocks are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +61,16 @@ class Eval:
     device: Literal["auto", "cpu"] = "auto"
     """auto takes an accelerator when there is one."""
     output: str | None = None
-    """Write the table of subnets to this file instead."""
+    """Write the table of subnets to this file instead; its folder is made."""
 
     def __post_init__(self) -> None:
         given = self.subnets
         if given not in (None, "all", "pareto") and not (re.fullmatch("[0-9]{1,5}", given or "") and int(given or 0)):
             raise ValueError(f"subnets {given!r}: give all, pareto or a number from 1 to 99999")
+        if given is None and self.output is not None:
+            raise ValueError(
+                f"output {self.output} is for the table of subnets; give --subnets with it, or leave --output out"
+            )
         _check_least(self, recalibrate=2, batch_size=2, workers=0)
 
 
@@ -100,7 +103,7 @@ class Subnets:
     num_classes: int | None = None
     """Of a model: classes of the head; default: 1000, 10 for cifar/."""
     output: str | None = None
-    """Write the table to this CSV file too."""
+    """Write the table to this CSV file too; its folder is made."""
 
     def __post_init__(self) -> None:
         if self.num not in ("all", "pareto") and not (re.fullmatch("[0-9]{1,5}", self.num) and int(self.num)):
@@ -139,7 +142,7 @@ class Export:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     depths: str | None = None
-    """Kept blocks of each stage, as in 3,3,5,3; default: the whole network."""
+    """Kept blocks of each stage, as in 3,3,5,3, or chosen ones, as in 3,2:101,5,3; default: the whole network."""
     format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
     """Weights with a JSON file beside them (of an hf/ run also a config.json), a model that timm reloads, a
     torch.export program, or ONNX."""
@@ -164,7 +167,7 @@ class Export:
     """Also upload it under this name, by the library of timm or Hugging Face; never done unless asked for."""
 
     def __post_init__(self) -> None:
-        if self.depths is not None and not re.fullmatch(f"{_STAGE}(,{_STAGE})*", self.depths):
+        if self.depths is not None and not re.fullmatch(f"{_STAGE}([-,]{_STAGE})*", self.depths):
             raise ValueError(
                 f"depths {self.depths!r}: give a number for each stage, as in 3,3,5,3, or 2:101 for its blocks"
             )
@@ -342,57 +345,3 @@ def _take_value(words: list[str], *flags: str, kind: str) -> tuple[list[str], st
         if value == "" or (value.startswith("-") and not equals):
             raise ValueError(f"{flag}: give {kind}")
     return rest, value
-
-
-def parse(kind: Any, words: list[str], *, prog: str, default: Any = None, about: str | None = None) -> Any:
-    """Tyro's parser, with one line for an error where tyro draws a box.
-
-    Args:
-        kind: a dataclass.
-        words: flags and values.
-        prog: how the command is called, for its help.
-        default: an instance whose values the flags override.
-        about: the first lines of the help; default: the docstring of `kind`.
-
-    Raises:
-        ValueError: a flag or value is not allowed.
-        SystemExit: help was asked for and shown.
-
-    >>> parse(Demo, ["--seeds", "3"], prog="unloaf demo").seeds
-    3
-    """
-    box = io.StringIO()
-    extra = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=words, prog=prog, description=about, **extra)
-    except SystemExit as error:
-        if error.code == 0:
-            raise
-        raise ValueError(_reason(error, box.getvalue())) from error
-
-
-_NOT_A_NUMBER = {
-    "invalid literal for int() with base 10": "an integer",
-    "could not convert string to float": "a number",
-}
-
-
-def _reason(error: SystemExit, box: str) -> str:
-    # The first line is the title in its frame; where the output has no line characters there is no frame.
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    useful = [line for line in lines if line.strip("─-╰╯") and not line.startswith(("For full help", "Argument help"))]
-    text = " ".join(useful[:3])
-    flag = found[1] if (found := re.match(r"Error parsing (\S+): ", text)) else ""
-    cause = error.__context__
-    while cause is not None and cause.__context__ is not None:
-        cause = cause.__context__
-    if not isinstance(cause, ValueError):
-        return text
-    reason = str(cause)
-    for start, kind in _NOT_A_NUMBER.items():
-        if reason.startswith(start):
-            return f"{flag} {reason[len(start) + 2 :][:80]}: give {kind}"
-    if found := re.match(r"no type matching (.*) could be instantiated from (\[.*)\.$", reason, flags=re.M):
-        return f"{flag} {found[2][:80]}: give {found[1]}"
-    return reason

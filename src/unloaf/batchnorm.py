@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -98,7 +98,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
 
     Args:
         model: changed in place: ``running_mean``, ``running_var``, ``num_batches_tracked``.
-        batches: inputs, or ``(inputs, ...)`` tuples as loaders yield them; on the model's device.
+        batches: inputs, tensors or mappings, or ``(inputs, ...)`` tuples as loaders yield them; on the model's device.
 
     Returns:
         The number of batches used; 0, with nothing changed, for a model without batch norm.
@@ -130,7 +130,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
                 for norm in norms:
                     momentum = None if _averages_without_momentum(norm) else 1 / (count + 1)
                     norm.momentum = momentum
-                call_model(model, batch if isinstance(batch, (Tensor, dict)) else batch[0])
+                call_model(model, batch if isinstance(batch, (Tensor, Mapping)) else batch[0])
                 count += 1
     finally:
         for norm, momentum in momenta:

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from unloaf import __version__
-from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Export, Inspect, Report, Subnets, parse, parse_train
+from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Export, Inspect, Report, Subnets, parse_train
 from unloaf.engine.config import dump_config
 from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError, in_one_line
 from unloaf.engine.run_folder import open_run
+from unloaf.parsing import parse
 
 if TYPE_CHECKING:
     from unloaf.analysis.costs import CostRow
@@ -114,7 +116,7 @@ def _stdout_is_closed() -> bool:
 
 def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = None) -> int:
     if debug:
-        raise error
+        traceback.print_exception(error)
     message = " ".join((text or str(error)).split())
     print(f"unloaf: error: {message}", file=sys.stderr)
     return code
@@ -165,8 +167,11 @@ def _eval(words: list[str]) -> int:
     options = parse(Eval, words, prog="unloaf eval")
     run, given = Path(options.run), {name: value for name, value in vars(options).items() if name not in _NOT_JUDGING}
     output = Path(options.output) if options.output else run / "subnets.csv"
+    from unloaf.analysis.costs import check_writable
     from unloaf.analysis.runs import judge_run, write_subnets
 
+    if options.subnets is not None:
+        check_writable(output)
     judgement = judge_run(run, **given, console=Console(stderr=True))
     for line in _main_lines(judgement):
         print(line)
@@ -203,14 +208,16 @@ def _subnet_table(rows: Sequence[NetworkRow]) -> tuple[list[str], list[list[str]
 
 def _subnets(words: list[str]) -> int:
     options = parse(Subnets, words, prog="unloaf subnets")
-    rows = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
     from unloaf.analysis.choice import pareto_front
-    from unloaf.analysis.costs import cost_records, write_csv
+    from unloaf.analysis.costs import check_writable, cost_records, cost_table, write_csv
 
+    if options.output is not None:
+        check_writable(Path(options.output))
+    rows = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
     cost = "latency" if options.timed else "gmacs"
     front = {row.subnet for row in pareto_front(rows, cost=cost)} if rows[0].top1 is not None else None
     shown = [row for row in rows if row.subnet in front] if front and options.num == "pareto" else rows
-    _show(*_cost_table(shown, front))
+    _show(*cost_table(shown, front))
     for timing in rows[0].timings[:1]:
         print(f"median and 95th percentile of {timing.repeats} passes, on {timing.device}, {timing.threads} thread(s)")
     if front is not None:
@@ -254,26 +261,6 @@ def _costs_of_model(options: Subnets) -> list[CostRow]:
 
     given = {name: getattr(options, name) for name in ("timed", "repeats", "device", "img_size", "num_classes")}
     return cost_of_model(options.source, number=options.num, **given)
-
-
-def _cost_table(rows: Sequence[CostRow], front: set[str] | None) -> tuple[list[str], list[list[str]]]:
-    judged, best = front is not None, front or set()
-    times = [f"{name}, batch of {t.batch_size}" for t in rows[0].timings for name in ("ms (p95)", "images/s")]
-    heads = ["depths", *(["", "top-1 %"] if judged else []), "parameters", "GMACs", *times]
-    return heads, [
-        [
-            row.subnet,
-            *(["*" if row.subnet in best else "", f"{row.top1:.2f}"] if judged else []),
-            f"{row.params:,}",
-            f"{row.gmacs:.4g}",
-            *(
-                text
-                for t in row.timings
-                for text in (f"{t.median_ms:.4g} ({t.p95_ms:.4g})", f"{t.images_per_second:,.0f}")
-            ),
-        ]
-        for row in rows
-    ]
 
 
 def _inspect(words: list[str]) -> int:
@@ -353,6 +340,8 @@ def _classes(counts: dict[str, int]) -> str:
 
 
 def _bench(words: list[str]) -> int:
+    if words in (["-h"], ["--help"]):
+        words = ["step", *words]
     if words[:1] != ["step"]:
         raise ValueError(f"bench {' '.join(words[:1])}: give 'bench step'")
     options = vars(parse(BenchStep, words[1:], prog="unloaf bench step"))

@@ -38,7 +38,8 @@ def compile_blocks(
         mode: of torch.compile.
 
     Raises:
-        ValueError: stages of another model, or blocks that `checkpoint_blocks` was called for before.
+        ValueError: stages of another model, blocks that `checkpoint_blocks` was called for before, or a block whose
+            ``forward`` something else has replaced.
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
@@ -52,12 +53,24 @@ def compile_blocks(
     compiled = functools.cache(lambda kind: _compiled_or_not(kind, backend, mode))
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
-    for block in blocks.values():
-        if hasattr(getattr(block.forward, "__func__", None), "unloaf_recomputes"):
-            raise ValueError("the blocks are checkpointed already; call compile_blocks first, then checkpoint_blocks")
+    for path, block in blocks.items():
+        _check_own_forward(path, block)
     for block in blocks.values():
         # Bound as a method, so that the block of a copy runs on the copy's parameters.
         block.__dict__["forward"] = MethodType(compiled(type(block)), block)
+
+
+def _check_own_forward(path: str, block: nn.Module) -> None:
+    """Raise ValueError if the block's forward is neither its class's nor one that was compiled here before."""
+    own = block.__dict__.get("forward")
+    function = getattr(own, "__func__", None)
+    if hasattr(function, "unloaf_recomputes"):
+        raise ValueError("the blocks are checkpointed already; call compile_blocks first, then checkpoint_blocks")
+    if own is not None and not hasattr(function, "unloaf_compiles"):
+        raise ValueError(
+            f"the forward of block {path!r} was replaced by a {type(own).__name__}; "
+            "take it off (hooks of accelerate: remove_hook_from_module) and call compile_blocks again"
+        )
 
 
 def _compiled_or_not(kind: type[nn.Module], backend: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:

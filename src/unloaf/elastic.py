@@ -215,7 +215,7 @@ def load_elastic(path: str | Path) -> ElasticModel:
         ``model.subnets`` and ``model.export("2-1-2")``.
 
     Raises:
-        ValueError: there is no such file, or it is of something else.
+        ValueError: there is no such file, it is of something else, or the library of its network is not installed.
         CheckpointError: a file is damaged, or the two belong to different networks.
 
     >>> import tempfile, torch, unloaf

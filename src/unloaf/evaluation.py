@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from unloaf.subnet import Subnet, active_subnet, check_subnet
 
 Reduction = Callable[[Tensor], Tensor]
 _IGNORED = -100
+_MOST_LISTED = 4096  # ordered subnets; an EfficientNet-B7 has a million, whose list takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def evaluate_subnets(
     Args:
         model: a trained network.
         stages: its stages.
-        loader: batches ``(x, y)`` with class indices y, (batch,) or the leading dimensions of the logits; iterated per
-            subnet.
+        loader: batches ``(x, y)``, x a tensor or a mapping of keyword arguments, with class indices y, (batch,) or the
+            leading dimensions of the logits; iterated per subnet.
         subnets: which ones; a number draws that many ordered ones, the main network among them; default: all ordered
             subnets (`enumerate_subnets`).
         calibration: batches of training inputs, ``x`` or ``(x, ...)``; before a subnet is judged, its batch-norm
@@ -138,6 +140,9 @@ def choose_subnets(
 ) -> list[Subnet]:
     """The subnets that `evaluate_subnets` judges: those given, a drawn number of ordered ones, or all ordered ones.
 
+    A number of them are the main network and others, none twice, or all if there are no more. Few of very many are
+    drawn one by one and returned in that order, the others in the order of `enumerate_subnets`.
+
     Raises:
         ValueError: a subnet of another model, a number below 1.
     """
@@ -146,17 +151,36 @@ def choose_subnets(
     if isinstance(subnets, int):
         if subnets < 1:
             raise ValueError(f"subnets is {subnets}; give a number of at least 1, a list of subnets, or None for all")
-        everyone = enumerate_subnets(stages)
-        order = torch.randperm(len(everyone) - 1, generator=draw_generator(seed, 0, 0, purpose="evaluation"))
-        picked = sorted((order[: subnets - 1] + 1).tolist())
-        return [everyone[0], *(everyone[i] for i in picked)]
+        count = prod(len(stage.legal_depths) for stage in stages)
+        # Where most of them are wanted, single draws would meet the same ones again and again.
+        listed = count <= max(_MOST_LISTED, 2 * subnets)
+        return (_draw_from_list if listed else _draw_one_by_one)(stages, subnets, seed)
     for subnet in subnets:
         check_subnet(stages, subnet)
     return list(subnets)
 
 
+def _draw_from_list(stages: Sequence[Stage], wanted: int, seed: int) -> list[Subnet]:
+    everyone = enumerate_subnets(stages)
+    order = torch.randperm(len(everyone) - 1, generator=draw_generator(seed, 0, 0, purpose="evaluation"))
+    picked = sorted((order[: wanted - 1] + 1).tolist())
+    return [everyone[0], *(everyone[i] for i in picked)]
+
+
+def _draw_one_by_one(stages: Sequence[Stage], wanted: int, seed: int) -> list[Subnet]:
+    drawn, step = {Subnet.full(stages): None}, 0
+    while len(drawn) < wanted:
+        generator = draw_generator(seed, step, 0, purpose="evaluation")
+        picked = [int(torch.randint(len(stage.legal_depths), (1,), generator=generator)) for stage in stages]
+        drawn[Subnet.from_depths(stages, [s.legal_depths[i] for s, i in zip(stages, picked, strict=True)])] = None
+        step += 1
+    return list(drawn)
+
+
 def _to_device(batch: Any, device: torch.device) -> Any:
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if isinstance(inputs, Mapping):
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     return inputs.to(device)
 
 
@@ -165,8 +189,8 @@ def accuracy(model: nn.Module, loader: Iterable[tuple[Any, Tensor]], *, reduce: 
 
     Args:
         model: gives logits, (batch, ..., classes).
-        loader: batches ``(x, y)`` with class indices y, (batch, ...); entries of -100 (``ignore_index`` of torch's
-            cross-entropy) are not counted.
+        loader: batches ``(x, y)``, x a tensor or a mapping of keyword arguments, with class indices y, (batch, ...);
+            entries of -100 (``ignore_index`` of torch's cross-entropy) are not counted.
         reduce: adds a tensor over processes, where each sees a share of the examples; every process gets the whole.
 
     Raises:

@@ -42,7 +42,7 @@ def export_subnet(model: nn.Module, stages: Sequence[Stage], subnet: Subnet, *, 
 
     Raises:
         ValueError: a subnet of other stages, a raw subnet, a model inside `active_subnet`, an example that the model
-            cannot take, or a block that cannot be taken out; the message names it.
+            cannot take, outputs that cannot be compared, or a block that cannot be taken out; the message names it.
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
@@ -70,6 +70,13 @@ def export_subnet(model: nn.Module, stages: Sequence[Stage], subnet: Subnet, *, 
     skipped = [path for stage in stages for path in stage.blocks if path not in kept]
     with active_subnet(whole, stages, subnet), _lone_inputs(whole, skipped) as lone:
         expected = _outputs(whole, inputs)
+    if not expected:  # any copy would be equal
+        with evaluating(whole):
+            kind = type(call_model(whole, inputs)).__name__
+        raise ValueError(
+            f"{type(inner).__name__} returned a {kind} without a tensor, so that a copy cannot be compared with it; "
+            "let forward return the logits, or an object with .logits"
+        )
     small = _first_equal(whole, stages, skipped, inputs, expected, lone)
     _check_configuration(small, inputs, expected)
     return small
@@ -141,15 +148,24 @@ def _inputs(model: nn.Module, stages: Sequence[Stage], example: Any) -> Any:
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     with evaluating(model):
-        return list(_tensors(call_model(model, inputs)))
+        output = call_model(model, inputs)
+    # Into objects only where nothing else is: those beside the logits, such as a cache of transformers, may tell of
+    # blocks that the copy lacks.
+    return list(_tensors(output)) or list(_tensors(output, into=[]))
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _tensors(output: Any, into: list[Any] | None = None) -> Iterator[Tensor]:
+    """The tensors in containers; with a list, which notes the objects seen, those in attributes of objects as well."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (Mapping, tuple, list)):
         for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value)
+            yield from _tensors(value, into)
+    elif isinstance(output, (nn.Module, type)):  # an output may know its model, whose weights are no outputs
+        return
+    elif into is not None and hasattr(output, "__dict__") and not any(output is seen for seen in into):
+        into.append(output)
+        yield from _tensors(vars(output), into)
 
 
 def same_outputs(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
@@ -215,6 +231,11 @@ def _first_equal(
                 return small
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
+    if not skipped or not same_outputs(_outputs(whole, inputs), _outputs(whole, inputs)):
+        raise ValueError(
+            f"{type(whole).__name__} gives other outputs for the same input in eval mode, so that a copy cannot be "
+            f"compared with it ({reason}); switch its randomness off in eval mode"
+        )
     held = next((path for path in skipped if not lone.get(path)), skipped[0])
     kind = type(whole.get_submodule(held)).__name__
     why = "" if lone.get(held) else ": it takes or returns more than one tensor, so nn.Identity cannot stand for it"
@@ -226,7 +247,7 @@ def _first_equal(
 
 def _take_out(model: nn.Module, skipped: Sequence[str], deleting: Sequence[str]) -> None:
     """Deletes the skipped blocks of these holders, and puts nn.Identity in the place of the others."""
-    before = _depths(model, skipped)
+    before = _depths(model, {type(model.get_submodule(path)) for path in skipped})
     positions: dict[str, list[int]] = {}
     for holder in deleting:
         parent = model.get_submodule(holder)
@@ -259,9 +280,8 @@ def _renumber(parent: nn.Module, kept: Sequence[int]) -> None:
                 module.__dict__["layer_idx"] = new
 
 
-def _depths(model: nn.Module, blocks: Iterable[str]) -> dict[str, int]:
-    """How many blocks each container of such blocks holds, stages of a single block included."""
-    kinds = {type(model.get_submodule(path)) for path in blocks}
+def _depths(model: nn.Module, kinds: set[type[nn.Module]]) -> dict[str, int]:
+    """How many blocks each container of blocks of these classes alone holds, stages of a single block included."""
     return {
         path: len(module)
         for path, module in model.named_modules()
@@ -276,11 +296,7 @@ def block_counts(model: nn.Module, kinds: set[type[nn.Module]]) -> list[int]:
     >>> block_counts(resnet18(), {BasicBlock})
     [2, 2, 2, 2]
     """
-    return [
-        len(module)
-        for module in model.modules()
-        if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) and {type(m) for m in module} <= kinds
-    ]
+    return list(_depths(model, kinds).values())
 
 
 def without_stand_ins(model: nn.Module, kinds: set[type[nn.Module]]) -> nn.Module:

@@ -138,11 +138,41 @@ class View(NamedTuple):
         return some if self.side is None else resize(some, self.side)
 
 
+def legal_sides(model: nn.Module, images: Tensor, sides: Sequence[int]) -> list[int]:
+    """Those of the sides at which the model runs.
+
+    Of a range three sides decide for a network that takes any size: models that do not (patches, windows, position
+    tables) reject one of two neighbouring sides.
+
+    Args:
+        model: run in eval mode.
+        images: a batch that it takes, resized to each side; on the meta device nothing is computed.
+        sides: pixels; a range ends at the side of the images.
+
+    >>> from torch import nn
+    >>> images = torch.zeros(1, 3, 8, 8)
+    >>> legal_sides(nn.Conv2d(3, 4, 3), images, range(3, 9))
+    [3, 4, 5, 6, 7, 8]
+    >>> legal_sides(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)), images, range(3, 9))
+    [8]
+    """
+    inner = inner_module(model)
+
+    def runs(side: int) -> bool:
+        try:
+            call_model(inner, resize(images, side))
+        except Exception:  # whatever a model raises at a size it was not built for
+            return False
+        return True
+
+    with evaluating(model):
+        if isinstance(sides, range) and all(map(runs, {sides[0], sides[min(1, len(sides) - 1)], sides[-2:][0]})):
+            return list(sides)
+        return [side for side in sides if runs(side)]
+
+
 def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[int]) -> None:
     """Raise ValueError unless the model runs at all sides that would be drawn; the message lists the legal ones.
-
-    Three sides decide for a network that takes any size: models that do not (patches, windows, position tables) reject
-    one of two neighbouring sides.
 
     Args:
         model: the network; run in eval mode on noise, one image.
@@ -154,25 +184,17 @@ def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[i
             f"smaller inputs need images (channels, height, width), but an example has shape {tuple(input_shape)}"
         )
     side = min(input_shape[1:])
+    parameter = next(model.parameters())
+    image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
     sides = inputs.candidates(side)
-    probes = sides if inputs.sides is not None else sorted({sides[0], sides[min(1, len(sides) - 1)], sides[-2:][0]})
-    with evaluating(model):
-        if all(_runs_at(model, input_shape, s) for s in probes):
-            return
-        legal = [s for s in range(sides[0] if inputs.sides is None else 1, side + 1) if _runs_at(model, input_shape, s)]
+    legal = legal_sides(model, image, sides)
+    if len(legal) == len(sides):
+        return
+    if inputs.sides is not None:
+        legal = legal_sides(model, image, list(range(1, side + 1)))
     listed = ", ".join(map(str, legal)) or "none"
     raise ValueError(
         f"{type(inner_module(model)).__name__} cannot take all inputs of sides {min(sides)} to {max(sides)}; "
         f"legal sides up to {side}: {listed}. Give SmallerInputs(sides=(...)) out of these, "
         "or build the model for varying sizes (timm: dynamic_img_size=True)"
     )
-
-
-def _runs_at(model: nn.Module, input_shape: Sequence[int], side: int) -> bool:
-    parameter = next(model.parameters())
-    images = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
-    try:
-        call_model(inner_module(model), resize(images, side))
-    except Exception:  # whatever a model raises at a size it was not built for
-        return False
-    return True

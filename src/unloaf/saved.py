@@ -38,7 +38,7 @@ def load_subnet(folder: str | Path) -> nn.Module:
         folder: with ``subnet.json`` and ``model.safetensors``.
 
     Raises:
-        ValueError: there is no such file, or it is of something else.
+        ValueError: there is no such file, it is of something else, or the library of the network is not installed.
         CheckpointError: a file is damaged: its SHA-256 is not the one that was written, or the weights do not fit.
 
     >>> import tempfile, torch, unloaf
@@ -143,17 +143,40 @@ def read_described(file: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def build_described(fields: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Module:
-    """The whole network that the JSON names, with fresh weights; torch's random state stays as it was."""
+    """The whole network that the JSON names, with fresh weights; torch's random state stays as it was.
+
+    Raises:
+        ModuleNotFoundError: the library of the architecture is not installed.
+        ValueError: there is no such network.
+    """
     # What else build_model takes would make it look for published weights.
     settings = {key: value for key, value in fields["architecture"].items() if key in _ARCHITECTURE}
     name, config = settings.pop("name"), settings.pop("config", None)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        place = name
         if config is not None:  # of transformers, which reads it from a file
             (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-            name = f"hf/{folder}"
-        model = build_model(name, **settings)
+            place = f"hf/{folder}"
+        try:
+            model = build_model(place, **settings)
+        except (ValueError, ImportError) as error:
+            package = _missing_package(error)
+            if package is not None:
+                reason = f"{name} needs {package}, which is not installed; pip install {package}"
+                raise ModuleNotFoundError(reason, name=package) from error
+            # The folder is gone by the time that anybody reads of it.
+            text = str(error).replace(place, name).replace(str(Path(folder) / "config.json"), "its configuration")
+            raise ValueError(text) from error
     check_stages(model, stages)
     return model.eval()
+
+
+def _missing_package(error: BaseException) -> str | None:
+    """The package without which it came to this error, if that is why."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ModuleNotFoundError):
+        cause = cause.__cause__
+    return None if cause is None or cause.name is None else cause.name.partition(".")[0]
 
 
 def read_stages(fields: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -173,11 +196,16 @@ def _read_field(value: Any) -> Any:
 
 @contextmanager
 def understanding(file: Path) -> Iterator[None]:
-    """Turns whatever a damaged or foreign file leads to into a CheckpointError that names it."""
+    """Turns whatever a damaged or foreign file leads to into a CheckpointError that names it.
+
+    A library that is not installed is no damage: that is a ValueError.
+    """
     try:
         yield
     except CheckpointError:
         raise
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{file}: {error}") from error
     except Exception as error:  # anything: the bytes may say anything
         text = " ".join(str(error).split())[:300]
         raise CheckpointError(

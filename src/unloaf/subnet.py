@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from unloaf.stages import Form, Stage, first_tensor, inner_module, result_of, stand_in
+from unloaf.stages import Form, Stage, inner_module, result_of, stand_in
 
 BlockMode = Literal["block", "branch"]
 
@@ -53,11 +53,13 @@ class Subnet:
         Raises:
             ValueError: not one depth per stage, or a depth that a stage cannot have.
         """
+        if not isinstance(depths, Iterable):
+            whole = tuple(stage.depth for stage in stages)
+            raise ValueError(f"depths is {depths!r}; give one depth for each stage, the main network's are {whole}")
+        depths = tuple(depths)
         if len(depths) != len(stages):
             names = ", ".join(stage.name for stage in stages)
-            raise ValueError(
-                f"got {len(depths)} depths {tuple(depths)} for {len(stages)} stages ({names}); give one each"
-            )
+            raise ValueError(f"got {len(depths)} depths {depths} for {len(stages)} stages ({names}); give one each")
         for stage, depth in zip(stages, depths, strict=True):
             if depth not in stage.legal_depths:
                 raise ValueError(f"{_reason(stage, depth)}; give a depth out of {stage.legal_depths}")
@@ -114,7 +116,11 @@ def _reason(stage: Stage, depth: int) -> str:
 
 def check_subnet(stages: Sequence[Stage], subnet: Subnet) -> None:
     """Raise ValueError unless the subnet is one of these stages."""
-    shape, legal = tuple(len(k) for k in subnet.keep), tuple(stage.depth for stage in stages)
+    legal = tuple(stage.depth for stage in stages)
+    if not isinstance(subnet, Subnet):
+        given = f"subnet {subnet!r} is of type {type(subnet).__name__}"
+        raise ValueError(f"{given}; give a Subnet, e.g. Subnet.from_depths(stages, {legal})")
+    shape = tuple(len(k) for k in subnet.keep)
     if shape != legal or (subnet.shortcut is not None and tuple(map(len, subnet.shortcut)) != legal):
         raise ValueError(
             f"subnet {subnet} has {shape} blocks per stage, the model's stages have {legal}; is it another model's?"
@@ -185,23 +191,21 @@ def replaced_forwards(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
                 module.__dict__["forward"] = forward
 
 
-@dataclass(frozen=True)
-class Skip:
+def skip(form: Form | None) -> Callable[..., Any]:
     """Stand-in for the forward of a skipped block: returns its input, in the form of its output."""
 
-    form: Form | None = None
-    unloaf_replaces_forward: ClassVar[bool] = True
+    @replaces_forward
+    def input_of(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return stand_in(form, args, kwargs)
 
-    def __call__(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The arguments in place of what the block would return."""
-        return stand_in(self.form, args, kwargs)
+    return input_of
 
 
 @replaces_forward
 def residual_branch(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for the forward of a block without its skip connection, for additive blocks: ``block(x) - x``."""
     output = type(block).forward(block, *args, **kwargs)
-    stream, result = first_tensor(args, kwargs), result_of(output)
+    stream, result = stand_in(None, args, kwargs), result_of(output)
     assert result is not None
     branch = result - stream
     return branch if output is result else type(output)(branch if item is result else item for item in output)
@@ -287,7 +291,7 @@ def active_subnet(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> 
     modules = check_stages(inner, stages)
     modes = subnet.modes(stages)
     replacements: dict[str, Callable[..., Any]] = {
-        path: Skip(stage.form(path)) for stage in stages for path in stage.blocks if path not in modes
+        path: skip(stage.form(path)) for stage in stages for path in stage.blocks if path not in modes
     }
     replacements |= branches(inner, stages, subnet)
     check_whole(modules.values())  # all blocks: kept ones are not replaced, but may be shadowed from outside

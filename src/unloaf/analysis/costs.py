@@ -1,14 +1,15 @@
-"""What a subnet costs: parameters, multiply-adds, measured time; and which one to pick."""
+"""What a subnet costs: parameters, multiply-adds, measured time."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -267,14 +268,63 @@ def _record(row: CostRow, *, judged: bool) -> dict[str, Any]:
     return record
 
 
+def cost_table(rows: Sequence[CostRow], front: Set[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the rows, for a table of text.
+
+    Args:
+        rows: not empty.
+        front: names of those that get a star; with it the rows have an accuracy, which is shown.
+
+    >>> cost_table([CostRow("2-1", 1_234, 0.5, top1=91.5)], {"2-1"})
+    (['depths', '', 'top-1 %', 'parameters', 'GMACs'], [['2-1', '*', '91.50', '1,234', '0.5']])
+    """
+    judged, best = front is not None, front or set()
+    times = [f"{name}, batch of {t.batch_size}" for t in rows[0].timings for name in ("ms (p95)", "images/s")]
+    heads = ["depths", *(["", "top-1 %"] if judged else []), "parameters", "GMACs", *times]
+    return heads, [
+        [
+            row.subnet,
+            *(["*" if row.subnet in best else "", f"{row.top1:.2f}"] if judged else []),
+            f"{row.params:,}",
+            f"{row.gmacs:.4g}",
+            *(
+                text
+                for t in row.timings
+                for text in (f"{t.median_ms:.4g} ({t.p95_ms:.4g})", f"{t.images_per_second:,.0f}")
+            ),
+        ]
+        for row in rows
+    ]
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError if `write_csv` could not write there; nothing is written.
+
+    What is to be written may take hours to measure: better known before.
+
+    >>> check_writable(Path("folder/that/is/new/costs.csv"))
+    """
+    folder = next(place for place in path.absolute().parents if place.exists())
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not folder.is_dir():
+        reason = f"{folder} is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        reason = f"you may not write into {folder}"
+    else:
+        return
+    raise ValueError(f"cannot write {path}: {reason}; give another --output")
+
+
 def write_csv(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes records with the same names as a CSV file, in one piece; an older one is replaced.
+    """Writes records with the same names as a CSV file, in one piece; its folder is made, an older file replaced.
 
     Raises:
         ValueError: the file cannot be written.
     """
     temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
             writer.writeheader()
@@ -283,4 +333,5 @@ def write_csv(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; give another --output") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):  # in the place of the folder lies a file
+            temporary.unlink(missing_ok=True)

@@ -41,9 +41,7 @@ def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFl
         x: a batch of the size that is trained; the network runs on its first example.
         steps: which steps' draws to count, e.g. ``range(100)``.
     """
-    count = _Counter(method.model, method.stages, x)
-    counted = [count(method.draw(x, step=step), main=method.trains_main) for step in steps]
-    return StepFlops(*(sum(column) / len(counted) for column in zip(*counted, strict=True)))
+    return StepCounter(method.model, method.stages, x).mean(method, x, steps)
 
 
 def step_flops(model: nn.Module, stages: Sequence[Stage], x: Any, passes: Sequence[SubnetPass]) -> StepFlops:
@@ -68,11 +66,27 @@ def step_flops(model: nn.Module, stages: Sequence[Stage], x: Any, passes: Sequen
     >>> round(flops.shared / flops.common, 2), round(flops.separate / flops.common, 2)
     (1.23, 1.87)
     """
-    return _Counter(model, stages, x)(passes, main=True)
+    return StepCounter(model, stages, x)(passes, main=True)
 
 
-class _Counter:
-    """Forward FLOPs of passes, each counted once."""
+class StepCounter:
+    """Counts `StepFlops` of steps; each forward pass runs once, whatever steps it is a part of.
+
+    Args:
+        model: any network with these stages; a copy of it runs.
+        stages: from `find_stages`.
+        x: a batch of the size that is trained.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> from unloaf.passes import SubnetPass
+    >>> model, x = resnet18(), torch.randn(1, 3, 64, 64)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> count = StepCounter(model, stages, x)
+    >>> whole = count([SubnetPass(unloaf.Subnet.full(stages))], main=True)
+    >>> whole.shared == whole.common, whole.separate == 2 * whole.common
+    (True, True)
+    """
 
     def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any) -> None:
         self.model, self.stages = copy.deepcopy(inner_module(model)), stages
@@ -85,6 +99,7 @@ class _Counter:
         self.saved = 1 - self._forward_and_backward() / (3 * forward)  # share that the first layer's backward spares
 
     def __call__(self, passes: Sequence[SubnetPass], *, main: bool) -> StepFlops:
+        """FLOPs of one example in a step with these subnets and, with ``main``, the main network."""
         seen: set[tuple[Any, ...]] = set()
         common = 3 * sum(flops for _, flops in self.main) * (1 - self.saved)
         shared = self._new(View(), self.main, seen) if main else 0.0
@@ -94,6 +109,11 @@ class _Counter:
             shared += self._new(request.view, events, seen)
             separate += self._new(request.view, events, set())
         return StepFlops(common, shared, separate)
+
+    def mean(self, method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFlops:
+        """Mean over what the method draws in these steps for such a batch."""
+        counted = [self(method.draw(x, step=step), main=method.trains_main) for step in steps]
+        return StepFlops(*(sum(column) / len(counted) for column in zip(*counted, strict=True)))
 
     def _new(self, view: View, events: Sequence[tuple[str, int]], seen: set[tuple[Any, ...]]) -> float:
         """FLOPs of what follows the longest prefix seen before."""

@@ -63,7 +63,7 @@ def accuracy_over_size(
             axes.plot(blocks, means, color=colour, marker=marker, markersize=6.5, linewidth=2.2, label=label, zorder=3)
         _frame(axes, sizes, lowest=lowest)
         if legend:
-            axes.legend(loc="lower right", frameon=True, framealpha=0.92, edgecolor="none", borderpad=0.3)
+            axes.legend(loc="best", frameon=True, framealpha=0.92, edgecolor="none", borderpad=0.3)
         return _svg(figure)
 
 
@@ -87,13 +87,12 @@ def _frame(axes: Any, sizes: Mapping[str, Sequence[SizeRow]], *, lowest: float) 
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str, log: bool = False) -> str:
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str) -> str:
     """A line over epochs for each run, as SVG; runs beyond the palette are told apart by their dashes.
 
     Args:
         series: run to its (epoch, value) pairs; a run without any keeps its colour for the other pictures.
         ylabel: what the value is, with its unit.
-        log: a logarithmic axis, where all values are above 0.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -105,8 +104,6 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str, 
                 x, y = zip(*points, strict=True)
                 marker = "o" if len(points) == 1 else None
                 axes.plot(x, y, color=colour, linestyle=dashes, linewidth=2, marker=marker, zorder=3)
-        if log:
-            axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("epoch")
         axes.set_ylabel(ylabel)

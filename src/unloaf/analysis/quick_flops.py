@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from unloaf.analysis.flops import StepFlops, _Counter
-from unloaf.methods import TrainingMethod
+from unloaf.analysis.flops import StepCounter
 from unloaf.subnet import Subnet
 
 
-class QuickCounter(_Counter):
-    """`unloaf.analysis.flops.method_flops` with subnets that are reckoned instead of run.
+class QuickCounter(StepCounter):
+    """`unloaf.analysis.flops.StepCounter` with subnets that are reckoned instead of run.
 
     A block that can be skipped keeps the shape, so the other blocks cost the same without it. What a smaller input
     costs is interpolated, in the square of the side, between the sides at which the network runs (`sides`).
@@ -26,11 +25,6 @@ class QuickCounter(_Counter):
     """
 
     sides: Sequence[int] = ()
-
-    def mean(self, method: TrainingMethod, x: object, steps: Iterable[int]) -> StepFlops:
-        """Mean over the draws of these steps."""
-        counted = [self(method.draw(x, step=step), main=method.trains_main) for step in steps]
-        return StepFlops(*(sum(column) / len(counted) for column in zip(*counted, strict=True)))
 
     def _events(self, subnet: Subnet, side: int | None) -> tuple[tuple[str, int], ...]:
         full = Subnet.full(self.stages)

@@ -222,18 +222,18 @@ def _chosen(stages: Sequence[Stage], asked: str | None, *, seed: int, run: Path)
     if asked is None:
         return [], []
     if not stages:
-        raise ValueError(f"{run}: its network has no residual blocks that could be skipped; leave --subnets out")
+        raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")
     if asked == "all":
         return choose_subnets(stages), []
-    count = prod(len(stage.legal_depths) for stage in stages)
     if asked != "pareto":
-        return choose_subnets(stages, min(int(asked) + 1, count), seed=seed), []
-    if count <= _MOST_JUDGED:
-        return choose_subnets(stages), []
+        return choose_subnets(stages, int(asked) + 1, seed=seed), []
+    chosen = choose_subnets(stages, _MOST_JUDGED, seed=seed)
+    count = prod(len(stage.legal_depths) for stage in stages)
     note = (
-        f"{_MOST_JUDGED} of {count} ordered subnets were drawn; others may be better (--subnets all judges every one)"
+        f"{len(chosen)} of {count} ordered subnets were drawn; others may be better "
+        "(give all instead of pareto to judge every one)"
     )
-    return choose_subnets(stages, _MOST_JUDGED, seed=seed), [note]
+    return chosen, [note] if len(chosen) < count else []
 
 
 def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console: Console | None) -> list[NetworkRow]:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unloaf.engine.models import build_model
-from unloaf.inputs import SmallerInputs
-from unloaf.stages import call_model, evaluating
+from unloaf.inputs import SmallerInputs, legal_sides
 
 STANDARD = (
     "timm/resnet50@224",
@@ -127,31 +126,25 @@ def smaller_inputs(model: nn.Module, side: int, *, per: Literal["subnet", "step"
     True
     """
     rule = SmallerInputs(per=per)
-    candidates = rule.candidates(side)
-    probe = _without_data(model, side)
-    # Networks with patches or windows reject one of two neighbouring sides.
-    if all(_takes(probe, tried) for tried in {candidates[0], *candidates[1:2], *candidates[-2:]}):
+    sides = rule.candidates(side)
+    legal = legal_sides(*_without_data(model, side), sides)
+    if len(legal) == len(sides):
         return rule
-    legal = tuple(tried for tried in candidates if _takes(probe, tried))
     if len(legal) < 2:
         raise ValueError(
-            f"{type(model).__name__} takes none of the smaller sides {candidates[0]} to {side - 1} that subnets of "
+            f"{type(model).__name__} takes none of the smaller sides {sides[0]} to {side - 1} that subnets of "
             "ST++ see; leave these methods out, or give a network of varying size"
         )
-    return SmallerInputs(per=per, sides=legal)
+    return SmallerInputs(per=per, sides=tuple(legal))
 
 
-def _without_data(model: nn.Module, side: int) -> nn.Module:
-    """A copy whose tensors have shapes alone, or the model itself if it cannot run so."""
+def _without_data(model: nn.Module, side: int) -> tuple[nn.Module, Tensor]:
+    """A copy whose tensors have shapes alone, or the model itself if it cannot run so, and an image for it."""
     empty = copy.deepcopy(model).to("meta")
-    return empty if _takes(empty, side) else model
+    image = _image(empty, side)
+    return (empty, image) if legal_sides(empty, image, [side]) else (model, _image(model, side))
 
 
-def _takes(model: nn.Module, side: int) -> bool:
+def _image(model: nn.Module, side: int) -> Tensor:
     parameter = next(model.parameters())
-    try:
-        with evaluating(model):
-            call_model(model, torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device))
-    except Exception:  # whatever a model raises at a size it was not built for
-        return False
-    return True
+    return torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)

@@ -120,6 +120,7 @@ def measure(network: Network, plan: Plan, *, clock: Clock, say: Callable[[str], 
         began, seconds = time.monotonic(), clock.share()
         if seconds == 0:
             say(f"{network.name}, {mode}: not begun, the time is up")
+            yield []
             continue
         try:
             ready = ready or _prepare(network, plan, say)

@@ -21,14 +21,15 @@ def load_model(name: str, *, img_size: int | None = None, num_classes: int | Non
     """The model of this name, or of "module:function", and an example of its input.
 
     Raises:
-        ValueError: no such model or function, or the function returns something else.
+        ValueError: no such model or function, the function returns something else, or a size or number of classes is
+            given that it decides itself.
 
     >>> model, example = load_model("cifar/resnet20")
     >>> example.shape
     torch.Size([1, 3, 32, 32])
     """
     if ":" in name:
-        return _from_function(name, img_size)
+        return _from_function(name, img_size, num_classes)
     family = name.partition("/")[0]
     classes = num_classes or (10 if family == "cifar" else 1000)
     model = build_model(name, num_classes=classes, img_size=img_size).eval()
@@ -42,7 +43,7 @@ def load_model(name: str, *, img_size: int | None = None, num_classes: int | Non
     return model, torch.zeros(1, 3, side, side)
 
 
-def _from_function(name: str, img_size: int | None) -> tuple[nn.Module, Any]:
+def _from_function(name: str, img_size: int | None, num_classes: int | None) -> tuple[nn.Module, Any]:
     module_name, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does; the name comes from the command line alone
@@ -62,6 +63,14 @@ def _from_function(name: str, img_size: int | None) -> tuple[nn.Module, Any]:
         raise ValueError(
             f"model {name!r}: {function_name}() returned {type(model).__name__}; "
             "return a torch.nn.Module, or one and an example of its input"
+        )
+    ignored = ["--num-classes"] * (num_classes is not None)
+    ignored += ["--img-size"] * (img_size is not None and example is not None)
+    if ignored:
+        what = "model" if example is None else "model and example"
+        raise ValueError(
+            f"model {name!r}: the {what} that {function_name}() returns cannot be changed; "
+            f"leave {' and '.join(ignored)} out"
         )
     if example is None:
         channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)

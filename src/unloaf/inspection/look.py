@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unloaf.analysis.costs import count_costs
 from unloaf.analysis.quick_flops import QuickCounter
-from unloaf.inputs import SmallerInputs, resize
+from unloaf.inputs import SmallerInputs, legal_sides
 from unloaf.inspection.load import load_model, without_data
 from unloaf.inspection.report import BlockReport, Inspection, StageReport, StepCost, shape_text
 from unloaf.methods import (
@@ -58,7 +58,7 @@ def inspect_model(name: str, *, img_size: int | None = None, num_classes: int | 
     whole, least = count_costs(model, stages, example, [full, smallest])
     legal, sides = _sides(model, example)
     shapes = len({_signature(model, path, calls[path]) for path in listed})
-    keyword = _timm_keyword(name, model, stages)
+    keyword = _timm_keyword(model, stages)
     return Inspection(
         model=name,
         input=tuple(_first(example).shape[1:]),
@@ -157,22 +157,11 @@ def _sides(model: nn.Module, example: Any) -> tuple[list[int], str]:
     if not isinstance(example, Tensor) or example.ndim != 4:
         return [], "none"
     side = min(example.shape[-2:])
-    candidates = list(SmallerInputs().candidates(side))
-    with evaluating(model):
-        # Of two neighbours, models of patches and windows reject one (as in `unloaf.inputs.check_sides`).
-        probes = {candidates[0], candidates[min(1, len(candidates) - 1)], *candidates[-2:]}
-        if all(_runs_at(model, example, probe) for probe in probes):
-            return [], "any"
-        legal = [candidate for candidate in candidates if _runs_at(model, example, candidate)]
+    candidates = SmallerInputs().candidates(side)
+    legal = legal_sides(model, example, candidates)
+    if len(legal) == len(candidates):
+        return [], "any"
     return legal, "legal" if legal != [side] else "fixed"
-
-
-def _runs_at(model: nn.Module, example: Tensor, side: int) -> bool:
-    try:
-        call_model(model, resize(example, side))
-    except Exception:  # whatever a model raises at a size it was not built for
-        return False
-    return True
 
 
 def _step_costs(
@@ -205,9 +194,10 @@ def _spread(sides: Sequence[int]) -> list[int]:
     return sorted({sides[round(last * i / (_SIDES - 1))] for i in range(_SIDES)})
 
 
-def _timm_keyword(name: str, model: nn.Module, stages: Sequence[Stage]) -> str | None:
+def _timm_keyword(model: nn.Module, stages: Sequence[Stage]) -> str | None:
     """The argument with which timm builds an ordered subnet itself: tried, without data."""
-    if not type(model).__module__.startswith("timm."):
+    published: Any = getattr(model, "pretrained_cfg", None)
+    if published is None or not type(model).__module__.startswith("timm."):
         return None
     import timm
 
@@ -223,7 +213,7 @@ def _timm_keyword(name: str, model: nn.Module, stages: Sequence[Stage]) -> str |
             value = depths[0] if keyword == "depth" else tuple(depths)
             side = getattr(getattr(model, "patch_embed", None), "img_size", None)
             sized = {} if side is None else {"img_size": side}
-            built = timm.create_model(name.partition("/")[2] or name, **{keyword: value}, **sized)
+            built = timm.create_model(published["architecture"], **{keyword: value}, **sized)
     except Exception:  # whatever timm raises at a keyword that this model does not take
         return None
     return keyword if set(built.state_dict()) == {k for k in model.state_dict() if not k.startswith(gone)} else None

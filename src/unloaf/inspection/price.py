@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 
 import torch
 
 from unloaf.analysis.costs import CostRow, count_costs, measure_subnets
 from unloaf.evaluation import choose_subnets
 from unloaf.inspection.load import load_model, without_data
-from unloaf.sampling import draw_generator
-from unloaf.stages import Stage, find_stages
-from unloaf.subnet import Subnet
-
-_MOST_LISTED = 4096  # ordered subnets; of more some are drawn
+from unloaf.stages import find_stages
 
 
 def cost_of_model(
@@ -47,7 +42,7 @@ def cost_of_model(
     """
     model, example = load_model(name, img_size=img_size, num_classes=num_classes)
     stages = find_stages(model, example)
-    chosen = _chosen(stages, number)
+    chosen = choose_subnets(stages, None if number == "all" else int(number) + 1)
     if not timed:
         empty, inputs = without_data(model, example)
         return count_costs(empty, stages, inputs, chosen)
@@ -55,19 +50,3 @@ def cost_of_model(
     where = where or torch.device("cpu")
     placed = {key: x.to(where) for key, x in example.items()} if isinstance(example, Mapping) else example.to(where)
     return measure_subnets(model.to(where), stages, placed, chosen, batch_sizes=timed, repeats=repeats)
-
-
-def _chosen(stages: Sequence[Stage], number: str) -> list[Subnet]:
-    count = prod(len(stage.legal_depths) for stage in stages)
-    if number == "all":
-        return choose_subnets(stages)
-    wanted = min(int(number) + 1, count)
-    if count <= _MOST_LISTED:
-        return choose_subnets(stages, wanted)
-    drawn, step = {Subnet.full(stages): None}, 0
-    while len(drawn) < wanted:
-        generator = draw_generator(0, step, 0, purpose="evaluation")
-        picked = [int(torch.randint(len(s.legal_depths), (1,), generator=generator)) for s in stages]
-        drawn[Subnet.from_depths(stages, [s.legal_depths[i] for s, i in zip(stages, picked, strict=True)])] = None
-        step += 1
-    return list(drawn)

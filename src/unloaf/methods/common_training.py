@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from unloaf.methods.step import Criterion, SinglePassTraining
-from unloaf.passes import SubnetPass, logits_of
-from unloaf.stages import call_model
+from unloaf.passes import SubnetPass
 from unloaf.subnet import Subnet
 
 
@@ -34,7 +34,7 @@ class CommonTraining(SinglePassTraining):
         """No pass beside the main one."""
         return []
 
-    def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
+    def _active(self, x: Any, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
         if subnets:
             raise ValueError(f"common training runs no subnets, but {len(subnets)} are given; leave subnets out")
-        return logits_of(call_model(self.model, x)), ()
+        return nullcontext(())

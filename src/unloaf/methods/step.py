@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from unloaf.batchnorm import statistics_unless_raised
 from unloaf.inputs import batch_size, first_tensor
-from unloaf.passes import SubnetPass, lean_backward, one_graph
-from unloaf.stages import Stage, inner_module
+from unloaf.losses import label_loss
+from unloaf.passes import SubnetPass, lean_backward, logits_of, one_graph
+from unloaf.stages import Stage, call_model, inner_module
 from unloaf.subnet import Subnet, check_stages
 
 Criterion = Callable[[Tensor, Any], Tensor]
@@ -25,8 +27,9 @@ class StepOutput(NamedTuple):
 
     Attributes:
         loss: the sum of all terms, shape (); carries the graph after ``method(x, y)``, detached after ``backward``.
-        logits: of the main network, detached, (batch, ..., classes).
-        terms: each loss term by name ("main", "subnet0", ...), as it enters the sum, detached, shape ().
+        logits: of the main network, detached, (batch, ..., classes); in stochastic depth, of the subnet that was drawn.
+        terms: each loss term by name, as it enters the sum, detached, shape (): "main", of these logits and the labels,
+            "subnet0" and so on for the subnets beside.
         subnets: the subnets that were trained, in the order of the terms.
 
     >>> from unloaf import StepOutput
@@ -45,6 +48,9 @@ class TrainingMethod(ABC):
 
     ``backward(x, y)`` adds to ``.grad`` (lean in memory); ``method(x, y).loss.backward()`` gives the same gradients for
     loops that own the backward pass. Draws depend on (seed, step) alone; ``step`` counts the steps made.
+
+    Logits are (batch, ..., classes). The default criterion, torch's cross-entropy, is the mean over all leading
+    dimensions, of which the targets have the shape. A criterion of another class gets the logits as they are.
     """
 
     trains_main = True
@@ -69,7 +75,7 @@ class TrainingMethod(ABC):
             subnets: train these instead of drawing.
         """
         self._check_batch(x, y)
-        with statistics_unless_raised(inner_module(self.model)):
+        with _advice_on_small_batches(x), statistics_unless_raised(inner_module(self.model)):
             out = self._forward(x, y, subnets)
         self.step += 1
         return out
@@ -87,7 +93,7 @@ class TrainingMethod(ABC):
                 batches, ``scaler.get_scale()`` with a gradient scaler.
         """
         self._check_batch(x, y)
-        with statistics_unless_raised(inner_module(self.model)):
+        with _advice_on_small_batches(x), statistics_unless_raised(inner_module(self.model)):
             out = self._backward(x, y, subnets, loss_scale)
         self.step += 1
         return out
@@ -117,12 +123,7 @@ class TrainingMethod(ABC):
     def _main_loss(self, logits: Tensor, y: Any) -> Tensor:
         if logits.ndim < 2 or logits.shape[-1] < 2:
             raise ValueError(f"the model's logits have shape {tuple(logits.shape)}; training needs at least 2 classes")
-        loss = self.criterion(logits, y)
-        if loss.ndim:
-            raise ValueError(
-                f"the criterion returned shape {tuple(loss.shape)}; it must return one number (reduction='mean')"
-            )
-        return loss
+        return _one_number(label_loss(self.criterion, logits, y), "the criterion")
 
     def _check_batch(self, x: Any, y: Any) -> None:
         """All that can be told before a pass is: a batch refused here has changed nothing."""
@@ -133,11 +134,28 @@ class TrainingMethod(ABC):
             _check_devices(model, batch, y)
         if isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
             raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
-        if len(batch) == 1 and _normalises_over_the_batch(model):
-            raise ValueError(
-                "the batch has 1 example, but batch norm needs at least 2 in training mode; "
-                "give larger batches (DataLoader(..., drop_last=True) for the last one) or put the norms in eval mode"
-            )
+
+
+@contextmanager
+def _advice_on_small_batches(x: Any) -> Iterator[None]:
+    """What to do where torch's batch norm refuses a single value per channel; one image often has more."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        size = batch_size(x)
+        raise ValueError(
+            f"batch norm: {error}. The batch has {size} example{'s' if size > 1 else ''}; give at least 2 "
+            "(DataLoader(..., drop_last=True) for the last batch), larger inputs, or put the norms in eval mode"
+        ) from error
+
+
+def _one_number(loss: Tensor, source: str) -> Tensor:
+    """The loss, or ValueError where it is not of shape ()."""
+    if loss.ndim:
+        raise ValueError(f"{source} returned shape {tuple(loss.shape)}; it must return one number (reduction='mean')")
+    return loss
 
 
 def _check_devices(model: nn.Module, x: Tensor, y: Any) -> None:
@@ -150,29 +168,29 @@ def _check_devices(model: nn.Module, x: Tensor, y: Any) -> None:
         raise ValueError(f"y is on {y.device}, the model elsewhere; move the targets: y.to({str(x.device)!r})")
 
 
-def _normalises_over_the_batch(model: nn.Module) -> bool:
-    # torch's base class of BatchNorm1d to 3d and SyncBatchNorm; timm's fused norms derive from it too
-    batch_norm = nn.modules.batchnorm._BatchNorm
-    return any(isinstance(module, batch_norm) and module.training for module in model.modules())
-
-
 class SinglePassTraining(TrainingMethod):
     """A method whose step is one pass, trained on the labels."""
 
     @abstractmethod
-    def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
-        """The logits of the pass, and the subnet that was run if it was not the main network."""
+    def _active(self, x: Any, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
+        """Makes the model the network of the pass; gives the subnet if it is not the main network."""
 
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        logits, trained = self._logits(x, subnets)
-        loss = self._main_loss(logits, y)
-        return StepOutput(loss, logits.detach(), {"main": loss.detach()}, trained)
+        with self._active(x, subnets) as trained:
+            return self._pass(x, y, trained)
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        out = self._forward(x, y, subnets)
-        with torch.autocast(out.loss.device.type, enabled=False):
-            (out.loss * scale).backward()
+        # What the model checkpoints itself is computed anew in the backward pass: by the same subnet.
+        with self._active(x, subnets) as trained:
+            out = self._pass(x, y, trained)
+            with torch.autocast(out.loss.device.type, enabled=False):
+                (out.loss * scale).backward()
         return out._replace(loss=out.loss.detach())
+
+    def _pass(self, x: Any, y: Any, trained: tuple[Subnet, ...]) -> StepOutput:
+        logits = logits_of(call_model(self.model, x))
+        loss = self._main_loss(logits, y)
+        return StepOutput(loss, logits.detach(), {"main": loss.detach()}, trained)
 
 
 class SubnetTraining(TrainingMethod):
@@ -255,7 +273,8 @@ class SubnetTraining(TrainingMethod):
 
     def weighted_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
         """The loss of a pass as it enters the sum; `main` are logits of the whole batch. Else as `subnet_term`."""
-        return self.subnet_weight * self.subnet_term(index, student, main[: len(student)], known)
+        term = self.subnet_term(index, student, main[: len(student)], known)
+        return self.subnet_weight * _one_number(term, "subnet_loss")
 
     def _term_name(self, index: int) -> str:
         return f"subnet{index}"

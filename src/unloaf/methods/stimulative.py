@@ -10,7 +10,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from unloaf.inputs import SmallerInputs, check_sides
-from unloaf.losses import Norm, direction, direction_kl_loss, kl_loss, resolve_amplitude
+from unloaf.losses import (
+    Norm,
+    check_two_classes,
+    direction,
+    direction_kl_loss,
+    kl_loss,
+    label_loss,
+    resolve_amplitude,
+)
 from unloaf.methods.step import Criterion, SubnetTraining, Weight, check_count
 from unloaf.passes import SubnetPass
 from unloaf.sampling import InterStageSampler, OrderedSampler, Sampler, draw_generator
@@ -132,7 +140,7 @@ def stimulative_plus(
         subnet_inputs: default `SmallerInputs()`; None for a model that takes one size only.
         amplitude: of the directions, see `direction_kl_loss`; the published runs used 1 on 1,000 classes.
         norm: "layer_norm" (published runs) or "l2" (text of the paper).
-        eps: of the norm.
+        eps: of the norm; two classes under layer_norm need 0.1 at least.
         main_logits: what the criterion sees, the direction of the logits (published runs) or the raw logits.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run. Default: ``1 / num_subnets``, one for all together; the published runs, on 1,000 classes,
@@ -184,4 +192,5 @@ class DirectionCriterion:
     def __call__(self, logits: Tensor, y: Any) -> Tensor:
         """The criterion of (amplitude * direction(logits), y)."""
         scale = resolve_amplitude(self.amplitude, logits.shape[-1], self.norm)
-        return self.criterion(scale * direction(logits, norm=self.norm, eps=self.eps), y)
+        check_two_classes(logits.shape[-1], self.norm, self.eps)
+        return label_loss(self.criterion, scale * direction(logits, norm=self.norm, eps=self.eps), y)

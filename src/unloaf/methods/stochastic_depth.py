@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from unloaf.methods.step import Criterion, SinglePassTraining
-from unloaf.passes import SubnetPass, logits_of
+from unloaf.passes import SubnetPass
 from unloaf.sampling import StochasticSampler, draw_generator
-from unloaf.stages import Stage, call_model
+from unloaf.stages import Stage
 from unloaf.subnet import Subnet, active_subnet, check_stages
 
 
@@ -21,12 +22,18 @@ class StochasticDepth(SinglePassTraining):
     follow the sum inside the block. For per-example, rescaled drop paths use the model's own option
     (``timm.create_model(..., drop_path_rate=...)``) with `CommonTraining`.
 
+    DistributedDataParallel has to be told to expect blocks without gradients: ``find_unused_parameters=True``.
+
     Args:
         model: any network.
         stages: from `find_stages`.
         final_survival: survival probability of the last block, in (0, 1].
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
+
+    Raises:
+        ValueError: an argument out of range, stages of another model, a DistributedDataParallel that waits for the
+            gradients of all blocks.
 
     Source: Huang et al. 2016.
 
@@ -53,15 +60,31 @@ class StochasticDepth(SinglePassTraining):
         super().__init__(model, criterion=criterion, seed=seed)
         check_stages(model, stages)
         self.stages, self.sampler = tuple(stages), StochasticSampler(final_survival=final_survival)
+        if final_survival < 1:
+            _check_waits_for_no_skipped_block(model)
 
     def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
         """The one pass of a step, by default the next one."""
         generator = draw_generator(self.seed, self.step if step is None else step, 0)
         return [SubnetPass(self.sampler.sample(self.stages, generator))]
 
-    def _logits(self, x: Any, subnets: Sequence[Subnet] | None) -> tuple[Tensor, tuple[Subnet, ...]]:
+    @contextmanager
+    def _active(self, x: Any, subnets: Sequence[Subnet] | None) -> Iterator[tuple[Subnet, ...]]:
         if subnets is not None and len(subnets) != 1:
             raise ValueError(f"stochastic depth trains 1 subnet a step, but {len(subnets)} are given; give one")
         subnet = self.draw(x)[0].subnet if subnets is None else subnets[0]
         with active_subnet(self.model, self.stages, subnet):
-            return logits_of(call_model(self.model, x)), (subnet,)
+            yield (subnet,)
+
+
+def _check_waits_for_no_skipped_block(model: nn.Module) -> None:
+    """Raise ValueError for a DistributedDataParallel that would fail in its second step, after a block was skipped."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return
+    if model.static_graph or not model.find_unused_parameters:
+        raise ValueError(
+            f"DistributedDataParallel has find_unused_parameters={model.find_unused_parameters} and "
+            f"static_graph={model.static_graph}, but blocks that stochastic depth skips get no gradient; "
+            "wrap the model with find_unused_parameters=True and static_graph=False"
+        )

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unloaf.inputs import View
 from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
@@ -21,8 +23,11 @@ class Session:
     def __init__(
         self, model: nn.Module, stages: Sequence[Stage], inputs: Any, passes: Sequence[SubnetPass], *, detach: bool
     ) -> None:
-        self.model, self.inner = getattr(model, "_orig_mod", model), inner_module(model)
+        self.model, self.inner = uncompiled(model), inner_module(model)
         self.inputs, self.detach, self.cloning = inputs, detach, False
+        self.with_gradients = torch.is_grad_enabled()
+        self.inside = 0  # calls that are being computed: what they call is a part of them
+        self._pack: Callable[..., Any] | None = None
         for request in passes:
             check_subnet(stages, request.subnet)
         blocks = check_stages(self.inner, stages)
@@ -46,7 +51,7 @@ class Session:
     def open(self) -> Iterator[None]:
         """Shadow the model's modules for the time of the passes."""
         try:
-            with replaced_forwards(self._replacements):
+            with not_compiled(self.model), replaced_forwards(self._replacements):
                 yield
         finally:
             self._replacements.clear()  # they refer to the session: a cycle would keep activations until collected
@@ -74,6 +79,7 @@ class Session:
     def _call(self, run: Run) -> Tensor:
         self.run, self.state = run, self.plan.roots[run.view]
         self.calls.clear()
+        self._pack = None
         model = self.model if run is self.plan.main else self.inner
         if run.view not in self._views:
             self._views[run.view] = run.view.of(self.inputs)
@@ -87,7 +93,11 @@ class Session:
         record = state.records.get(key)
         if record is not None and record.intact():
             return self._hand_out(record)
-        value = forward(*args, **kwargs)
+        self.inside += 1
+        try:
+            value = forward(*args, **kwargs)
+        finally:
+            self.inside -= 1
         tensors = _tensors(value)
         if state.visits > 1 and tensors:
             record = Record(value, tensors, [t._version for t in tensors], [None] * len(tensors))
@@ -108,6 +118,26 @@ class Session:
         if isinstance(record.value, Tensor):
             return given[id(record.value)]
         return type(record.value)(given.get(id(item), item) for item in record.value)
+
+    def refuse_checkpointing(self, module: nn.Module) -> None:
+        """Refuse a model that computes blocks anew in the backward pass by itself: it would not compute the subnet's.
+
+        In one graph each block may be computed anew alone: there, the forward that is called again is the right one.
+        """
+        # Torch has no public way to ask whether a call is checkpointed.
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+        pack = hooks[0] if hooks is not None and hooks[0].__module__ == checkpoint.__module__ else None
+        found = pack is not None and (self.detach or pack is self._pack)
+        if self.with_gradients and not torch.is_grad_enabled():  # so are the first passes of reentrant checkpoints
+            found = any(parameter.requires_grad for parameter in module.parameters())
+        if found:
+            raise ValueError(
+                f"{type(self.inner).__name__} checkpoints activations itself, which does not go with shared passes; "
+                "switch it off (timm: set_grad_checkpointing(False), transformers: gradient_checkpointing_disable()) "
+                "and call unloaf.checkpoint_blocks(model, stages). If it runs modules under no_grad instead, freeze "
+                "them: requires_grad_(False)"
+            )
+        self._pack = pack
 
     def release(self, run: Run) -> None:
         """Forget a finished run: its graph and all it recorded."""
@@ -138,6 +168,7 @@ class _BlockForward:
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session = self.session
+        session.refuse_checkpointing(block)
         mode = session.run.modes.get(self.path)
         if mode is None:
             return stand_in(self.form, args, kwargs)
@@ -161,9 +192,37 @@ class _ModuleForward:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         session = self.session
+        if session.inside:  # the same module once more, within a block or a stem: its record is theirs
+            return self.forward(*args, **kwargs)
+        session.refuse_checkpointing(module)
         where = (session.state, self.path)
         session.calls[where] += 1
         return session.remember_or((self.path, session.calls[where]), self.forward, args, kwargs)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model below a wrapper of torch.compile, which holds the sequence of blocks of one subnet."""
+    model = getattr(model, "_orig_mod", model)
+    wrapped = getattr(model, "module", None)
+    if hasattr(wrapped, "_orig_mod"):
+        raise ValueError(
+            f"{type(model).__name__} holds a compiled model, whose passes cannot share blocks; "
+            "wrap the model itself, and compile its blocks: unloaf.compile_blocks(model, stages)"
+        )
+    return model
+
+
+@contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Without what ``module.compile()`` made of the model or of parts of it."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def between_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class ExportResult:
         difference: largest absolute difference of the logits, read back against exported, on fresh inputs.
         loading: Python lines that load it.
         notes: what a reader has to know of the checkpoint.
-        pushed: where it was uploaded to, if it was.
+        pushed: the repository that it was uploaded to, with its owner, if it was.
     """
 
     folder: Path
@@ -72,7 +73,7 @@ class ElasticResult:
         statistics: bytes of the stored statistics; the rest is one set of weights.
         loading: Python lines that load it.
         notes: what a reader has to know of the checkpoint and the choice of subnets.
-        pushed: where it was uploaded to, if it was.
+        pushed: the repository that it was uploaded to, with its owner, if it was.
     """
 
     folder: Path
@@ -236,15 +237,14 @@ def _chosen(opened: OpenedRun, asked: Sequence[str] | int | None) -> tuple[list[
     stages, seed = opened.training.stages, opened.config.seed
     full = Subnet.full(stages)
     if asked is None:
-        everyone = choose_subnets(stages)
-        if len(everyone) <= _MOST_STORED:
-            return everyone, []
-        note = f"{_MOST_STORED} of {len(everyone)} ordered subnets have statistics; --subnets chooses others."
-        return choose_subnets(stages, _MOST_STORED, seed=seed), [note]
+        chosen = choose_subnets(stages, _MOST_STORED, seed=seed)
+        count = prod(len(stage.legal_depths) for stage in stages)
+        note = f"{len(chosen)} of {count} ordered subnets have statistics; --subnets chooses others."
+        return chosen, [note] if len(chosen) < count else []
     if isinstance(asked, int):
         if asked < 1:
             raise ValueError(f"subnets {asked}: give at least 1")
-        return choose_subnets(stages, min(asked + 1, len(choose_subnets(stages))), seed=seed), []
+        return choose_subnets(stages, asked + 1, seed=seed), []
     return list(dict.fromkeys([full, *(parse_subnet(stages, text) for text in asked)])), []
 
 
@@ -260,10 +260,12 @@ def _origin(opened: OpenedRun) -> str:
 
 def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Written) -> str:
     full = Subnet.full(opened.training.stages)
-    summary = [
-        f"The subnet {subnet} of {_origin(opened)} by the method `{opened.config.method}`: an ordinary network without "
-        f"the other blocks of {full}. The accuracy below is that of this network, measured after the export."
-    ]
+    origin = f"{_origin(opened)} by the method `{opened.config.method}`"
+    if subnet == full:
+        what = f"The whole network, {full}, of {origin}."
+    else:
+        what = f"The subnet {subnet} of {origin}: an ordinary network without the other blocks of {full}."
+    summary = [f"{what} The accuracy below is that of this network, measured after the export."]
     notes = []
     if tracking_norms(opened.network) and subnet != full:
         used = opened.training.calibration_images
@@ -312,15 +314,22 @@ def _push(folder: Path, repository: str, opened: OpenedRun, written: Written | N
     from huggingface_hub import HfApi
 
     try:
+        hub = HfApi()
+        name = hub.create_repo(repository, exist_ok=True).repo_id  # with its owner, if none was given
         if written is not None and written.twin is not None:
             from timm.models import push_to_hf_hub
 
-            push_to_hf_hub(written.twin, repository, model_config=timm_config(opened), safe_serialization=True)
-            HfApi().upload_file(repo_id=repository, path_or_fileobj=str(folder / "README.md"), path_in_repo="README.md")
+            push_to_hf_hub(
+                written.twin,
+                name,
+                model_config=timm_config(opened),
+                model_args=dict(written.arguments),
+                safe_serialization=True,
+            )
+            hub.upload_file(repo_id=name, path_or_fileobj=str(folder / "README.md"), path_in_repo="README.md")
         else:
-            HfApi().create_repo(repository, exist_ok=True)
-            HfApi().upload_folder(repo_id=repository, folder_path=str(folder))
+            hub.upload_folder(repo_id=name, folder_path=str(folder))
     except Exception as error:  # network, token, name: whatever the hub answers
         text = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder} is written, but {repository} could not be uploaded: {text}") from error
-    return repository
+    return name

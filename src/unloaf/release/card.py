@@ -92,10 +92,18 @@ def _preprocessing(values: Mapping[str, Any]) -> list[str]:
     def numbers(key: str) -> str:
         return ", ".join(f"{value:.4f}" for value in values[key])
 
-    return [
+    text = (
         f"Images have {channels} channels of {height} x {width} pixels in [0, 1], less the mean ({numbers('mean')}), "
-        f"divided by the standard deviation ({numbers('std')}); {values['interpolation']} interpolation."
-    ]
+        f"divided by the standard deviation ({numbers('std')})"
+    )
+    how = f"{values['interpolation']} interpolation"
+    if "crop_mode" not in values:
+        return [f"{text}; {how}."]
+    side = int(height / values["crop_pct"])
+    before = (
+        f"Before, an image is resized so that its shorter side has {side} pixels ({how}), and the centre is cut out."
+    )
+    return [f"{text}.", before]
 
 
 def _settings(config: Config) -> list[str]:
@@ -107,5 +115,6 @@ def _settings(config: Config) -> list[str]:
         and (field.name != "width" or config.model.startswith("cifar/"))
         and (field.name in _ALWAYS or getattr(config, field.name) != getattr(default, field.name))
     ]
-    text = "Trained by unloaf. Settings that are not listed have their default values."
+    start = ", not from random weights but from others (`initial_checkpoint`)" if config.initial_checkpoint else ""
+    text = f"Trained by unloaf{start}. Settings that are not listed have their default values."
     return [text, "", "| setting | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]

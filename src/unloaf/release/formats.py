@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,12 +34,14 @@ class Written:
         loading: Python lines that load it from the folder.
         difference: largest absolute difference of the logits, reloaded against exported.
         twin: of timm's form, the network that timm built.
+        arguments: of timm's form, those that build it.
         library: timm or transformers, if it loads the folder without unloaf.
     """
 
     loading: str
     difference: float
     twin: nn.Module | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     library: str | None = None
 
 
@@ -94,12 +96,15 @@ def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
         "# or, for other uses of the weights:\n"
         f'model = timm.create_model("{name}"{words}, checkpoint_path="FOLDER/model.safetensors").eval()'
     )
-    return Written(loading, difference, twin, library="timm")
+    return Written(loading, difference, twin, arguments, library="timm")
 
 
 def timm_config(opened: OpenedRun) -> dict[str, Any]:
     """What timm's configuration says beside the architecture: classes and preprocessing of this run."""
-    described = {"tag": "unloaf", **opened.preprocessing, "test_input_size": opened.preprocessing["input_size"]}
+    ours = opened.preprocessing
+    # Whatever the published model of this name does otherwise in a test has to be named, or it stays.
+    test = {"test_input_size": ours["input_size"], "test_crop_pct": ours["crop_pct"], "crop_mode": "center"}
+    described = {"tag": "unloaf", **ours, **test}
     if not opened.config.pretrained:  # timm would fill in where its own weights of this name come from
         described |= {"license": None, "origin_url": None, "paper_ids": None}
     names = [str(name) for name in opened.training.data.class_names]

@@ -68,14 +68,20 @@ class OpenedRun:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """How an image becomes an input: mean and std are in units of the pixel range [0, 1]."""
+        """How an image becomes an input: mean and std are in units of the pixel range [0, 1].
+
+        Files are resized to input_size / crop_pct and cut out in the centre; they alone have a ``crop_mode``.
+        """
         data = self.training.data
+        crop: dict[str, Any] = {"crop_pct": 1.0}
+        if self.config.dataset in ("imagefolder", "hf", "webdataset"):
+            crop = {"crop_pct": self.config.crop_pct, "crop_mode": "center"}
         return {
             "input_size": [data.in_chans, data.img_size, data.img_size],
             "mean": [value / 255 for value in data.mean],
             "std": [value / 255 for value in data.std],
             "interpolation": data.resize_mode,
-            "crop_pct": self.config.crop_pct if self.config.dataset in ("imagefolder", "hf", "webdataset") else 1.0,
+            **crop,
         }
 
     def noise(self, batch: int, seed: int) -> Tensor:

@@ -22,8 +22,8 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
     a run is that stage's first, unskippable, block. A block may return a tuple; skipped, it returns its inputs in
     their places (MViT's feature size, the second stream of TNT), so an item that is none of its inputs holds it.
     Single blocks are skippable, those of Swin's pairs of plain and shifted windows as well: ST++'s space needs it.
-     Stages with a single block have nothing to skip and are not listed.
-    The model is not changed: the probe runs in eval mode with substituted parameters.
+    Stages with a single block have nothing to skip and are not listed. The model is not changed: the probe runs in eval
+    mode with substituted parameters.
 
     Args:
         model: any network; a DistributedDataParallel or torch.compile wrapper is looked through.
@@ -87,7 +87,8 @@ def _probe(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Residual]:
     for path, call in calls.items():
         module = model.get_submodule(path)
         # A lone layer of torch.nn (Linear, BatchNorm2d, ...) maps zero parameters to zero: testing it is wasted work.
-        is_layer = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+        # What is made of layers (TransformerEncoderLayer) may be a block.
+        is_layer = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         if call.keeps_shape and not is_layer and any(True for _ in module.parameters()):
             block = residual(module, call)
             if block is not None:

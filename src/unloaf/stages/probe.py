@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from unloaf.stages.stage import Form, call_model, result_of
+from unloaf.stages.stage import Form, call_model, result_of, stream_of
 
 _PROBE_SEED = 0x5EED
 
@@ -35,7 +35,7 @@ class Call:
     @property
     def stream(self) -> Tensor | None:
         """The first tensor among the arguments."""
-        return next((v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)), None)
+        return stream_of(self.args, self.kwargs)
 
     @property
     def result(self) -> Tensor | None:

@@ -103,12 +103,9 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first tensor among a block's arguments: the residual stream."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise ValueError("a residual block was called without a tensor argument")
+def stream_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The residual stream among a block's arguments: the first tensor."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 @contextmanager
@@ -133,4 +130,9 @@ def result_of(output: Any) -> Tensor | None:
 
 def stand_in(form: Form | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a skipped block returns: its input, in the form of its output."""
-    return first_tensor(args, kwargs) if form is None else form.fill(args, kwargs)
+    if form is not None:
+        return form.fill(args, kwargs)
+    stream = stream_of(args, kwargs)
+    if stream is None:
+        raise ValueError("a residual block was called without a tensor argument")
+    return stream

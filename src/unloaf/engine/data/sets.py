@@ -120,7 +120,7 @@ def _memory(config: Config) -> Data:
         hflip=config.hflip if flips and augment != "none" else 0.0,
         img_size=img_size,
         train_img_size=train_img_size,
-        resize_mode="bicubic" if config.interpolation == "bicubic" else "bilinear",
+        resize_mode=_resize_mode(config),
     )
 
 
@@ -152,7 +152,13 @@ def _files(config: Config) -> Data:
         hflip=config.hflip if augment != "none" else 0.0,
         img_size=img_size,
         train_img_size=train_img_size,
+        resize_mode=_resize_mode(config),
     )
+
+
+def _resize_mode(config: Config) -> str:
+    """How images that are not augmented are resized: random chooses for training images alone."""
+    return "bicubic" if config.interpolation == "bicubic" else "bilinear"
 
 
 def _checked_classes(config: Config, train: Split, val: Split | None, test: Split | None) -> tuple[str, ...]:
