@@ -63,6 +63,31 @@ def test_picture_names_axes_and_methods_and_is_the_same_each_time():
     assert {"residual blocks kept, of 4", "top-1 accuracy, % of test images", "common training", "ST"} <= texts
 
 
+def marks_under_legend(svg):
+    """How many points of the data lie in the box of the legend."""
+    root = ElementTree.fromstring(svg)
+    legend = next(element for element in root.iter() if element.get("id") == "legend_1")
+    frame = next(element.get("d") for element in legend.iter() if element.get("d"))
+    numbers = [float(number) for number in re.findall(r"[\d.]+", frame)]
+    (left, right), (top, bottom) = ((min(axis), max(axis)) for axis in (numbers[::2], numbers[1::2]))
+    inside = set(legend.iter())
+    points = [(float(e.get("x")), float(e.get("y"))) for e in root.iter() if e.get("y") and e not in inside]
+    assert len(points) > 12
+    return sum(left <= x <= right and top <= y <= bottom for x, y in points)
+
+
+FLAT = {"common training": 22.0, "stochastic depth": 25.0, "ST": 35.0, "ST++": 18.0, "GKT": 30.0}
+LOW = [
+    MethodRun(label, 0, (row((2, 2), 12.0), row((2, 1), top1), row((1, 2), top1), row((1, 1), top1)), 1, 1)
+    for label, top1 in FLAT.items()
+]
+
+
+@pytest.mark.parametrize("runs", [RUNS, LOW], ids=["trained", "hardly trained"])
+def test_legend_lies_where_no_point_is(runs):
+    assert marks_under_legend(accuracy_over_size(size_rows(runs), runs)) == 0
+
+
 @pytest.mark.parametrize("recipe", RECIPES[1:])
 def test_recipes_share_images_network_and_budget(recipe):
     shared = ("dataset", "model", "width", "epochs", "batch_size", "opt", "warmup_epochs", "augment", "val_fraction")
@@ -118,6 +143,19 @@ def test_unwritable_output_is_told_before_training(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot write to .*; give another --output"):
         demo.run_demo(output=tmp_path / "file", console=Console(file=io.StringIO()))
+
+
+def test_demo_that_fails_leaves_the_report_of_the_one_before(tmp_path, small, monkeypatch):
+    (tmp_path / "report.html").write_text("an evening's work")
+
+    def fail(configs, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(demo, "compare", fail)
+    with pytest.raises(RuntimeError):
+        demo.run_demo(output=tmp_path, console=Console(file=io.StringIO()))
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "an evening's work"
 
 
 def test_table_is_plain_text_of_the_rows_within_80_columns():

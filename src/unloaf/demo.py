@@ -6,6 +6,7 @@ import csv
 import json
 import shlex
 import statistics
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def _folder(path: Path) -> Path:
     """Made now: a folder that cannot be written is better known before the training than after it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "report.html").write_text("", encoding="utf-8")
+        tempfile.TemporaryFile(dir=path).close()  # an older report stays until there is a new one
     except OSError as error:
         raise ValueError(f"cannot write to {path}: {error.strerror}; give another --output") from error
     return path
@@ -251,12 +252,10 @@ def _settings(config: Config) -> dict[str, str]:
 
 
 def _subnet_settings(config: Config) -> dict[str, str]:
-    defaults = {"st": ("ordered", "kl"), "st++": ("inter-stage", "kl-"), "gkt": ("exponential-decay", "kl")}
-    sampler, loss = defaults[config.method]
     shown = {
         "subnets per step": str(config.num_subnets_or_default),
-        "sampling": sampler if config.sampler == "auto" else config.sampler,
-        "subnet loss": loss if config.subnet_loss == "auto" else config.subnet_loss,
+        "sampling": config.sampler_or_default,
+        "subnet loss": config.subnet_loss_or_default,
         "weight of a subnet": f"{config.subnet_weight_or_default:g}",
     }
     if config.method == "st++":

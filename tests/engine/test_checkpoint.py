@@ -205,6 +205,16 @@ def test_pruning_deletes_nothing_when_the_newest_is_damaged(tmp_path: Path):
     assert len(names(tmp_path / "checkpoints")) == 4
 
 
+def test_pruning_counts_no_damaged_checkpoint_that_a_resumed_run_passed_over(tmp_path: Path):
+    for step in (3, 7, 14):
+        folder = save_tiny(tmp_path, step)
+    state = folder / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"?")
+    written = save_tiny(tmp_path, 10)
+    prune_checkpoints(tmp_path / "checkpoints", keep=2, newest=written)
+    assert names(tmp_path / "checkpoints") == [f"step-{step:08d}" for step in (7, 10, 14)]
+
+
 def test_pruning_keeps_what_last_points_to(tmp_path: Path):
     for step in (5, 9, 2):  # resumed from an earlier step: the last one is not the highest
         save_tiny(tmp_path, step)

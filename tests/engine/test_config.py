@@ -29,6 +29,19 @@ from unloaf.engine.config import Config, dump_config, load_config
         ({"amplitude": "large"}, "amplitude 'large': give a number, auto"),
         ({"method": "sst"}, "method 'sst': give common or stochastic-depth or st or st++ or gkt; did you mean st?"),
         ({"warmup_epochs": 30}, "warmup_epochs 30 leaves none of the 30 epochs; give at most 29"),
+        (
+            {"sched": "wsd", "epochs": 3, "warmup_epochs": 1},
+            "decay_epochs 30: --sched wsd has 2 epochs after those of --warmup-epochs; give --decay-epochs 2 at most",
+        ),
+        ({"seed": 2**32}, "seed 4294967296: give an integer from 0 to 2**32 - 1"),
+        (
+            {"method": "gkt", "subnet_inputs": "smaller"},
+            "subnet_inputs smaller: method gkt gives its subnets no smaller images; leave it out, or give --method st",
+        ),
+        ({"method": "common", "subnet_inputs": "smaller"}, "subnet_inputs smaller: method common"),
+        ({"method": "stochastic-depth", "subnet_inputs": "smaller"}, "subnet_inputs smaller: method stochastic-depth"),
+        ({"fsdp": True, "model_ema": True}, "model_ema keeps a whole copy of the weights, which fsdp shards"),
+        ({"fsdp": True, "clip_grad": 0.01, "clip_mode": "agc"}, "clip_mode agc looks at whole weights, which fsdp"),
         ({"dataset": "cifar10"}, "dataset 'cifar10' is read from files: give --data-dir"),
         ({"output": None}, "output None: give a text"),
         ({"model_kwargs": ("depth",)}, "model_kwargs 'depth' is not of the form name=value"),
@@ -46,6 +59,24 @@ from unloaf.engine.config import Config, dump_config, load_config
 def test_illegal_value_is_answered_with_what_is_legal(entries, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         Config(**entries)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"sched": "wsd"},  # 30 of 30 epochs
+        {"sched": "wsd", "epochs": 3, "decay_epochs": 0.2},
+        {"sched": "step", "epochs": 3},
+        {"seed": 2**32 - 1},
+        {"method": "st", "subnet_inputs": "smaller"},
+        {"method": "st++", "subnet_inputs": "smaller"},
+        {"method": "gkt", "subnet_inputs": "same", "min_ratio": 0.5},
+        {"fsdp": True, "clip_grad": 1.0},
+        {"clip_grad": 0.01, "clip_mode": "agc"},
+    ],
+)
+def test_what_goes_together_is_accepted(entries):
+    assert Config(**entries)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +156,21 @@ def test_any_entries_give_a_config_or_a_value_error(tmp_path_factory, entries):
 )
 def test_number_of_subnets_follows_the_method(method, given_number, expected):
     assert Config(method=method, num_subnets=given_number).num_subnets_or_default == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampler", "loss"),
+    [
+        ({"method": "st"}, "ordered", "kl"),  # Ye et al. 2022
+        ({"method": "st++"}, "inter-stage", "kl-"),  # Ye et al. 2023
+        ({"method": "gkt"}, "exponential-decay", "kl"),
+        ({"method": "st++", "sampler": "ordered", "subnet_loss": "kl"}, "ordered", "kl"),
+        ({"method": "gkt", "sampler": "stochastic", "subnet_loss": "kl-"}, "stochastic", "kl-"),
+    ],
+)
+def test_auto_is_what_the_methods_paper_takes(settings, sampler, loss):
+    config = Config(**settings)
+    assert (config.sampler_or_default, config.subnet_loss_or_default) == (sampler, loss)
 
 
 def test_import_loads_no_torch():

@@ -1,16 +1,19 @@
 """Optimizer, schedule, clipping, accumulation and moving average, by hand."""
 
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import tiny
 import torch
+from timm.optim import list_optimizers
 
 from unloaf.engine import optimizer
-from unloaf.engine.checkpoint import load_checkpoint
+from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.loop import Training, prepare, train_epoch
 from unloaf.engine.models import build_model
+from unloaf.engine.saving import capture, restore
 
 
 def begin(model: torch.nn.Module | None = None, **settings: Any) -> Training:
@@ -233,6 +236,63 @@ def test_a_resumed_optimizer_keeps_its_kernel_and_the_strides_of_its_weights(opt
                 assert torch.equal(value, inner.state[expected][name])
                 compared += value.ndim == 4 and not value.is_contiguous()
     assert compared > 0
+
+
+# What optimizers keep
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: int
+
+
+def test_captured_state_keeps_its_kinds_and_shares_no_memory():
+    training = begin(method="common")
+    weight, tensor = training.model.stem.weight, torch.ones(2)
+    training.optimizer.optimizer.state[weight] = {"tuple": (tensor, 1), "list": [tensor, 1], "pair": Pair(tensor, 1)}
+    _, state = capture(training)
+    [kept] = state["optimizer"]["state"].values()
+    assert {name: type(value) for name, value in kept.items()} == {"tuple": tuple, "list": list, "pair": Pair}
+    tensor.zero_()
+    assert all(torch.equal(value[0], torch.ones(2)) and value[1] == 1 for value in kept.values())
+
+
+def test_optimizer_whose_state_no_checkpoint_holds_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"^opt adafactorbv cannot be kept in a checkpoint; .*dtype; give another"):
+        begin(opt="adafactorbv")
+
+
+def test_optimizer_of_second_derivatives_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^opt adahessian: needs second derivatives"):
+        begin(opt="adahessian")
+
+
+def resumed_differs(opt: str, folder: Path) -> bool:
+    """Whether a run that is saved after an epoch and goes on elsewhere ends with other weights."""
+    settings = {"method": "common", "opt": opt, "lr": 1e-3}
+    whole, rest = begin(**settings), begin(**settings)
+    train_epoch(whole)
+    weights, state = capture(whole)
+    save_checkpoint(folder / "checkpoints", whole.steps_done, weights=weights, state=state)
+    restore(rest, load_checkpoint(folder / "last"))
+    train_epoch(whole)
+    train_epoch(rest)
+    return not tiny.same(tiny.weights(whole.model), tiny.weights(rest.model))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of timm's optimizers, about torch's
+def test_every_optimizer_that_is_accepted_resumes_to_the_bit(tmp_path):
+    accepted, different = 0, []
+    for opt in list_optimizers():
+        try:
+            begin(opt=opt)
+        except ValueError:
+            continue
+        accepted += 1
+        different += [opt] if resumed_differs(opt, tmp_path / opt) else []
+    assert accepted > 50
+    assert different == []
 
 
 def _contiguous(value: Any) -> Any:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
+from unloaf.engine import training
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.config import Config
 
@@ -222,6 +224,72 @@ def test_fault_in_the_middle_of_a_step_leaves_a_checkpoint_of_the_step_before(tm
         with pytest.raises(RuntimeError):
             tiny.run(config, model=network)
     assert tiny.same(outcome(tiny.run(config, resume="auto").path), whole)
+
+
+def test_run_that_fell_back_from_a_damaged_checkpoint_saves_and_ends_as_ever(tmp_path):
+    config = tiny.config(output=str(tmp_path), name="run")
+    whole = outcome(tiny.run(config).path)
+    state = tmp_path / "run" / "checkpoints" / "step-00000008" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"?")
+    path = tiny.run(replace(config, checkpoint_interval=1), resume="auto").path  # from step 4: 5, 6 and 7 are saved
+    assert tiny.same(outcome(path), whole)
+
+
+def finetuned(tmp_path: Path, **settings: Any) -> Config:
+    """A run that begins with the weights of a file."""
+    save_file(tiny.weights(tiny.network()), tmp_path / "start.safetensors")
+    start = str(tmp_path / "start.safetensors")
+    return tiny.config(output=str(tmp_path), name="run", initial_checkpoint=start, **settings)
+
+
+@pytest.mark.parametrize("now", ["the same", "moved", "left out"])
+def test_finetuned_run_goes_on_without_the_file_it_began_with(tmp_path, now):
+    config = finetuned(tmp_path, checkpoint_interval=1)
+    whole = outcome(tiny.run(replace(config, name="whole")).path)
+    stopped_after(3, config)
+    Path(config.initial_checkpoint).unlink()
+    places = {"the same": config.initial_checkpoint, "moved": str(tmp_path / "elsewhere"), "left out": None}
+    path = tiny.run(replace(config, initial_checkpoint=places[now]), resume="auto").path
+    assert tiny.same(outcome(path), whole)
+
+
+def stopped_after(step: int, config: Config) -> None:
+    """The beginning of a run, which ends in the middle of the step after that one."""
+    network = tiny.network()
+    passes = 0
+
+    def stop(model: tiny.TinyNetwork, x: torch.Tensor) -> None:
+        nonlocal passes
+        passes += model.training
+        if passes > step:
+            raise KeyboardInterrupt
+
+    network.on_forward = stop
+    with pytest.raises(KeyboardInterrupt):
+        tiny.run(config, model=network)
+
+
+def test_begun_run_without_a_checkpoint_keeps_the_weights_it_was_to_start_from(tmp_path):
+    config = finetuned(tmp_path)
+    stopped_after(0, config)
+    with pytest.raises(ValueError, match=r"was begun with initial_checkpoint .* \(now None\)"):
+        tiny.run(replace(config, initial_checkpoint=None), resume="auto")
+
+
+@pytest.mark.parametrize(("model", "again"), [("timm/resnet18", False), ("tv/resnet18", True)])
+def test_published_weights_are_fetched_once(tmp_path, monkeypatch, model, again):
+    """Again on resume only where the form of the network may come with them, as with torchvision's."""
+    fetched = []
+
+    def build(name: str, *, pretrained: bool, **settings: Any) -> torch.nn.Module:
+        fetched.append(pretrained)
+        return tiny.network()
+
+    monkeypatch.setattr(training, "build_model", build)
+    config = tiny.config(output=str(tmp_path), name="run", epochs=1, model=model, pretrained=True)
+    for _ in range(2):
+        tiny.train(config, console=tiny.quiet(), resume="auto", data=tiny.data())
+    assert fetched == [True, again]
 
 
 def test_data_workers_of_a_killed_run_end_by_themselves(tmp_path):

@@ -139,6 +139,23 @@ def test_run_that_moved_goes_on_at_its_new_place(tmp_path):
     assert not (tmp_path / "old" / "run").exists()
 
 
+@pytest.mark.parametrize(("flag", "value"), [("name", "other"), ("output", "elsewhere")])
+def test_another_place_for_a_run_that_goes_on_is_refused(tmp_path, flag, value):
+    config = tiny.config(output=str(tmp_path), name="run")
+    begin(config)
+    with pytest.raises(ValueError, match=rf"^{flag} {value}: the run goes on in {tmp_path}/run; leave it out, or move"):
+        open_run(replace(config, **{flag: value}), resume=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("name", ["run", "moved", None])
+def test_place_where_a_run_lies_or_lay_is_accepted(tmp_path, name):
+    config = tiny.config(output=str(tmp_path / "old"), name="run")
+    begin(config)
+    moved = (tmp_path / "old" / "run").rename(tmp_path / "moved")
+    for output in (str(tmp_path / "old"), str(tmp_path), f"{tmp_path}/"):
+        open_run(replace(config, name=name, output=output), resume=str(moved)).close()
+
+
 def test_start_that_fails_leaves_no_folder(tmp_path):
     config = tiny.config(model="timm/resnet5O", output=str(tmp_path), name="run")
     with pytest.raises(ValueError, match="did you mean"):

@@ -8,10 +8,11 @@ import pytest
 import tiny
 import torch
 
-from unloaf.engine.checkpoint import load_checkpoint
+from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.config import Config
 from unloaf.engine.loop import prepare, train_epoch
 from unloaf.engine.methods import build_method
+from unloaf.engine.saving import capture, restore
 
 
 def weights(**settings) -> list[float]:
@@ -107,6 +108,26 @@ def test_a_resumed_run_goes_on_with_the_schedule(tmp_path):
         events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         terms = [list(event["terms"]) for event in events if event["event"] == "step"]
         assert terms == [["main"], ["main", "subnet0"]] * 4
+
+
+@pytest.mark.parametrize("method", ["st", "gkt", "stochastic-depth"])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 2), (4, 1)])
+def test_another_number_of_batches_a_step_leaves_the_schedule_where_it_was(tmp_path, method, before, after):
+    """As another number of processes makes it with one global batch: 16 images a step in any case."""
+
+    def begin(batches: int):
+        settings = tiny.config(method=method, batch_size=16 // batches, global_batch_size=16, subnet_interval=2)
+        return prepare(settings, data=tiny.data(), model=tiny.network())
+
+    first, then, rows = begin(before), begin(after), []
+    train_epoch(first)
+    weights, state = capture(first)
+    save_checkpoint(tmp_path / "checkpoints", first.steps_done, weights=weights, state=state)
+    restore(then, load_checkpoint(tmp_path / "last"))
+    assert then.method.step == 4 * after  # the batches of the four steps of the first epoch
+    train_epoch(then, on_step=rows.append)
+    if method != "stochastic-depth":
+        assert [len(row.terms) > 1 for row in rows] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

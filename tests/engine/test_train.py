@@ -287,6 +287,17 @@ def test_network_that_is_no_classifier_of_the_classes_is_refused_before_its_fold
     assert not list(tmp_path.iterdir())
 
 
+def test_network_that_does_not_take_the_training_images_is_refused_before_its_folder(tmp_path):
+    small = ("patch_size=8", "embed_dim=24", "depth=2", "num_heads=2")
+    config = replace(NAMED, model="timm/vit_tiny_patch16_224", model_kwargs=small, img_size=32, train_img_size=16)
+    with pytest.raises(
+        ValueError, match=r"^train_img_size 16: model .* takes 32 pixels, not 16 \(AssertionError: .*16"
+    ):
+        train(replace(config, output=str(tmp_path), name="run"), console=tiny.quiet())
+    assert not list(tmp_path.iterdir())
+    assert prepare(replace(config, model_kwargs=(*small, "dynamic_img_size=True"), method="common"))
+
+
 def test_float16_on_a_cpu_is_refused(own_precision):
     with pytest.raises(ValueError, match="float16"):
         begin(amp=True, amp_dtype="float16")

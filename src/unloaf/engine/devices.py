@@ -6,6 +6,7 @@ influence training; whenever the network is judged or saved, the mean over the p
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
+from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -37,6 +39,8 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
     Raises:
         ValueError: the machine cannot do what is asked for.
     """
+    if config.deterministic:
+        _choose_repeatable_kernels()
     precision = {"bfloat16": "bf16", "float16": "fp16"}[config.amp_dtype] if config.amp else "no"
     kinds: list[KwargsHandler] = [DistributedDataParallelKwargs(
         # Statistics are this process's own; every parameter of the main network gets a gradient in each step, but for
@@ -74,12 +78,24 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
     return accelerator
 
 
+def _choose_repeatable_kernels() -> None:
+    """What torch.use_deterministic_algorithms, which follows with the seed, leaves to its caller."""
+    # torch refuses matrix products without it; cuBLAS reads it when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False  # would choose kernels by their time
+
+
 def share_model(accelerator: Accelerator, config: Config, model: nn.Module) -> nn.Module:
     """The model, placed on the device and wrapped for several processes."""
     model = model.to(accelerator.device)
     if config.sync_bn and accelerator.num_processes > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's: torch's drops the activation inside timm's norms
     if config.fsdp:
+        if config.eval_subnets and tracking_norms(model):
+            raise ValueError(
+                f"eval_subnets {config.eval_subnets}: estimates batch-norm statistics on a whole copy of the network, "
+                f"which fsdp shards; leave it out, and judge with `unloaf eval RUN --subnets {config.eval_subnets}`"
+            )
         # As one group: replayed passes would gather the weights of blocks that do not run.
         fully_shard(model)
         return model

@@ -16,15 +16,16 @@ import torch
 _PACKAGES = ("unloaf", "torch", "torchvision", "timm", "accelerate", "numpy", "scikit-learn")
 
 
-def environment(*, processes: int = 1) -> dict[str, Any]:
+def environment(*, processes: int = 1, device: torch.device | None = None) -> dict[str, Any]:
     """Command, hardware and versions as plain values for JSON.
 
     Args:
         processes: how many train together.
+        device: where they compute; default: on a GPU if there is one.
     """
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "hardware": hardware(),
+        "hardware": hardware(device),
         "processes": processes,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -41,10 +42,11 @@ def bits_depend_on(environment: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def hardware() -> str:
-    """The processor that trains, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def hardware(device: torch.device | None = None) -> str:
+    """The processor that trains, in words; by default the GPU if there is one."""
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    if on_gpu:
+        return torch.cuda.get_device_name(device)
     return (
         f"{_processor()}, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
     )

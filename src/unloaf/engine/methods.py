@@ -25,8 +25,6 @@ from unloaf.methods.stimulative import DirectionCriterion
 from unloaf.sampling import ExponentialDecaySampler, InterStageSampler, OrderedSampler, StochasticSampler
 from unloaf.stages import Stage
 
-_DEFAULT_SAMPLER = {"st": "ordered", "st++": "inter-stage", "gkt": "exponential-decay"}
-
 
 def build_method(
     config: Config,
@@ -140,25 +138,22 @@ def _weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) 
 
 
 def _sampler(config: Config) -> Any:
-    rule = _DEFAULT_SAMPLER[config.method] if config.sampler == "auto" else config.sampler
+    rule = config.sampler_or_default
     if rule == "exponential-decay":
         return ExponentialDecaySampler(base=config.decay_base)
     return {"ordered": OrderedSampler, "inter-stage": InterStageSampler, "stochastic": StochasticSampler}[rule]()
 
 
-def _without_magnitude(config: Config) -> bool:
-    return config.subnet_loss == "kl-" or (config.subnet_loss == "auto" and config.method == "st++")
-
-
 def _subnet_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
-    if not _without_magnitude(config):
+    if config.subnet_loss_or_default == "kl":
         return kl_loss
     return partial(direction_kl_loss, amplitude=config.amplitude, eps=config.eps)
 
 
 def _criterion(config: Config) -> Criterion:
     """The loss on labels; of the normalised logits with KL-, as in the published ST++ runs."""
-    normalised = config.main_logits == "direction" or (config.main_logits == "auto" and _without_magnitude(config))
+    automatic = config.main_logits == "auto" and config.subnet_loss_or_default == "kl-"
+    normalised = config.main_logits == "direction" or automatic
     loss = _label_loss(config)
     return DirectionCriterion(loss, config.amplitude, eps=config.eps) if normalised else loss
 

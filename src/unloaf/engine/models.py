@@ -84,6 +84,18 @@ def build_model(
         raise ValueError(f"model {family}/{bare} cannot be built with {given}: {in_one_line(error)}") from error
 
 
+def form_comes_with_weights(name: str) -> bool:
+    """Whether the network is not the same one without ``pretrained``.
+
+    Of torchvision's, some take their form from the published weights: vit_h_14 its side of 518 pixels, inception_v3 a
+    change of its input, googlenet its heads.
+
+    >>> [form_comes_with_weights(name) for name in ("tv/vit_h_14", "timm/resnet50")]
+    [True, False]
+    """
+    return _resolve(name)[0] == "tv"
+
+
 def _resolve(name: str) -> tuple[str, str]:
     family, slash, bare = name.partition("/")
     if slash and family == "hf":

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, adaptive_clip_grad
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unloaf.engine.checkpoint import plain_state
 from unloaf.engine.config import Config
 
 
@@ -20,13 +21,15 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
     """The optimizer of this configuration.
 
     Raises:
-        ValueError: timm has no optimizer of this name, or it takes no such setting.
+        ValueError: timm has no optimizer of this name, it takes no such setting, or a run cannot use it.
     """
     names: list[str] = [str(known) for known in list_optimizers()]
     name = config.opt.lower()
     if name not in names:
         close = difflib.get_close_matches(name, names, n=3)
         raise ValueError(f"opt {config.opt!r}: give {' or '.join(close) if close else 'sgd, adamw, lamb or another'}")
+    if get_optimizer_info(name).second_order:
+        raise ValueError(f"opt {config.opt}: needs second derivatives, which no step here keeps; give adamw or another")
     if config.layer_decay is not None and not hasattr(model, "group_matcher"):
         raise ValueError(f"layer_decay {config.layer_decay}: this model does not name its layers; give a timm/ model")
     if name == "sgd" and config.momentum == 0:
@@ -35,7 +38,7 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
     try:
         if _fuses(config, name, next(model.parameters()).device):
             more["fused"] = True
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=name,
             lr=config.lr,
@@ -47,6 +50,17 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
         )
     except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"opt {config.opt}: {error or 'cannot be built for this model'}") from error
+    _check_kept(config, optimizer)
+    return optimizer
+
+
+def _check_kept(config: Config, optimizer: Optimizer) -> None:
+    """Now, not when the first epoch is trained and cannot be saved."""
+    try:
+        plain_state(optimizer.state_dict())
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+        raise ValueError(f"opt {config.opt} cannot be kept in a checkpoint; {reason}; give another") from error
 
 
 def _fuses(config: Config, name: str, device: torch.device) -> bool:
@@ -118,9 +132,4 @@ def clip_gradients(config: Config, accelerator: Any, model: nn.Module) -> None:
         return
     accelerator.unscale_gradients()
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    if config.clip_mode == "norm":
-        nn.utils.clip_grad_norm_(parameters, config.clip_grad)
-    elif config.clip_mode == "value":
-        nn.utils.clip_grad_value_(parameters, config.clip_grad)
-    else:
-        adaptive_clip_grad(parameters, config.clip_grad)
+    dispatch_clip_grad(parameters, config.clip_grad, mode=config.clip_mode)

@@ -18,8 +18,8 @@ from unloaf.engine.config import Config, dump_config, load_config
 
 # Settings that may change when a run is resumed: they decide where and how it runs, not what it learns.
 FREE_SETTINGS = frozenset({
-    "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "log_interval", "name",
-    "on_nan", "output", "trackers", "workers",
+    "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "initial_checkpoint",
+    "log_interval", "name", "on_nan", "output", "trackers", "workers",
 })  # fmt: skip
 _UNFINISHED = ".args.yaml"
 _BEFORE_BEGINNING = ("run.lock", "env.json", _UNFINISHED)  # what a run that was killed at once leaves behind
@@ -157,7 +157,8 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
         resume: "auto" to go on with OUTPUT/NAME if it was begun, a path to go on with that run; None for a new run.
 
     Raises:
-        ValueError: the folder exists, cannot be made or is in use, or its run had other settings.
+        ValueError: the folder exists, cannot be made or is in use, its run had other settings, or another output or
+            name is given than that of the run to go on with.
     """
     if resume is None or resume == "auto":
         if resume and config.name is None:
@@ -171,7 +172,10 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
     if path.is_dir() and not begun and any(file.name not in _BEFORE_BEGINNING for file in path.iterdir()):
         raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
     if begun:
-        _check_same(config, load_config(path / "args.yaml"), path)
+        had = load_config(path / "args.yaml")
+        _check_same(config, had, path)
+        if resume != "auto":
+            _check_place(config, had, path)
     return RunFolder(path)
 
 
@@ -188,13 +192,25 @@ def run_of(path: Path) -> Path:
 
 def _check_same(config: Config, begun: Config, path: Path) -> None:
     asked, had = dataclasses.asdict(config), dataclasses.asdict(begun)
-    other = [name for name in asked if name not in FREE_SETTINGS and asked[name] != had[name]]
+    free = set(FREE_SETTINGS)
+    if not any(path.glob("checkpoints/step-*")):
+        free.remove("initial_checkpoint")  # it is where this run will start from
+    other = [name for name in asked if name not in free and asked[name] != had[name]]
     if other:
         differences = ", ".join(f"{name} {had[name]} (now {asked[name]})" for name in other)
         raise ValueError(
             f"run {path} was begun with {differences}; resume with the same settings (unloaf train --resume {path}), "
             "or give another --name"
         )
+
+
+def _check_place(config: Config, begun: Config, path: Path) -> None:
+    """A run that goes on does so where it lies, also if it was moved there; it is not copied or renamed."""
+    advice = f"the run goes on in {path}; leave it out, or move the folder first"
+    if config.name not in (None, begun.name, path.resolve().name):
+        raise ValueError(f"name {config.name}: {advice}")
+    if config.output != begun.output and Path(config.output).resolve() != path.resolve().parent:
+        raise ValueError(f"output {config.output}: {advice}")
 
 
 def _name(config: Config) -> str:

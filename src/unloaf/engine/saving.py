@@ -68,9 +68,10 @@ def _copied(value: Any) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
         return {key: _copied(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_copied(entry) for entry in value]
-    return value
+    if isinstance(value, tuple):  # not as a list: some of timm's optimizers (kron) insist on their tuples
+        entries = [_copied(entry) for entry in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
 
 
 def restore(training: Training, checkpoint: Checkpoint) -> None:
@@ -96,6 +97,9 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
             training.accelerator.scaler.load_state_dict(state["scaler"])
         for name in asdict(training.position):
             setattr(training.position, name, state["position"][name])
+        # Equal to what was saved, unless another number of processes makes another number of batches a step.
+        world = training.accelerator.num_processes
+        training.method.step = training.steps_done * config.accumulation(world)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {reason}") from error
@@ -149,4 +153,4 @@ class Saver:
         if best:
             point_to(link, path)
         protected = [link.resolve()] if link.exists() else []
-        prune_checkpoints(self._folder.checkpoints, keep=self._keep, protect=protected)
+        prune_checkpoints(self._folder.checkpoints, keep=self._keep, protect=protected, newest=path)

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from torch import nn
 
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, point_to
 from unloaf.engine.config import Config
 from unloaf.engine.data import Data, explain_worker_death
-from unloaf.engine.devices import total
+from unloaf.engine.devices import find_devices, total
 from unloaf.engine.display import SILENT, Display, RunConsole, show_progress
 from unloaf.engine.environment import bits_depend_on, environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
@@ -71,9 +72,10 @@ def train(
     if folder is None and int(os.environ.get("RANK", "0")) == 0:
         folder = open_run(config, resume=resume)
     try:
-        training = prepare(config, data=data, model=model, folder=folder.path if folder else None)
-        path = Path(_first(training, str(folder.path) if folder else None))
-        checkpoint = _find_checkpoint(training, folder)
+        accelerator = find_devices(config, folder=folder.path if folder else None)
+        path = Path(_first(accelerator, str(folder.path) if folder else None))
+        found = _find_checkpoint(accelerator, folder)
+        training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found[0] is not None)
     except BaseException:
         if folder is not None:
             folder.discard()
@@ -83,23 +85,23 @@ def train(
         if folder is not None:
             stack.callback(folder.close)
         run = Run(training, folder, stop, stack, console)
-        run.begin(checkpoint)
+        run.begin(found)
         run.train()
         return run.result(path)
 
 
-def _first(training: Training, value: Any) -> Any:
+def _first(accelerator: Accelerator, value: Any) -> Any:
     """What the first process says, on every process."""
-    return broadcast_object_list([value])[0] if training.accelerator.num_processes > 1 else value
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
-def _find_checkpoint(training: Training, folder: RunFolder | None) -> tuple[Checkpoint | None, list[str]]:
+def _find_checkpoint(accelerator: Accelerator, folder: RunFolder | None) -> tuple[Checkpoint | None, list[str]]:
     """The newest good checkpoint of a run that goes on, and what is to be said of the damaged ones."""
     found: tuple[Checkpoint | None, list[str]] = (None, [])
     if folder is not None and folder.checkpoints.is_dir():
         found = newest_checkpoint(folder.checkpoints)
     checkpoint, notes = found
-    path = _first(training, str(checkpoint.path) if checkpoint else None)
+    path = _first(accelerator, str(checkpoint.path) if checkpoint else None)
     if checkpoint is None and path is not None:
         checkpoint = load_checkpoint(Path(path))
     return checkpoint, notes
@@ -116,7 +118,7 @@ class Run:
         self.stack, self.console = stack, console
         self.display: Display = SILENT
         stack.callback(training.batches.close)
-        self.environment = environment(processes=self.accelerator.num_processes)
+        self.environment = environment(processes=self.accelerator.num_processes, device=training.device)
         self.saver: Saver | None = None
         if folder is not None:
             metadata = {"format": "pt", "unloaf_config": json.dumps(asdict(self.config))}
@@ -124,6 +126,7 @@ class Run:
             stack.callback(self.saver.close)
         self.since, self.steps_since = time.perf_counter(), 0
         self.judged_batches = 0
+        self.told_bad: set[str] = set()
 
     def begin(self, found: tuple[Checkpoint | None, list[str]]) -> None:
         """Says what is run, and puts a resumed run where it was."""
@@ -268,11 +271,28 @@ class Run:
                 rows = {str(judged.subnet): judged.top1 for judged in row.eval.subnets}
                 self.folder.event("subnets", {"epoch": row.epoch, "top1": rows})
         self.say(epoch_line(row, self.config))
+        self._tell_bad_images(row.epoch)
         self.track({key: value for key, value in values.items() if value is not None}, self.training.steps_done)
         self.save(best=best)
         self.since, self.steps_since = time.perf_counter(), 0
         if not self.training.finished:
             self._stop()
+
+    def _tell_bad_images(self, epoch: int) -> None:
+        """Which training images were skipped for the first time, by any process."""
+        if self.config.bad_images != "skip":
+            return
+        names = list(self.training.batches.bad_images)
+        if self.accelerator.num_processes > 1:
+            names = gather_object(names)
+        new = sorted(set(names) - self.told_bad)
+        self.told_bad.update(new)
+        if not new:
+            return
+        some = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+        self.say(f"epoch {epoch} took the neighbours of {len(new)} image(s) that cannot be read: {some}")
+        if self.folder is not None:
+            self.folder.event("bad_images", {"epoch": epoch, "images": new})
 
     def save(self, *, best: bool) -> None:
         """Begins to write a checkpoint of the present position."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from unloaf.compilation import compile_blocks
 from unloaf.engine.config import Config
 from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
 from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
-from unloaf.engine.errors import NonFiniteWeightsError
+from unloaf.engine.errors import NonFiniteWeightsError, in_one_line
 from unloaf.engine.methods import build_method
-from unloaf.engine.models import build_model, load_initial_weights
+from unloaf.engine.models import build_model, form_comes_with_weights, load_initial_weights
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
 from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
 from unloaf.passes import logits_of
@@ -190,7 +190,12 @@ def check_weights(training: Training) -> None:
 
 
 def prepare(
-    config: Config, *, data: Data | None = None, model: nn.Module | None = None, folder: Path | None = None
+    config: Config,
+    *,
+    data: Data | None = None,
+    model: nn.Module | None = None,
+    accelerator: Accelerator | None = None,
+    resumed: bool = False,
 ) -> Training:
     """Loads the data and builds model, method and optimizer; nothing is trained yet.
 
@@ -198,22 +203,22 @@ def prepare(
         config: the run.
         data: the image set when it is loaded already.
         model: train this network instead of config.model.
-        folder: where trackers write.
+        accelerator: what `find_devices` found, when it was asked already.
+        resumed: the weights of a checkpoint will follow, so none are read to start from.
 
     Raises:
         ValueError: the data are not there, the model is unknown or no classifier, or the method cannot train it.
     """
-    accelerator = find_devices(config, folder=folder)
+    accelerator = accelerator or find_devices(config)
     data = data or load_data(config)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
-    set_seed(config.seed)
-    model = model or _build(config, data)
-    if config.initial_checkpoint is not None:
-        load_initial_weights(model, Path(config.initial_checkpoint))
+    set_seed(config.seed, deterministic=config.deterministic)
+    model = _with_weights(config, data, model, resumed=resumed)
     example = torch.zeros(2, data.in_chans, data.img_size, data.img_size)
     stages = _stages(model, example, required=config.method != "common")
     _check_logits(model, example, config.model, data.num_classes)
+    _check_training_side(model, data, config.model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = share_model(accelerator, config, model)
@@ -243,6 +248,20 @@ def prepare(
     )
 
 
+def _with_weights(config: Config, data: Data, model: nn.Module | None, *, resumed: bool) -> nn.Module:
+    """The model as a run begins with it; of a resumed one, whose own weights are in its checkpoint, only its form.
+
+    The file or the server that a run began with may be gone by then.
+    """
+    if resumed:
+        pretrained = config.pretrained and form_comes_with_weights(config.model)
+        config = replace(config, pretrained=pretrained, initial_checkpoint=None)
+    model = model or _build(config, data)
+    if config.initial_checkpoint is not None:
+        load_initial_weights(model, Path(config.initial_checkpoint))
+    return model
+
+
 def _build(config: Config, data: Data) -> nn.Module:
     return build_model(
         config.model,
@@ -265,6 +284,21 @@ def _check_logits(model: nn.Module, example: Tensor, name: str, classes: int) ->
             f"model {name}: of {len(example)} images its output has the shape {shape}, not {len(example), classes}; "
             "give a classifier of the data's classes"
         )
+
+
+def _check_training_side(model: nn.Module, data: Data, name: str) -> None:
+    """Blocks are looked for at the side of validation; a model for that side alone cannot be trained at another."""
+    side = data.train_img_size
+    if side == data.img_size:
+        return
+    try:
+        with evaluating(model):
+            model(torch.zeros(2, data.in_chans, side, side))
+    except Exception as error:  # models refuse a side as they like, timm's with an AssertionError
+        raise ValueError(
+            f"train_img_size {side}: model {name} takes {data.img_size} pixels, not {side} ({in_one_line(error)}); "
+            f"give --train-img-size {data.img_size}, or a model that takes both"
+        ) from error
 
 
 def _stages(model: nn.Module, example: Tensor, *, required: bool) -> tuple[Stage, ...]:

@@ -229,8 +229,18 @@ def test_mixing_by_hand(digits):
 
 def test_mixing_ends_at_its_epoch(digits):
     settings = {"mixup": 0.8, "mixup_off_epoch": 3}
-    assert train(digits, epoch=2, **settings)[0][0].y.is_floating_point()
-    assert equal(train(digits, epoch=3, **settings), train(digits, epoch=3))
+    shares = [batch.y.max(dim=1).values for [batch] in train(digits, epoch=2, **settings)]
+    assert any((largest < 1).any() for largest in shares)
+    for [plain], [left] in zip(train(digits, epoch=3), train(digits, epoch=3, **settings), strict=True):
+        assert torch.equal(left.x, plain.x)
+        assert torch.equal(left.y, torch.nn.functional.one_hot(plain.y, 10).float())
+
+
+def test_labels_stay_smooth_where_mixing_has_ended(digits):
+    # Szegedy et al. 2016: (1 - 0.2) + 0.2 / 10 for the label, 0.2 / 10 for each other class.
+    [plain], [left] = train(digits, epoch=3)[0], train(digits, epoch=3, cutmix=1.0, mixup_off_epoch=3, smoothing=0.2)[0]
+    assert torch.equal(left.x, plain.x)
+    assert torch.allclose(left.y, torch.nn.functional.one_hot(plain.y, 10) * 0.8 + 0.02)
 
 
 # Evaluation.

@@ -1,5 +1,7 @@
 """Bad images and dead workers."""
 
+import io
+import json
 import os
 import signal
 import time
@@ -7,10 +9,12 @@ import time
 import pytest
 import torch
 from image_files import png, reds, write_folders, write_shard
+from rich.console import Console
 
 from unloaf.engine.config import Config
 from unloaf.engine.data import EvalBatches, TrainBatches, check_images, explain_worker_death, load_data
 from unloaf.engine.data.augment import epoch_order
+from unloaf.engine.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -82,7 +86,30 @@ def test_a_skipped_validation_image_counts_nowhere(many):
     batches = EvalBatches(data.train, data, build(), device="cpu")
     labels = torch.cat([y for _, y in batches]).tolist()
     assert labels == [0] * 7 + [-100] + [0] * 92 + [1] * 100
-    assert batches.bad_images == (str(folder / "train" / "cat" / "007.png"),)
+
+
+def test_skipped_images_are_told_once_after_their_epoch(many, tmp_path):
+    folder, build = many
+    names = [str(damage(folder, f"cat/{number:03}.png")) for number in (50, 98)]
+    config = build(
+        method="common", width=4, model="cifar/resnet8", epochs=2, batch_size=50, device="cpu", output=str(tmp_path)
+    )
+    path = train(config, console=Console(file=io.StringIO())).path
+    told = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [event for event in told if event["event"] == "bad_images"] == [
+        {"event": "bad_images", "epoch": 1, "images": names}
+    ]
+    said = [line.partition(": ")[0][20:] for line in (path / "log.txt").read_text().splitlines() if names[1] in line]
+    assert said == ["epoch 1 took the neighbours of 2 image(s) that cannot be read"]
+
+
+def test_a_run_without_bad_images_says_nothing_of_them(many, tmp_path):
+    config = many[1](
+        method="common", width=4, model="cifar/resnet8", epochs=1, batch_size=50, device="cpu", output=str(tmp_path)
+    )
+    path = train(config, console=Console(file=io.StringIO())).path
+    assert "cannot be read" not in (path / "log.txt").read_text()
+    assert "bad_images" not in (path / "metrics.jsonl").read_text()
 
 
 def test_members_of_shards_and_rows_are_named(tmp_path):

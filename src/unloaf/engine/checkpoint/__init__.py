@@ -13,7 +13,7 @@ from unloaf.engine.checkpoint.store import (
     prune_checkpoints,
     save_checkpoint,
 )
-from unloaf.engine.checkpoint.tensorfiles import load_strictly, read_weights, untied, write_weights
+from unloaf.engine.checkpoint.tensorfiles import load_strictly, plain_state, read_weights, untied, write_weights
 
 __all__ = [
     "Checkpoint",
@@ -22,6 +22,7 @@ __all__ = [
     "load_checkpoint",
     "load_strictly",
     "newest_checkpoint",
+    "plain_state",
     "point_to",
     "prune_checkpoints",
     "read_weights",

@@ -157,7 +157,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[Path] = ()) -> None:
+def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[Path] = (), newest: Path | None = None) -> None:
     """Deletes the oldest step folders beyond `keep`, once the newest has verified.
 
     What is not a complete step folder with nothing else inside stays, and so does what `last` points to.
@@ -166,13 +166,18 @@ def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[Path] = ()
         folder: RUN/checkpoints.
         keep: >= 1; complete folders, protected ones included.
         protect: folders, or links to them, that stay in any case.
+        newest: the folder that was just written; default: that of the highest step. Those of higher steps stay and do
+            not count: a resumed run passed them over because they are damaged.
 
     Raises:
         CheckpointError: the newest is damaged (then nothing was deleted), or the disk refuses.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least 1 checkpoint has to stay")
-    complete = [path for path in _step_folders(folder) if _is_complete(path)]
+    folders = _step_folders(folder)
+    if newest is not None:
+        folders = folders[[path.name for path in folders].index(newest.name) :]
+    complete = [path for path in folders if _is_complete(path)]
     if len(complete) <= keep:
         return
     verified(complete[0])

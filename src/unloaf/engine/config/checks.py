@@ -75,7 +75,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "decay_epochs": _ABOVE_ZERO,
     "decay_milestones": (1, 10**9, "epochs of at least 1"),
     "decay_rate": _ABOVE_ZERO,
-    "seed": (0, 2**63 - 1, "an integer from 0 to 2**63 - 1"),
+    "seed": (0, 2**32 - 1, "an integer from 0 to 2**32 - 1, as NumPy takes it"),
     "log_interval": _COUNT,
     "eval_interval": _COUNT,
     "eval_subnets": (0, 10_000, "from 0 to 10000 subnets"),
@@ -133,10 +133,28 @@ def check_together(config: Config) -> None:
         keyword_arguments("model_kwargs", config.model_kwargs)
     if config.device_data:
         _check_device_data(config)
-    if config.fsdp and config.model_ema:
-        raise ValueError("model_ema keeps a whole copy of the weights, which fsdp shards; give one of the two")
+    if config.sched == "wsd" and config.decay_epochs > config.epochs - config.warmup_epochs:
+        left = config.epochs - config.warmup_epochs
+        raise ValueError(
+            f"decay_epochs {config.decay_epochs:g}: --sched wsd has {left} epochs after those of --warmup-epochs; give "
+            f"--decay-epochs {left} at most, or a share of them such as 0.2"
+        )
+    if config.subnet_inputs == "smaller" and config.method not in ("st", "st++"):
+        raise ValueError(
+            f"subnet_inputs smaller: method {config.method} gives its subnets no smaller images; leave it out, or give "
+            "--method st or st++"
+        )
+    if config.fsdp:
+        _check_fsdp(config)
     if config.aa is not None:
         _check_augmentation(config.aa)
+
+
+def _check_fsdp(config: Config) -> None:
+    if config.model_ema:
+        raise ValueError("model_ema keeps a whole copy of the weights, which fsdp shards; give one of the two")
+    if config.clip_grad is not None and config.clip_mode == "agc":
+        raise ValueError("clip_mode agc looks at whole weights, which fsdp shards; give --clip-mode norm or value")
 
 
 def _check_device_data(config: Config) -> None:

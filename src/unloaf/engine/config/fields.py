@@ -94,7 +94,7 @@ class Config:
     mixup_switch_prob: float = 0.5
     """Probability of cutmix where both are on."""
     mixup_off_epoch: int = 0
-    """Epoch from which there is no mixup and no cutmix; 0 for never."""
+    """Epoch from which there is no mixup and no cutmix, only the label smoothing; 0 for never."""
     smoothing: float = 0.0
     """Label smoothing."""
     bce_loss: bool = False
@@ -109,7 +109,8 @@ class Config:
     pretrained: bool = False
     """Start from the published weights (needs the network once)."""
     initial_checkpoint: str | None = None
-    """Start from the weights of this safetensors file or run; a head of another size is left as it is."""
+    """Start from the weights of this safetensors file or run; a head of another size is left as it is. A run that goes
+    on from a checkpoint does not read it."""
     drop: float = 0.0
     """Dropout before the head; timm models."""
     drop_path: float = 0.0
@@ -149,7 +150,7 @@ class Config:
     main_logits: Literal["auto", "raw", "direction"] = "auto"
     """What the cross-entropy of st, st++ and gkt sees; auto: the direction with kl-, raw otherwise."""
     subnet_inputs: Literal["auto", "same", "smaller"] = "auto"
-    """auto: randomly smaller images for st++, the same images otherwise."""
+    """st, st++: what subnets see; auto: randomly smaller images for st++, the same images otherwise."""
     min_ratio: float = 0.43
     """Smallest side of the smaller images, as a share of the full side."""
     sides: tuple[int, ...] = ()
@@ -276,6 +277,25 @@ class Config:
         if self.subnet_weight is not None:
             return self.subnet_weight
         return 1 / self.num_subnets_or_default if self.method == "st++" else 1.0
+
+    @property
+    def sampler_or_default(self) -> str:
+        """How subnets are drawn by a method that draws them.
+
+        >>> Config(method="gkt").sampler_or_default
+        'exponential-decay'
+        """
+        defaults = {"st++": "inter-stage", "gkt": "exponential-decay"}
+        return defaults.get(self.method, "ordered") if self.sampler == "auto" else self.sampler
+
+    @property
+    def subnet_loss_or_default(self) -> str:
+        """The loss of subnets: kl, or kl- (KL without magnitude).
+
+        >>> Config(method="st++").subnet_loss_or_default
+        'kl-'
+        """
+        return ("kl-" if self.method == "st++" else "kl") if self.subnet_loss == "auto" else self.subnet_loss
 
     @property
     def model_arguments(self) -> dict[str, Any]:

@@ -123,9 +123,11 @@ class TrainBatches:
     def _batch(self, chunk: Chunk, epoch: int, step: int, part: int) -> Batch:
         _note_bad(chunk, self._bad, self._loader, count=len(self._data.train))
         x, y = _on_device(chunk, self._data, self._device, size=self._data.train_img_size)
-        off = self._config.mixup_off_epoch
-        if self._mixup is None or (off and epoch >= off):
+        if self._mixup is None:
             return Batch(x, y)
+        # Called in any epoch: it is what smooths the labels.
+        off = self._config.mixup_off_epoch
+        self._mixup.mixup_enabled = not off or epoch < off
         seed_host("mixup", self._config.seed, epoch, step, part, self._rank)
         return Batch(*self._mixup(x, y))
 
@@ -185,15 +187,6 @@ class EvalBatches:
         workers = 0 if isinstance(images, ImageSet) else config.workers
         pin = self._device.type == "cuda"
         self._loader = chunk_loader(EvalReader(data, config, images), plan, workers=workers, pin=pin)
-
-    @property
-    def bad_images(self) -> tuple[str, ...]:
-        """Names of the images skipped so far, by this process."""
-        return tuple(sorted(self._bad))
-
-    def close(self) -> None:
-        """Ends the workers; another pass would start new ones."""
-        close_workers(self._loader)
 
     def __len__(self) -> int:
         return -(-len(self._positions) // self._batch_size)

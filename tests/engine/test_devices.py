@@ -1,0 +1,96 @@
+"""Where a run computes: kernels that repeat, norms and weights that several devices share, what env.json names."""
+
+import json
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from timm.models import create_model
+from torch import nn
+
+from unloaf.engine.devices import share_model
+from unloaf.engine.environment import hardware
+from unloaf.engine.loop import prepare
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """torch as it is without --deterministic, and again after the test."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_deterministic_reaches_torch_cudnn_and_cublas(kernels, asked):
+    prepare(tiny.config(deterministic=asked), data=tiny.data(), model=tiny.network())
+    assert torch.are_deterministic_algorithms_enabled() is asked
+    assert torch.backends.cudnn.benchmark is not asked
+    assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if asked else None)
+
+
+def test_deterministic_leaves_a_workspace_that_was_chosen(kernels, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    prepare(tiny.config(deterministic=True), data=tiny.data(), model=tiny.network())
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
+def test_a_deterministic_run_on_a_cpu_is_the_usual_one(kernels, tmp_path):
+    def last(**settings: Any) -> dict[str, torch.Tensor]:
+        network = tiny.network()
+        tiny.run(tiny.config(output=str(tmp_path), epochs=1, **settings), model=network)
+        return tiny.weights(network)
+
+    assert tiny.same(last(name="usual"), last(name="repeatable", deterministic=True))
+
+
+def two_processes() -> Any:
+    """What share_model needs of an Accelerator, without a process group: the model comes back as it is."""
+    return SimpleNamespace(
+        device=torch.device("cpu"),
+        num_processes=2,
+        prepare_model=lambda model: model,
+        unwrap_model=lambda model, keep_fp32_wrapper: model,
+    )
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet18"])
+def test_synchronised_norms_compute_what_the_norms_before_did(name):
+    """timm's have an activation inside, which torch's own conversion takes away; with random statistics it is seen."""
+    torch.manual_seed(0)
+    model, images = create_model(name, num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    with torch.no_grad():
+        expected = model(images)
+        shared = share_model(two_processes(), tiny.config(sync_bn=True), model)
+        found = shared(images)
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in shared.modules()) > 10
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in shared.modules())
+    assert torch.equal(found, expected)
+
+
+def test_sharded_weights_with_batch_norm_judge_no_subnets():
+    with pytest.raises(ValueError, match=r"^eval_subnets 2: .* copy of the network, which fsdp shards; leave it out"):
+        share_model(two_processes(), tiny.config(fsdp=True, eval_subnets=2), tiny.network())
+
+
+def test_hardware_is_that_of_the_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a fast GPU")
+    assert hardware(torch.device("cpu")).endswith(" cores")
+    assert hardware(torch.device("mps")).endswith(" cores")
+    assert hardware(torch.device("cuda", 1)) == hardware() == "a fast GPU"
+
+
+def test_a_run_asks_for_the_hardware_of_its_own_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("unloaf.engine.environment.hardware", str)
+    path = tiny.run(tiny.config(output=str(tmp_path), epochs=1)).path
+    assert json.loads((path / "env.json").read_text())["hardware"] == "cpu"
