@@ -42,11 +42,11 @@ def write_cifar(folder: Path, *, name: str, train_images: int, test_images: int)
 
 
 def write_folders(folder: Path, *, train_images: int, val_images: int) -> None:
-    """Two class folders of JPEGs in train and in val, somewhat larger than a crop."""
+    """Three class folders of JPEGs in train and in val, somewhat larger than a crop."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train_images), ("val", val_images)):
         for index in range(count):
-            path = folder / split / f"n0000000{index % 2}" / f"{index}.JPEG"
+            path = folder / split / f"n0000000{index % 3}" / f"{index}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (72, 80, 3), dtype=np.uint8)).save(path)
 

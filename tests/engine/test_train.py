@@ -23,6 +23,7 @@ from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.data import load_data
 from unloaf.engine.loop import Training, fit, prepare, train_epoch
+from unloaf.engine.methods import check_classes
 from unloaf.engine.saving import Saver
 from unloaf.engine.train import Run, train
 
@@ -296,6 +297,17 @@ def test_network_that_does_not_take_the_training_images_is_refused_before_its_fo
         train(replace(config, output=str(tmp_path), name="run"), console=tiny.quiet())
     assert not list(tmp_path.iterdir())
     assert prepare(replace(config, model_kwargs=(*small, "dynamic_img_size=True"), method="common"))
+
+
+@pytest.mark.parametrize("settings", [{"method": "st++"}, {"method": "gkt", "main_logits": "direction"}], ids=str)
+def test_directions_of_two_classes_are_refused_before_the_folder(tmp_path, settings):
+    data, config = tiny.data(num_classes=2), replace(NAMED, output=str(tmp_path), name="run", **settings)
+    with pytest.raises(ValueError, match="two classes have only a sign under layer_norm: with eps 1e-07"):
+        train(config, data=data, console=tiny.quiet())
+    assert not list(tmp_path.iterdir())
+    check_classes(replace(config, eps=1.0), 2)
+    check_classes(config, 3)
+    check_classes(replace(config, method="common"), 2)
 
 
 def test_float16_on_a_cpu_is_refused(own_precision):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unloaf.engine.config import Config
 from unloaf.inputs import SmallerInputs
-from unloaf.losses import direction_kl_loss, kl_loss
+from unloaf.losses import check_two_classes, direction_kl_loss, kl_loss
 from unloaf.methods import (
     CommonTraining,
     GroupKnowledgeTraining,
@@ -152,10 +152,20 @@ def _subnet_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _criterion(config: Config) -> Criterion:
     """The loss on labels; of the normalised logits with KL-, as in the published ST++ runs."""
-    automatic = config.main_logits == "auto" and config.subnet_loss_or_default == "kl-"
-    normalised = config.main_logits == "direction" or automatic
     loss = _label_loss(config)
-    return DirectionCriterion(loss, config.amplitude, eps=config.eps) if normalised else loss
+    return DirectionCriterion(loss, config.amplitude, eps=config.eps) if _normalises_main_logits(config) else loss
+
+
+def _normalises_main_logits(config: Config) -> bool:
+    automatic = config.main_logits == "auto" and config.subnet_loss_or_default == "kl-"
+    return config.main_logits == "direction" or automatic
+
+
+def check_classes(config: Config, classes: int) -> None:
+    """Raise ValueError if a loss of this configuration cannot train so few classes."""
+    has_subnets = config.method in ("st", "st++", "gkt")
+    if has_subnets and (config.subnet_loss_or_default == "kl-" or _normalises_main_logits(config)):
+        check_two_classes(classes, "layer_norm", config.eps)
 
 
 def _label_loss(config: Config) -> Criterion:

@@ -20,7 +20,7 @@ from unloaf.engine.config import Config
 from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
 from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
 from unloaf.engine.errors import NonFiniteWeightsError, in_one_line
-from unloaf.engine.methods import build_method
+from unloaf.engine.methods import build_method, check_classes
 from unloaf.engine.models import build_model, form_comes_with_weights, load_initial_weights
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
 from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
@@ -211,6 +211,7 @@ def prepare(
     """
     accelerator = accelerator or find_devices(config)
     data = data or load_data(config)
+    check_classes(config, data.num_classes)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
     set_seed(config.seed, deterministic=config.deterministic)
