@@ -174,6 +174,10 @@ _STPP_CHANGED: dict[str, dict[str, Any]] = {
     "cross-entropy on raw logits": {"main_logits": "raw"},
     "eps 1e-7": {"eps": 1e-7},
     "amplitude 3": {"amplitude": 3.0},
+    "1 subnet, ordered": _ONE_ORDERED,
+    "1 subnet, ordered, weight 3": _ONE_ORDERED | {"subnet_weight": 3.0},
+    "1 subnet, ordered, weight 6": _ONE_ORDERED | {"subnet_weight": 6.0},
+    "weight 1": {"subnet_weight": 1.0},
     "the paper's settings": {"subnet_weight": 1.0, "eps": 1e-7, "min_ratio": 0.43, "per": "subnet"},
 }
 _ST_CHANGED: dict[str, dict[str, Any]] = {
