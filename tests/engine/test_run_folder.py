@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,7 +154,8 @@ def test_place_where_a_run_lies_or_lay_is_accepted(tmp_path, name):
     begin(config)
     moved = (tmp_path / "old" / "run").rename(tmp_path / "moved")
     for output in (str(tmp_path / "old"), str(tmp_path), f"{tmp_path}/"):
-        open_run(replace(config, name=name, output=output), resume=str(moved)).close()
+        with closing(open_run(replace(config, name=name, output=output), resume=str(moved))) as folder:
+            assert folder.path == moved
 
 
 def test_start_that_fails_leaves_no_folder(tmp_path):
