@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from unloaf.batchnorm import frozen_statistics
 from unloaf.stages import Stage, inner_module
-from unloaf.subnet import check_stages
+from unloaf.subnet import check_stages, foreign_forward
 
 
 def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
@@ -46,10 +46,7 @@ def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
     forwards: dict[str, Any] = {path: block.forward for path, block in blocks.items()}
     for path, forward in forwards.items():
         if not isinstance(forward, MethodType):
-            raise ValueError(
-                f"the forward of block {path!r} was replaced by a {type(forward).__name__}; "
-                "take it off (hooks of accelerate: remove_hook_from_module) and call checkpoint_blocks again"
-            )
+            raise foreign_forward(path, forward, "checkpoint_blocks")
     for path, block in blocks.items():
         function = forwards[path].__func__
         if not hasattr(function, "unloaf_recomputes"):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unloaf.stages import Stage, inner_module
-from unloaf.subnet import check_stages
+from unloaf.subnet import check_stages, foreign_forward
 
 # Of torch's cache of graphs, which all blocks of a class share: its default of 8 is less than a ResNet-50 has shapes.
 _RECOMPILE_LIMIT = 128
@@ -67,10 +67,7 @@ def _check_own_forward(path: str, block: nn.Module) -> None:
     if hasattr(function, "unloaf_recomputes"):
         raise ValueError("the blocks are checkpointed already; call compile_blocks first, then checkpoint_blocks")
     if own is not None and not hasattr(function, "unloaf_compiles"):
-        raise ValueError(
-            f"the forward of block {path!r} was replaced by a {type(own).__name__}; "
-            "take it off (hooks of accelerate: remove_hook_from_module) and call compile_blocks again"
-        )
+        raise foreign_forward(path, own, "compile_blocks")
 
 
 def _compiled_or_not(kind: type[nn.Module], backend: str | Callable[..., Any], mode: str | None) -> Callable[..., Any]:

@@ -157,6 +157,14 @@ def replaces_forward(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def foreign_forward(path: str, forward: Any, caller: str) -> ValueError:
+    """The error of `caller` for a block whose ``forward`` something else has replaced."""
+    return ValueError(
+        f"the forward of block {path!r} was replaced by a {type(forward).__name__}; "
+        f"take it off (hooks of accelerate: remove_hook_from_module) and call {caller} again"
+    )
+
+
 def check_whole(modules: Iterable[nn.Module]) -> None:
     """Raise ValueError if one of the modules is shadowed, that is if the model already runs as a subnet."""
     for module in modules:
