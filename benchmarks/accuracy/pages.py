@@ -66,9 +66,13 @@ def accuracies(table: Table, records: Records) -> list[str]:
 
 
 def differences(table: Table, records: Records) -> list[str]:
-    """Points of each row's main network over common training, at equal epochs and at its cost or more, and over ST."""
+    """Points of each row's main network over common training, at equal epochs and at its cost or more, and over ST.
+
+    A row with more epochs is the baseline at equal cost, or, where its settings are others, compared with it alone.
+    """
     rows = by_row(table, records)
-    equal = [row.label for row in table.rows if row.costs_as and row.label in rows]
+    longer = {row.label: row.settings for row in table.rows if row.costs_as}
+    equal = [label for label, settings in longer.items() if settings == table.rows[0].settings and label in rows]
     base = table.rows[0].label
     if base not in rows:
         return ["Common training is not recorded yet."]
@@ -76,11 +80,13 @@ def differences(table: Table, records: Records) -> list[str]:
     for label, found in rows.items():
         if label == base or label in equal:
             continue
+        same_epochs = label not in longer
         dearer = [e for e in (base, *equal) if cost(rows[e]) >= cost(found) - 0.005]
         against = min(dearer, key=lambda e: cost(rows[e]), default=None)
-        cells = [label, over(found, rows[base]), over(found, rows[against]) if against else "", against or ""]
+        cells = [label, over(found, rows[base]) if same_epochs else ""]
+        cells += [over(found, rows[against]), against] if against else ["", ""]
         if "ST" in rows:
-            cells.append(over(found, rows["ST"]) if label != "ST" else "")
+            cells.append(over(found, rows["ST"]) if same_epochs and label != "ST" else "")
         lines.append(cells)
     heads = ["over common training, same epochs", "over common training, at least its cost", "which"]
     return _table(["", *heads, *["over ST"] * ("ST" in rows)], lines)
