@@ -17,9 +17,11 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from unloaf.analysis.runs import judge_run
 from unloaf.engine import training
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.config import Config
+from unloaf.release.opened import open_trained
 
 MATRIX = [
     (method, workers, opt) for method in ("st", "st++", "gkt") for workers in (0, 2) for opt in ("sgd", "adamw")
@@ -276,9 +278,9 @@ def test_begun_run_without_a_checkpoint_keeps_the_weights_it_was_to_start_from(t
         tiny.run(replace(config, initial_checkpoint=None), resume="auto")
 
 
-@pytest.mark.parametrize(("model", "again"), [("timm/resnet18", False), ("tv/resnet18", True)])
+@pytest.mark.parametrize(("model", "again"), [("timm/resnet18", False), ("tv/resnet18", False), ("tv/vit_h_14", True)])
 def test_published_weights_are_fetched_once(tmp_path, monkeypatch, model, again):
-    """Again on resume only where the form of the network may come with them, as with torchvision's."""
+    """Again, to resume and to judge the run, only where the form of the network comes with them."""
     fetched = []
 
     def build(name: str, *, pretrained: bool, **settings: Any) -> torch.nn.Module:
@@ -289,7 +291,10 @@ def test_published_weights_are_fetched_once(tmp_path, monkeypatch, model, again)
     config = tiny.config(output=str(tmp_path), name="run", epochs=1, model=model, pretrained=True)
     for _ in range(2):
         tiny.train(config, console=tiny.quiet(), resume="auto", data=tiny.data())
-    assert fetched == [True, again]
+    monkeypatch.setattr(training, "load_data", lambda config: tiny.data())
+    judge_run(tmp_path / "run", device="cpu")
+    open_trained(tmp_path / "run", device="cpu")
+    assert fetched == [True, again, again, again]
 
 
 def test_data_workers_of_a_killed_run_end_by_themselves(tmp_path):

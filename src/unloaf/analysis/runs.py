@@ -63,7 +63,7 @@ class RunJudgement:
         split: the images that judged the subnets.
         subnets: those that were asked for, the main network first; of pareto, smallest first.
         judged: all that were judged.
-        notes: what a reader has to know of the checkpoint and the choice of the subnets.
+        notes: what a reader has to know of the checkpoint, the images and the choice of the subnets.
         costs: the same subnets as `judged`, with measured time where that was asked for.
     """
 
@@ -128,12 +128,18 @@ def judge_run(
     if weights not in found.weights:
         raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
     given = {"recalibrate": recalibrate, "workers": workers, "data_dir": data_dir, "device": device}
-    training = prepare(for_one_process(config, **{name: value for name, value in given.items() if value is not None}))
+    changes = {name: value for name, value in given.items() if value is not None}
+    training = prepare(for_one_process(config, **changes), resumed=True)
     if batch_size is not None:
         training = replace(training, config=replace(training.config, batch_size=batch_size))
     load_weights(inner_module(training.model), found, weights)
     splits = _splits(training, split, run)
-    main = {name: training.evaluate(name).main for name in splits}
+    judged = {name: training.evaluate(name) for name in splits}
+    left_out = [
+        f"{len(evaluation.bad_images)} of the {name} images cannot be read and were left out"
+        for name, evaluation in judged.items()
+        if evaluation.bad_images
+    ]
     chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
     rows = _judge(training, chosen, split=splits[0], console=console)
     costs = _costs(training, chosen, rows, timed=timed, repeats=repeats, console=console)
@@ -146,11 +152,11 @@ def judge_run(
         weights=weights,
         params=sum(p.numel() for p in network.parameters()),
         gmacs=gmacs(network, _example(training)),
-        main=main,
+        main={name: evaluation.main for name, evaluation in judged.items()},
         split=splits[0],
         subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
         judged=tuple(rows),
-        notes=(*notes, *more),
+        notes=(*notes, *left_out, *more),
         costs=tuple(costs),
     )
 
@@ -178,17 +184,15 @@ def _patiently(read: Any) -> Any:
 
 
 def for_one_process(config: Config, **changes: Any) -> Config:
-    """The configuration without what only training needs: several devices, downloads, trackers, a second copy."""
+    """The configuration without what only training needs: several devices, trackers, a second copy."""
     return replace(
         config,
         amp=False,
         cutmix=0.0,
         fsdp=False,
         grad_checkpointing=False,
-        initial_checkpoint=None,
         mixup=0.0,
         model_ema=False,
-        pretrained=False,
         sync_bn=False,
         torchcompile=False,
         trackers=(),

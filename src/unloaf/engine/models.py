@@ -84,16 +84,18 @@ def build_model(
         raise ValueError(f"model {family}/{bare} cannot be built with {given}: {in_one_line(error)}") from error
 
 
+# Of torchvision's networks: vit_h_14 takes its side of 518 pixels from the published weights, inception_v3 a change of
+# its input, googlenet that too and its heads.
+_FORM_OF_WEIGHTS = {("tv", name) for name in ("googlenet", "inception_v3", "vit_h_14")}
+
+
 def form_comes_with_weights(name: str) -> bool:
     """Whether the network is not the same one without ``pretrained``.
 
-    Of torchvision's, some take their form from the published weights: vit_h_14 its side of 518 pixels, inception_v3 a
-    change of its input, googlenet its heads.
-
-    >>> [form_comes_with_weights(name) for name in ("tv/vit_h_14", "timm/resnet50")]
-    [True, False]
+    >>> [form_comes_with_weights(name) for name in ("tv/vit_h_14", "tv/resnet50", "timm/resnet50")]
+    [True, False, False]
     """
-    return _resolve(name)[0] == "tv"
+    return _resolve(name) in _FORM_OF_WEIGHTS
 
 
 def _resolve(name: str) -> tuple[str, str]:

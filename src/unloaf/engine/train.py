@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -271,26 +271,27 @@ class Run:
                 rows = {str(judged.subnet): judged.top1 for judged in row.eval.subnets}
                 self.folder.event("subnets", {"epoch": row.epoch, "top1": rows})
         self.say(epoch_line(row, self.config))
-        self._tell_bad_images(row.epoch)
+        if self.config.bad_images == "skip":
+            replaced = self.training.batches.bad_images
+            self._tell_bad_images(f"epoch {row.epoch} took the neighbours of", replaced, row.epoch)
+            if row.eval is not None:
+                self._tell_bad_images("validation left out", row.eval.bad_images, row.epoch)
         self.track({key: value for key, value in values.items() if value is not None}, self.training.steps_done)
         self.save(best=best)
         self.since, self.steps_since = time.perf_counter(), 0
         if not self.training.finished:
             self._stop()
 
-    def _tell_bad_images(self, epoch: int) -> None:
-        """Which training images were skipped for the first time, by any process."""
-        if self.config.bad_images != "skip":
-            return
-        names = list(self.training.batches.bad_images)
+    def _tell_bad_images(self, what: str, names: Sequence[str], epoch: int) -> None:
+        """Which images were skipped for the first time, by any process."""
         if self.accelerator.num_processes > 1:
-            names = gather_object(names)
+            names = gather_object(list(names))
         new = sorted(set(names) - self.told_bad)
         self.told_bad.update(new)
         if not new:
             return
         some = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
-        self.say(f"epoch {epoch} took the neighbours of {len(new)} image(s) that cannot be read: {some}")
+        self.say(f"{what} {len(new)} image(s) that cannot be read: {some}")
         if self.folder is not None:
             self.folder.event("bad_images", {"epoch": epoch, "images": new})
 

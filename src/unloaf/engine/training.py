@@ -31,11 +31,15 @@ from unloaf.subnet import Subnet
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The networks of a run on a split: the main one, its moving average, its subnets."""
+    """The networks of a run on a split: the main one, its moving average, its subnets.
+
+    `bad_images` are those that this process could not read and left out.
+    """
 
     main: Accuracy
     average: Accuracy | None = None
     subnets: tuple[SubnetRow, ...] = ()
+    bad_images: tuple[str, ...] = ()
 
 
 @dataclass
@@ -129,10 +133,11 @@ class Training:
         add = partial(total, self.accelerator)
         models = [self.model] if self.average is None else [self.model, self.average.module]
         with shared_statistics(self.accelerator, self.config, *models):
-            batches = _Watched(self.eval_batches(split), on_batch) if on_batch else self.eval_batches(split)
+            read = self.eval_batches(split)
+            batches = _Watched(read, on_batch) if on_batch else read
             main, *average = (accuracy(inner_module(model), batches, reduce=add) for model in models)
             rows = self._judge_subnets(batches, subnets, add)
-        return Evaluation(main, average[0] if average else None, rows)
+        return Evaluation(main, average[0] if average else None, rows, read.bad_images)
 
     def _judge_subnets(
         self, batches: Iterable[Any], subnets: Sequence[Subnet], add: Callable[[Tensor], Tensor]

@@ -129,7 +129,7 @@ def open_trained(
         raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
     given: Mapping[str, Any] = {"recalibrate": recalibrate or None, "data_dir": data_dir, "device": device}
     changes = {name: value for name, value in given.items() if value is not None}
-    training = prepare(runs.for_one_process(config, **changes))
+    training = prepare(runs.for_one_process(config, **changes), resumed=True)
     runs.load_weights(inner_module(training.model), found, weights)
     if not training.stages:
         raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")

@@ -11,6 +11,7 @@ import torch
 from image_files import png, reds, write_folders, write_shard
 from rich.console import Console
 
+from unloaf.analysis.runs import judge_run
 from unloaf.engine.config import Config
 from unloaf.engine.data import EvalBatches, TrainBatches, check_images, explain_worker_death, load_data
 from unloaf.engine.data.augment import epoch_order
@@ -19,9 +20,9 @@ from unloaf.engine.train import train
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def damage(folders, name="cat/005.png"):
+def damage(folders, name="cat/005.png", *, split="train"):
     """Cuts a file off in the middle of its pixels."""
-    path = folders / "train" / name
+    path = folders / split / name
     path.write_bytes(path.read_bytes()[:48])
     return path
 
@@ -101,6 +102,24 @@ def test_skipped_images_are_told_once_after_their_epoch(many, tmp_path):
     ]
     said = [line.partition(": ")[0][20:] for line in (path / "log.txt").read_text().splitlines() if names[1] in line]
     assert said == ["epoch 1 took the neighbours of 2 image(s) that cannot be read"]
+
+
+def test_images_that_validation_left_out_are_told_once_and_by_the_judgement(many, tmp_path):
+    folder, _ = many
+    write_folders(folder / "val", {"cat": 100, "dog": 20})
+    name = str(damage(folder, "cat/050.png", split="val"))
+    config = Config(
+        dataset="imagefolder", data_dir=str(folder), img_size=8, bad_images="skip", method="common", width=4,
+        model="cifar/resnet8", epochs=2, batch_size=50, device="cpu", output=str(tmp_path),
+    )  # fmt: skip
+    path = train(config, console=Console(file=io.StringIO())).path
+    told = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [event for event in told if event["event"] == "bad_images"] == [
+        {"event": "bad_images", "epoch": 1, "images": [name]}
+    ]
+    lines = [line for line in (path / "log.txt").read_text().splitlines() if "cannot be read" in line]
+    assert [line[20:] for line in lines] == [f"validation left out 1 image(s) that cannot be read: {name}"]
+    assert judge_run(path).notes == ("1 of the val images cannot be read and were left out",)
 
 
 def test_a_run_without_bad_images_says_nothing_of_them(many, tmp_path):

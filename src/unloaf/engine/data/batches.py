@@ -188,6 +188,11 @@ class EvalBatches:
         pin = self._device.type == "cuda"
         self._loader = chunk_loader(EvalReader(data, config, images), plan, workers=workers, pin=pin)
 
+    @property
+    def bad_images(self) -> tuple[str, ...]:
+        """Names of the images left out so far, by this process."""
+        return tuple(sorted(self._bad))
+
     def __len__(self) -> int:
         return -(-len(self._positions) // self._batch_size)
 
