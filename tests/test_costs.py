@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from ptflops import get_model_complexity_info
 from timm import create_model
 from timm.layers import set_fused_attn
+from torch.nn import functional
 
 import unloaf
 from unloaf.analysis import costs
 from unloaf.analysis.choice import pareto_front
 from unloaf.analysis.costs import CostRow, Timing, cost_records, count_costs, gmacs, measure_subnets, write_csv
+from unloaf.analysis.flops import counting_flops
 from unloaf.engine.models import build_model
 
 
@@ -72,6 +74,17 @@ def test_attention_is_counted_fused_or_not():
         counted.append(gmacs(model, torch.zeros(1, 3, 224, 224)))
     set_fused_attn(True)
     assert counted[0] == counted[1]
+
+
+def test_attention_whose_heads_share_keys_is_counted_forward_and_backward():
+    query, shared = (torch.zeros(1, heads, 50, 16, requires_grad=True) for heads in (4, 2))
+    product = 4 * 2 * 50 * 16 * 50  # of four heads, two operations each
+    with counting_flops() as counter:
+        out = functional.scaled_dot_product_attention(query, shared, shared, enable_gqa=True)
+    assert counter.get_total_flops() == 2 * product
+    with counting_flops() as counter:
+        out.sum().backward()
+    assert counter.get_total_flops() in (4 * product, 5 * product)  # fused, the scores are computed again
 
 
 @pytest.fixture(scope="module")

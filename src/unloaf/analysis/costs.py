@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from unloaf.analysis.flops import counting_flops
 from unloaf.evaluation import count_params
 from unloaf.stages import Stage, call_model, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_subnet
@@ -93,7 +93,7 @@ def gmacs(model: nn.Module, image: Any) -> float:
     >>> round(gmacs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 32, 32)) * 1e9)  # 8 * 3 * 9 * 32 * 32
     221184
     """
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), counting_flops() as counter:
         call_model(model, image)
     return counter.get_total_flops() / 2e9
 

@@ -10,13 +10,46 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from unloaf.inputs import View, batch_size, first_examples
 from unloaf.methods import TrainingMethod
 from unloaf.passes import SubnetPass, between_blocks, logits_of
 from unloaf.stages import Stage, call_model, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_stages
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, *(_with_heads_of(query, shape) for shape in (key, value)))
+
+
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, *(_with_heads_of(query, shape) for shape in (key, value)))
+
+
+def _with_heads_of(query: torch.Size, shape: torch.Size) -> tuple[int, ...]:
+    """A head of keys may serve several of the queries: as many products, which torch 2.11 refuses to count."""
+    return (shape[0], query[1], *shape[2:])
+
+
+# The counter of torch 2.11 leaves out the fused attention that CPUs compute with; later ones count it the same way.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def counting_flops() -> FlopCounterMode:
+    """Torch's flop counter: convolutions, linear layers, attention.
+
+    >>> with counting_flops() as counter:
+    ...     _ = nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 2, 50, 16))
+    >>> counter.get_total_flops() == 2 * 2 * (2 * 50 * 16 * 50)  # two heads, two products: 50x16 by 16x50, and back
+    True
+    """
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
 
 
 class StepFlops(NamedTuple):
@@ -132,7 +165,7 @@ class StepCounter:
         """Calls of blocks and of modules between them in a pass, with the FLOPs since the call before."""
         events: list[tuple[str, int]] = []
         kept = subnet.modes(self.stages)
-        with evaluating(self.model), FlopCounterMode(display=False) as counter:
+        with evaluating(self.model), counting_flops() as counter:
             counted = 0
 
             def record(path: str) -> None:
@@ -158,7 +191,7 @@ class StepCounter:
                 handle.remove()
 
     def _forward_and_backward(self) -> int:
-        with evaluating(self.model), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        with evaluating(self.model), torch.enable_grad(), counting_flops() as counter:
             logits: Tensor = logits_of(call_model(self.model, self.x))
             torch.autograd.grad(
                 logits.sum(), [p for p in self.model.parameters() if p.requires_grad], allow_unused=True
