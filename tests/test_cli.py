@@ -121,6 +121,13 @@ def test_bad_input_exits_2_with_one_line(capsys, words, message):
     assert err.count("\n") == 1
 
 
+def test_an_error_about_a_long_word_keeps_its_beginning_and_what_to_do(capsys):
+    _, _, err = in_process(capsys, "9" * 5_000)
+    assert err.startswith("unloaf: error: unknown command '999")
+    assert err.endswith("bench, or --help\n")
+    assert len(err) < 3_000
+
+
 def test_unknown_model_exits_2_before_training(capsys, tmp_path):
     code, _, err = in_process(capsys, "train", "--model", "timm/resnet5O", "--output", str(tmp_path))
     assert code == 2

@@ -118,6 +118,8 @@ def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = No
     if debug:
         traceback.print_exception(error)
     message = " ".join((text or str(error)).split())
+    if len(message) > 2_500:  # it repeats what was typed; what to do stands at its end
+        message = f"{message[:1_200]} ... {message[-1_200:]}"
     print(f"unloaf: error: {message}", file=sys.stderr)
     return code
 
