@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy.pages [--check]
 
 A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with
-"differences" or "inside" after it for those views of it. --check writes nothing and says what is out of date.
+"headline" after it for its rows of the first tier alone, "differences" or "inside" for those views of it. --check writes
+nothing and says what is out of date.
 """
 
 from __future__ import annotations
@@ -153,9 +154,11 @@ def written(text: str, results: Results, *, links: str) -> str:
         table, records = TABLES[name], results.records(name)
         if not records:
             return f"{start}Not run yet: `{_command(name, table.common['dataset'])}`.\n{end}"
-        if view is not None:
+        if view in _VIEWS:
             lines = [*_VIEWS[view](table, records)]
         else:
+            if view == "headline":
+                records = [r for r in records if table.row(r["row"]).tier == 1]
             record = f"([records]({links}results/{name}.json))"
             below = textwrap.fill(f"{about(table, records)} {record}.", 120, break_on_hyphens=False)
             lines = [*accuracies(table, records), "", below]
