@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy.pages [--check]
 
 A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with
-"headline" after it for its rows of the first tier alone, "differences" or "inside" for those views of it. --check writes
-nothing and says what is out of date.
+"headline" after it for its rows of the first tier alone, "differences" or "inside" for those views of it. --check
+writes nothing and says what is out of date.
 """
 
 from __future__ import annotations
