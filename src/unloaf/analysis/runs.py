@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from unloaf.engine.config import Config, load_config
 from unloaf.engine.display import show_progress
 from unloaf.engine.errors import CheckpointError
 from unloaf.engine.run_folder import run_of
-from unloaf.engine.training import Training, prepare
+from unloaf.engine.training import Evaluation, Training, prepare
 from unloaf.evaluation import Accuracy, choose_subnets, evaluate_subnets
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, active_subnet
@@ -135,11 +135,6 @@ def judge_run(
     load_weights(inner_module(training.model), found, weights)
     splits = _splits(training, split, run)
     judged = {name: training.evaluate(name) for name in splits}
-    left_out = [
-        f"{len(evaluation.bad_images)} of the {name} images cannot be read and were left out"
-        for name, evaluation in judged.items()
-        if evaluation.bad_images
-    ]
     chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
     rows = _judge(training, chosen, split=splits[0], console=console)
     costs = _costs(training, chosen, rows, timed=timed, repeats=repeats, console=console)
@@ -156,9 +151,15 @@ def judge_run(
         split=splits[0],
         subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
         judged=tuple(rows),
-        notes=(*notes, *left_out, *more),
+        notes=(*notes, *_left_out(judged), *more),
         costs=tuple(costs),
     )
+
+
+def _left_out(judged: Mapping[str, Evaluation]) -> list[str]:
+    """A note for each split of which images cannot be read."""
+    counts = {split: len(evaluation.bad_images) for split, evaluation in judged.items()}
+    return [f"{n} of the {split} images cannot be read and were left out" for split, n in counts.items() if n]
 
 
 def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
