@@ -127,9 +127,9 @@ def judge_run(
     weights = "model_ema" if ema else "model"
     if weights not in found.weights:
         raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
-    given = {"recalibrate": recalibrate, "workers": workers, "data_dir": data_dir, "device": device}
-    changes = {name: value for name, value in given.items() if value is not None}
-    training = prepare(for_one_process(config, **changes), resumed=True)
+    training = prepare_for_one_process(
+        config, recalibrate=recalibrate, workers=workers, data_dir=data_dir, device=device
+    )
     if batch_size is not None:
         training = replace(training, config=replace(training.config, batch_size=batch_size))
     load_weights(inner_module(training.model), found, weights)
@@ -184,9 +184,12 @@ def _patiently(read: Any) -> Any:
     return read()
 
 
-def for_one_process(config: Config, **changes: Any) -> Config:
-    """The configuration without what only training needs: several devices, trackers, a second copy."""
-    return replace(
+def prepare_for_one_process(config: Config, **given: Any) -> Training:
+    """The run for weights of a checkpoint, without what only training needs: several devices, trackers, a second copy.
+
+    What is given as None stays as in the run.
+    """
+    alone = replace(
         config,
         amp=False,
         cutmix=0.0,
@@ -197,8 +200,9 @@ def for_one_process(config: Config, **changes: Any) -> Config:
         sync_bn=False,
         torchcompile=False,
         trackers=(),
-        **changes,
+        **{name: value for name, value in given.items() if value is not None},
     )
+    return prepare(alone, resumed=True)
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from unloaf.analysis import runs
 from unloaf.analysis.costs import gmacs
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.run_folder import run_of
-from unloaf.engine.training import Training, prepare
+from unloaf.engine.training import Training
 from unloaf.evaluation import Accuracy, accuracy
 from unloaf.release.libraries import transformers_config
 from unloaf.stages import inner_module
@@ -127,9 +126,7 @@ def open_trained(
     weights = "model_ema" if ema else "model"
     if weights not in found.weights:
         raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
-    given: Mapping[str, Any] = {"recalibrate": recalibrate or None, "data_dir": data_dir, "device": device}
-    changes = {name: value for name, value in given.items() if value is not None}
-    training = prepare(runs.for_one_process(config, **changes), resumed=True)
+    training = runs.prepare_for_one_process(config, recalibrate=recalibrate or None, data_dir=data_dir, device=device)
     runs.load_weights(inner_module(training.model), found, weights)
     if not training.stages:
         raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")
