@@ -24,12 +24,13 @@ from rich.console import Console
 
 from unloaf.analysis.flops import method_flops
 from unloaf.analysis.runs import checkpoint_of, load_weights
+from unloaf.batchnorm import recalibrate_bn
 from unloaf.engine.config import Config
 from unloaf.engine.environment import environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
 from unloaf.engine.loop import Training, prepare, train_step
 from unloaf.engine.train import train
-from unloaf.evaluation import choose_subnets, evaluate_subnets
+from unloaf.evaluation import accuracy, choose_subnets, evaluate_subnets
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
 
@@ -58,7 +59,11 @@ def _config(values: Mapping[str, Any]) -> Config:
 
 
 def judge(path: Path, config: Config, order: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy of the last checkpoint and of subnets in it, with batch-norm statistics of their own, in percent."""
+    """Accuracy of the last checkpoint and of subnets in it, with batch-norm statistics of their own, in percent.
+
+    The main network is judged both ways: `top1` is with the running statistics that training left, `top1_reestimated`
+    with statistics re-estimated as its subnets have them.
+    """
     # Precision is the process's own, and judging is in float32 whatever it is.
     training = prepare(replace(config, torchcompile=False))
     training = replace(training, config=replace(training.config, batch_size=250))
@@ -73,9 +78,12 @@ def judge(path: Path, config: Config, order: Mapping[str, Any]) -> dict[str, Any
         subnets=chosen,
         calibration=training.calibration_batches(),
     )
+    recalibrate_bn(model, training.calibration_batches())
+    reestimated = accuracy(model, training.eval_batches(order["split"]))
     main, *others = sorted(rows, key=lambda row: row.subnet != Subnet.full(stages))
     return {
         "top1": round(main.top1, 3),
+        "top1_reestimated": round(reestimated.top1, 3),
         "top5": round(main.top5, 3),
         "loss": round(main.loss, 5),
         "subnets": {str(row.subnet): round(row.top1, 3) for row in others},

@@ -148,7 +148,7 @@ def to_measure(table: Table, tier: int | None = None, labels: Collection[str] | 
         return []
     asked = _asked(table, tier, labels)
     needed = {table.rows[0].label} | {label for row in asked for label in (row.label, *row.costs_as)}
-    return [row for row in table.rows if row.label in needed and not row.costs_as]
+    return [row for row in table.rows if row.label in needed and not row.costs_as and "model" not in row.settings]
 
 
 def _asked(table: Table, tier: int | None, labels: Collection[str] | None) -> list[Row]:

@@ -183,7 +183,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """0 when all is trained, 3 when something is left, 1 when something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", choices=[*TABLES, *GROUPS], metavar="TABLE")
-    parser.add_argument("--data-dir", help="folder of cifar-100-python")
+    parser.add_argument("--data-dir", help="folder of cifar-10-batches-py or cifar-100-python")
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the records")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -197,7 +197,7 @@ def main(words: Sequence[str] | None = None) -> int:
     names = [name for given in options.tables for name in GROUPS.get(given, (given,))]
     options.named = set(names)
     if options.data_dir is None and any(TABLES[name].common["dataset"] != "digits" for name in names):
-        parser.error("give --data-dir, the folder of cifar-100-python")
+        parser.error("give --data-dir, the folder of cifar-10-batches-py or cifar-100-python")
     study, left = Study(options), False
     for name in names:
         if study.over:
