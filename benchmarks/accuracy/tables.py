@@ -298,8 +298,8 @@ def loafing_rows(depths: Mapping[str, int]) -> tuple[Row, ...]:
 CPU_ALONE = {"1-1-1": 8, "2-2-2": 14, "3-3-3": 20, "4-4-4": 26}
 GPU_ALONE = {"1-1-1": 8, "2-2-2": 14, "3-3-3": 20, "5-5-5": 32, "7-7-7": 44}
 
-# CIFAR-10 as the published figures have it: all images at 32 px. The settings are the usual ones, the same for all rows;
-# none was tuned. ST++ takes one ordered subnet, as the tables above suggest.
+# CIFAR-10 as the published figures have it: all images at 32 px. The settings are the usual ones, the same for all
+# rows, none was tuned. ST++ takes one ordered subnet, as the tables above suggest.
 CIFAR10: dict[str, Any] = {
     "dataset": "cifar10", "val_fraction": 0.0, "model": "cifar/resnet32", "batch_size": 128, "epochs": 40,
     "warmup_epochs": 1, "device_data": True, "amp": True, "channels_last": True, "device": "cpu", "eval_interval": 1000,
