@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.data import load_data
+from unloaf.engine.errors import CheckpointError
 from unloaf.engine.loop import Training, fit, prepare, train_epoch
 from unloaf.engine.methods import check_classes
 from unloaf.engine.saving import Saver
@@ -217,6 +219,24 @@ def initial(path: Path, model: torch.nn.Module | None = None) -> Training:
 def test_initial_weights_of_a_run_a_checkpoint_or_a_file(tmp_path, place):
     path = tiny.run(tiny.config(output=str(tmp_path), epochs=1)).path
     assert tiny.same(tiny.weights(initial(path / place).model), load_file(path / "last" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("place", ["", "last", "last/model.safetensors"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "of another step", "no manifest"])
+def test_initial_weights_of_a_damaged_checkpoint_are_refused(tmp_path, place, damage):
+    """All of these load without an error in safetensors."""
+    path = tiny.run(tiny.config(output=str(tmp_path), epochs=2)).path
+    weights = path / "last" / "model.safetensors"
+    if damage == "a flipped bit":
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "of another step":
+        shutil.copy(path / "checkpoints" / "step-00000004" / "model.safetensors", weights)
+    else:
+        (path / "last" / "manifest.json").unlink()
+    assert load_file(weights)
+    with pytest.raises(CheckpointError, match=r"SHA-256 differs|has .* of .* bytes|holds no manifest"):
+        initial(path / place)
 
 
 def test_initial_weights_leave_a_head_for_other_classes(tmp_path):

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from unloaf.engine.checkpoint.manifest import verify_file
 from unloaf.engine.cifar_resnet import CifarResNet
 from unloaf.engine.errors import in_one_line
 
@@ -212,11 +213,15 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
 
     Raises:
         ValueError: there is no such file, or nothing in it fits the model.
+        CheckpointError: the file belongs to a checkpoint and is not what was written, by its SHA-256.
     """
     candidates = [path, path / "model.safetensors", path / "last" / "model.safetensors"]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         raise ValueError(f"initial_checkpoint {path}: give a safetensors file, a checkpoint or the folder of a run")
+    folder = file.resolve().parent
+    if (folder / "manifest.json").is_file() or folder.name.startswith("step-"):
+        verify_file(folder / file.name)
     try:
         weights = load_file(file)
     except (SafetensorError, OSError) as error:

@@ -43,16 +43,27 @@ def seal(folder: Path, step: int, metadata: dict[str, str], aliases: dict[str, d
 def verified(folder: Path) -> Manifest:
     """The manifest, once every file it lists has its size and SHA-256; CheckpointError otherwise."""
     manifest = read_manifest(folder)
-    for name, (size, digest) in manifest.files.items():
-        path = folder / name
-        with reading(path):
-            if not path.is_file():
-                raise damaged(path, "is missing")
-            if path.stat().st_size != size:
-                raise damaged(path, f"has {path.stat().st_size:,} of {size:,} bytes")
-            if sha256(path) != digest:
-                raise damaged(path, "has other bytes than were written: the SHA-256 differs from manifest.json")
+    for name, expected in manifest.files.items():
+        _verify(folder / name, *expected)
     return manifest
+
+
+def verify_file(path: Path) -> None:
+    """Raises CheckpointError unless a file of a step folder is what its manifest lists."""
+    files = read_manifest(path.parent).files
+    if path.name not in files:
+        raise damaged(path, "is not among the files of manifest.json")
+    _verify(path, *files[path.name])
+
+
+def _verify(path: Path, size: int, digest: str) -> None:
+    with reading(path):
+        if not path.is_file():
+            raise damaged(path, "is missing")
+        if path.stat().st_size != size:
+            raise damaged(path, f"has {path.stat().st_size:,} of {size:,} bytes")
+        if sha256(path) != digest:
+            raise damaged(path, "has other bytes than were written: the SHA-256 differs from manifest.json")
 
 
 def read_manifest(folder: Path) -> Manifest:
