@@ -116,10 +116,11 @@ def test_subnets_inside_and_alone_are_those_of_the_records(name, view, body):
     for row in parsed(body) if (RESULTS / f"{name}.json").exists() else []:
         depths = row.pop("subnet")
         alone = row.pop("alone")
-        assert alone == (stated(list(tops(name, f"alone {depths}"))) if depths != "the whole" else "")
+        whole = {"the whole": "top1", "the whole, statistics re-estimated": "top1_reestimated"}.get(depths)
+        assert alone == ("" if whole else stated(list(tops(name, f"alone {depths}"))))
         for head, cell in row.items():
             found = records_of(name, head.removeprefix("inside "))
-            assert cell == stated([r["top1"] if depths == "the whole" else r["subnets"][depths] for r in found])
+            assert cell == stated([r[whole] if whole else r["subnets"][depths] for r in found])
 
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/reproduction.md"])
@@ -355,6 +356,18 @@ def test_subnets_stand_beside_the_same_networks_alone():
     records = [record("ST", 70.0, subnets={"1-1": 65.0}), record("alone 1-1", 66.0, subnets={})]
     lines = inside(replace(TINY, rows=rows), records)
     assert lines[2:] == ["| 1-1 | 66.0 | 65.0 |", "| the whole |  | 70.0 |"]
+    both = inside(replace(TINY, rows=rows), [records[0] | {"top1_reestimated": 71.0}, records[1]])
+    assert both[2:] == [*lines[2:], "| the whole, statistics re-estimated |  | 71.0 |"]
+
+
+def test_a_network_trained_alone_has_no_cost():
+    rows = (Row(label="ST", settings={}), Row(label="alone 1-1", settings={}))
+    costs = {"cost_time": 1.5, "cost_flops": 1.25}, dict.fromkeys(("cost_time", "cost_flops"))
+    records = [record(row.label, 70.0, epochs=4, subnets={}) | cost for row, cost in zip(rows, costs, strict=True)]
+    assert accuracies(replace(TINY, rows=rows), records)[2:] == [
+        "| ST | 4 | 70.0 |  |  | 1.50 | 1.25 | 1 |",
+        "| alone 1-1 | 4 | 70.0 |  |  |  |  | 1 |",
+    ]
 
 
 def test_a_record_replaces_the_one_of_the_same_run(tmp_path):

@@ -60,10 +60,15 @@ def accuracies(table: Table, records: Records) -> list[str]:
         subnets = [list(r["subnets"].values()) for r in found]
         cells = [label, str(found[0]["epochs"]), mean([r["top1"] for r in found])]
         cells += [mean([pick(tops) for tops in subnets]) if all(subnets) else "" for pick in (statistics.fmean, min)]
-        cells += [f"{found[0][name]:.2f}" for name in ("cost_time", "cost_flops") if costs]
+        cells += [_cost(found[0][name]) for name in ("cost_time", "cost_flops") if costs]
         lines.append([*cells, str(len(found))])
     diverged = sorted({r["row"] for r in records if r["top1"] is None})
     return [*_table(heads, lines), *[f"\nDiverged: {'; '.join(diverged)}."] * bool(diverged)]
+
+
+def _cost(value: float | None) -> str:
+    """A network trained alone has no method whose cost could be compared."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def differences(table: Table, records: Records) -> list[str]:
@@ -107,8 +112,15 @@ def over(found: Records, base: Records) -> str:
     return f"{text} ± {sum(statistics.variance(values) / len(values) for values in tops) ** 0.5:.1f}"
 
 
+# Records of older runs have the main network with its running statistics alone.
+_JUDGED = {"the whole": "top1", "the whole, statistics re-estimated": "top1_reestimated"}
+
+
 def inside(table: Table, records: Records) -> list[str]:
-    """A line for each subnet: trained alone, and inside the networks of each method."""
+    """A line for each subnet: trained alone, and inside the networks of each method.
+
+    Subnets have re-estimated batch-norm statistics; the whole network is judged with its running ones, and as they are.
+    """
     rows = by_row(table, records)
     alone = {label.removeprefix("alone "): found for label, found in rows.items() if label.startswith("alone ")}
     methods = {label: found for label, found in rows.items() if not label.startswith("alone ")}
@@ -116,7 +128,10 @@ def inside(table: Table, records: Records) -> list[str]:
     for depths, found in alone.items():
         judged = [[r["subnets"][depths] for r in rs if depths in r["subnets"]] for rs in methods.values()]
         lines.append([depths, mean([r["top1"] for r in found]), *(mean(tops) if tops else "" for tops in judged)])
-    lines.append(["the whole", "", *(mean([r["top1"] for r in found]) for found in methods.values())])
+    for name, key in _JUDGED.items():
+        tops = [[r[key] for r in found if key in r] for found in methods.values()]
+        if any(tops):
+            lines.append([name, "", *(mean(values) if values else "" for values in tops)])
     return _table(["subnet", "alone", *(f"inside {label}" for label in methods)], lines)
 
 
