@@ -260,6 +260,29 @@ def test_bad_images_are_listed_with_their_reasons(images, capsys):
     assert err.count("\n") == 1
 
 
+def test_faults_and_bad_images_are_listed_together(images, capsys):
+    (images / "train" / "cat" / "1.png").write_text("no image")
+    (images / "val" / "dog").rename(images / "val" / "wolf")
+    code, out, err = in_process(capsys, "check-data", str(images), "--num-classes", "3")
+    assert (code, [line.partition(":")[0] for line in out.splitlines()]) == (
+        2,
+        ["train", "val", "wrong", "wrong", "bad"],
+    )
+    assert err == (
+        "unloaf: error: 2 faults of the image set and 1 of 12 images cannot be read, listed above; "
+        "mend them and check again\n"
+    )
+
+
+def test_notes_are_no_faults(images, capsys):
+    (images / "val").rename(images / "unused")
+    for name in ("cat", "dog"):
+        (images / "train" / name).rename(images / "unused" / f"{name}-of-train")
+    code, out, _ = in_process(capsys, "check-data", str(images / "unused"))
+    assert code == 0
+    assert out.splitlines()[1] == f"note: no train/ in {images}/unused: its 4 folders are taken as the classes"
+
+
 def test_many_classes_are_summed_up(tmp_path, capsys):
     for number in range(21):
         folder = tmp_path / "train" / f"class{number:02}"

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from unloaf import __version__
-from unloaf.arguments import BenchStep, CheckData, Demo, Eval, Export, Inspect, Report, Subnets, parse_train
+from unloaf.arguments import BenchStep, Demo, Eval, Export, Inspect, Report, Subnets, parse_train
+from unloaf.commands.check_data import check_data
 from unloaf.engine.config import dump_config
 from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError, in_one_line
 from unloaf.engine.run_folder import open_run
@@ -314,33 +315,6 @@ def _report(words: list[str]) -> int:
     return 0
 
 
-def _check_data(words: list[str]) -> int:
-    config = parse(CheckData, words, prog="unloaf check-data").config()
-    from unloaf.engine.data import check_images
-
-    report = check_images(config)
-    for split, counts in report.counts.items():
-        if sum(counts.values()):
-            print(f"{split}: {sum(counts.values())} images, {_classes(counts)}")
-    for name, reason in report.bad:
-        print(f"bad: {name}: {reason}")
-    if report.bad:
-        total = sum(sum(counts.values()) for counts in report.counts.values())
-        raise ValueError(
-            f"{len(report.bad)} of {total} images cannot be read; replace or remove them, "
-            "or train with --bad-images skip, which bears 1 %"
-        )
-    print("all images can be read")
-    return 0
-
-
-def _classes(counts: dict[str, int]) -> str:
-    if len(counts) <= 20:
-        return f"{len(counts)} classes: " + ", ".join(f"{name} {count}" for name, count in counts.items())
-    fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    return f"{len(counts)} classes of {counts[fewest]} ({fewest}) to {counts[most]} ({most}) images"
-
-
 def _bench(words: list[str]) -> int:
     if words in (["-h"], ["--help"]):
         words = ["step", *words]
@@ -362,7 +336,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "inspect": _inspect,
     "export": _export,
     "report": _report,
-    "check-data": _check_data,
+    "check-data": check_data,
     "bench": _bench,
 }
 

@@ -168,6 +168,7 @@ class Run:
             f"{config.model}: {sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{blocks} blocks in {len(training.stages)} stages",
             f"{training.data.name}: {len(training.data.train)} images, {training.steps_per_epoch} steps per epoch",
+            *training.data.notes,
         ]
         if checkpoint is not None:
             lines.append(f"resumed at step {training.steps_done} (epoch {training.position.epoch})")

@@ -299,3 +299,73 @@ def test_a_damaged_table_is_told(tables):
     build(TRAIN).save_to_disk(str(folder))
     next(folder.glob("*.arrow")).write_bytes(b"no table")
     refused(table_config(folder), f"split train in {folder} cannot be read")
+
+
+# Class folders without a split above them.
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """20 cats and 20 dogs, reds 0 to 39, in tmp_path/cat and tmp_path/dog."""
+    write_folders(tmp_path, {"cat": 20, "dog": 20})
+    return tmp_path
+
+
+def flat_config(folder, **settings):
+    return Config(dataset="imagefolder", data_dir=str(folder), img_size=8, batch_size=4, **settings)
+
+
+def test_flat_class_folders_are_trained_on_and_validated_with(flat):
+    data = load_data(flat_config(flat))
+    assert data.class_names == ("cat", "dog")
+    assert data.val.labels.tolist().count(0) == data.val.labels.tolist().count(1) == 2  # a tenth of each class
+    assert sorted(contents(data.train) + contents(data.val)) == TRAIN
+    assert data.notes == (
+        f"no train/ in {flat}: its 2 folders are taken as the classes",
+        "4 of 40 images are held out for validation (--val-fraction 0.1)",
+    )
+
+
+def test_flat_class_folders_with_folders_inside_and_beside_them(flat):
+    (flat / "dog" / "puppies").mkdir()
+    (flat / "dog" / "puppies" / "x.jpg").write_bytes(png(77))
+    (flat / ".thumbnails").mkdir()
+    (flat / "notes.txt").write_text("no image")
+    data = load_data(flat_config(flat, val_fraction=0.0))
+    assert contents(data.train) == [*TRAIN, (77, 1)]
+
+
+@pytest.mark.parametrize("name", ["test", "Validation", "valid", "dev"])
+def test_a_folder_named_like_a_split_is_no_class(flat, name):
+    write_folders(flat / name, {"cat": 1, "dog": 1})
+    refused(flat_config(flat), "expected train/CLASS/*.jpg", "there is")
+
+
+def test_folders_of_folders_are_no_classes(flat, tmp_path):
+    (tmp_path / "up").mkdir()
+    flat_one = tmp_path / "up" / "one"
+    (flat / "cat").rename(tmp_path / "cat-moved")
+    write_folders(flat_one, {"cat": 2, "dog": 2})
+    refused(flat_config(tmp_path / "up"), "expected train/CLASS/*.jpg", "there is one")
+
+
+def test_flat_folders_are_not_taken_where_a_split_is_asked_for(flat):
+    refused(flat_config(flat, val_split="val"), "expected train/CLASS/*.jpg")
+
+
+def test_a_single_class_is_refused(tmp_path):
+    write_folders(tmp_path / "train", {"cat": 20})
+    refused(flat_config(tmp_path), "cat is the only class of train; give at least 2")
+
+
+def test_a_label_of_a_billion_is_refused_without_a_billion_names(tmp_path):
+    write_shard(tmp_path / "train-0.tar", {"a.png": png(0), "a.cls": b"0", "b.png": png(1), "b.cls": b"1000000000"})
+    config = Config(dataset="webdataset", data_dir=str(tmp_path))
+    refused(config, "999999999 of 1000000001 classes have no image in train: 1, 2, 3, 4, 5 and 999999994 more")
+
+
+def test_what_is_held_out_of_a_training_folder_is_told(folders, folder_config):
+    assert load_data(folder_config()).notes == ()
+    shutil.rmtree(folders / "val")
+    told = "8 of 40 images are held out for validation (--val-fraction 0.2)"
+    assert load_data(folder_config(val_fraction=0.2)).notes == (told,)

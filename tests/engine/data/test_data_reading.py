@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -203,3 +204,43 @@ def test_every_bad_file_of_every_split_is_listed(folders, folder_config, workers
     assert [name for name, _ in report.bad] == list(map(str, paths))
     assert report.bad[2][1] == "no image format that Pillow knows"
     assert report.counts == {"train": {"cat": 20, "dog": 20}, "val": {"cat": 3, "dog": 2}, "test": {"cat": 0, "dog": 0}}
+
+
+def test_everything_that_is_wrong_is_listed_at_once(folders, folder_config):
+    bad = damage(folders)
+    (folders / "train" / "eel").mkdir()
+    (folders / "val" / "dog").rename(folders / "val" / "wolf")
+    (folders / "test" / "cat").mkdir(parents=True)
+    report = check_images(folder_config(num_classes=5))
+    assert [name for name, _ in report.bad] == [str(bad)]
+    starts = (
+        "num_classes 5, but imagefolder has 3 classes",
+        "1 of 3 classes have no image in train: eel",
+        "the classes of validation differ from the 3 classes of the training images; missing there: dog, eel; only ",
+    )
+    assert [fault.startswith(start) for fault, start in zip(report.faults, starts, strict=True)] == [True] * 3
+    assert report.counts["train"] == {"cat": 20, "dog": 20, "eel": 0}
+    assert report.counts["val"] == {"cat": 3, "wolf": 2}
+    assert report.notes == (f"no image in {folders / 'test'}; it is left alone",)
+
+
+def test_a_missing_training_folder_keeps_no_other_from_being_checked(folders, folder_config):
+    (folders / "train").rename(folders / "trian")
+    bad = folders / "val" / "dog" / "104.png"
+    bad.write_bytes(b"")
+    report = check_images(folder_config())
+    assert [name for name, _ in report.bad] == [str(bad)]
+    assert len(report.faults) == 1
+    assert report.faults[0].endswith("there is trian, val")
+
+
+def test_what_may_surprise_is_noted_and_no_fault(folders, folder_config):
+    for image in (folders / "val" / "dog").iterdir():
+        image.unlink()
+    report = check_images(folder_config())
+    assert (report.faults, report.notes) == ((), ("1 of 2 classes have no image in val: dog",))
+    shutil.rmtree(folders / "val")
+    for image in sorted((folders / "train" / "dog").iterdir())[1:]:
+        image.unlink()
+    [note] = check_images(folder_config()).notes
+    assert note.startswith("by default, `unloaf train` cannot hold out 2 of 21 images, every class in both")

@@ -6,38 +6,79 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from unloaf.engine.config import Config
-from unloaf.engine.data.images import BadImageError, Images
-from unloaf.engine.data.sets import load_data
+from unloaf.engine.data.agreement import FoundSplits, disagreements, some
+from unloaf.engine.data.images import BadImageError, Images, Split
+from unloaf.engine.data.memory import hold_out
+from unloaf.engine.data.sets import FILE_SETS, find_splits, load_data
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Images per split and class, and the (name, reason) of each image that cannot be read."""
+    """What is in an image set, and all that is wrong with it.
+
+    Attributes:
+        counts: images per split and class.
+        bad: (name, reason) of each image that cannot be read.
+        faults: what else keeps a run from using the set, a line each.
+        notes: what a run decides, or what may surprise.
+    """
 
     counts: dict[str, dict[str, int]]
     bad: tuple[tuple[str, str], ...]
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def check_images(config: Config) -> CheckReport:
-    """Decodes every image of every split, with config.workers threads.
+    """Opens every split and decodes every image of it, with config.workers threads.
 
     Raises:
-        ValueError: the set cannot be opened at all; see load_data.
+        ValueError: a set in memory cannot be loaded; see load_data.
 
     >>> report = check_images(Config(dataset="digits"))
     >>> report.counts["val"]["0"], report.bad
     (30, ())
     """
-    data = load_data(config)
-    splits = {"train": data.train, "val": data.val} | ({} if data.test is data.val else {"test": data.test})
+    found = find_splits(config) if config.dataset in FILE_SETS else _in_memory(config)
+    splits = {
+        name: split
+        for name, split in (("train", found.train), ("val", found.val), ("test", found.test))
+        if split is not None and (name == "val" or split is not found.val)
+    }
     with ThreadPoolExecutor(max(1, config.workers)) as pool:
-        problems = [
+        bad = [
             problem
-            for images in splits.values()
-            for problem in pool.map(lambda index, images=images: _problem(images, index), range(len(images)))
+            for split in splits.values()
+            for problem in pool.map(lambda at, images=split.images: _problem(images, at), range(len(split.images)))
             if problem is not None
         ]
-    return CheckReport({name: _counts(images, data.class_names) for name, images in splits.items()}, tuple(problems))
+    faults = (*found.faults, *disagreements(config, found))
+    notes = [*found.notes, *(note for name, split in splits.items() if name != "train" for note in _empty(split, name))]
+    if found.train is not None and found.val is None and not faults:
+        notes += _cannot_hold_out(found.train)
+    return CheckReport(_counts_of(found), tuple(bad), faults, tuple(notes))
+
+
+def _in_memory(config: Config) -> FoundSplits:
+    data = load_data(config)
+    splits = [Split(images, data.class_names) if len(images) else None for images in (data.train, data.val, data.test)]
+    return FoundSplits(splits[0], splits[1], splits[2])
+
+
+def _cannot_hold_out(train: Split) -> list[str]:
+    """A note if a run with the default settings could not begin."""
+    try:
+        hold_out(train.images, round(Config.val_fraction * len(train.images)))
+    except ValueError as error:
+        return [f"by default, `unloaf train` {error}"]
+    return []
+
+
+def _empty(split: Split, name: str) -> list[str]:
+    names = split.class_names or ()
+    counts = split.images.labels.bincount(minlength=len(names)).tolist() if names else []
+    empty = [label for label, count in zip(names, counts, strict=True) if count == 0]
+    return [f"{len(empty)} of {len(names)} classes have no image in {name}: {some(empty)}"] if empty else []
 
 
 def _problem(images: Images, index: int) -> tuple[str, str] | None:
@@ -48,6 +89,16 @@ def _problem(images: Images, index: int) -> tuple[str, str] | None:
     return None
 
 
-def _counts(images: Images, class_names: tuple[str, ...]) -> dict[str, int]:
-    counts = images.labels.bincount(minlength=len(class_names)).tolist()
-    return dict(zip(class_names, counts, strict=True))
+def _counts_of(found: FoundSplits) -> dict[str, dict[str, int]]:
+    names = (found.train and found.train.class_names) or ()
+    nothing = dict.fromkeys(names, 0)
+    counts = {"train": found.train, "val": found.val} | ({} if found.test is found.val else {"test": found.test})
+    return {name: _counts(split) if split else nothing for name, split in counts.items()}
+
+
+def _counts(split: Split) -> dict[str, int]:
+    if split.class_names is None:  # labels as they are found, also wrong ones
+        labels, counts = split.images.labels.unique(return_counts=True)
+        return {str(label): count for label, count in zip(labels.tolist(), counts.tolist(), strict=True)}
+    counts = split.images.labels.bincount(minlength=len(split.class_names)).tolist()
+    return dict(zip(split.class_names, counts, strict=True))

@@ -68,6 +68,24 @@ def open_folder_split(data_dir: Path, split: str) -> Split | None:
     return Split(ImageFiles(str(root), paths, labels), tuple(classes))
 
 
+# A folder of one of these names beside others is a split, not a class.
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval")
+
+
+def open_flat_folder(data_dir: Path) -> Split | None:
+    """The images of data_dir/class; None where no folder there holds images itself, or one has the name of a split."""
+    classes = _class_folders(data_dir)
+    if any(name.lower() in _SPLITS for name in classes):
+        return None
+    if not any(_is_image(file) for name in classes for file in os.listdir(data_dir / name)):
+        return None
+    return open_folder_split(data_dir, ".")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
 def _class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         return []
@@ -81,6 +99,6 @@ def _image_files(root: Path, name: str) -> list[bytes]:
         os.fsencode(os.path.relpath(os.path.join(folder, file), root))
         for folder, _, files in os.walk(root / name, followlinks=True)
         for file in files
-        if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
+        if _is_image(file)
     ]
     return sorted(found)

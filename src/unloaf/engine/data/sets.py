@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unloaf.engine.config import Config
-from unloaf.engine.data.folders import open_folder_split
+from unloaf.engine.data.agreement import EXPECTED, FoundSplits, class_names_of, disagreements, some, wrong_count
+from unloaf.engine.data.folders import open_flat_folder, open_folder_split
 from unloaf.engine.data.images import NO_IMAGES, Images, Split
 from unloaf.engine.data.memory import hold_out, load_digits, load_torchvision, take_share
 from unloaf.engine.data.rows import open_row_split
@@ -32,7 +34,7 @@ class Data:
     test images lie ready to validate with, it is `val` itself. `mean` and `std` are per channel,
     in units of the pixel range [0, 255]: of the training split for sets in memory, ImageNet's
     for files. `augment` is none, pad-crop or resized-crop; `pad` is in pixels, `hflip` a
-    probability; both sides are in pixels.
+    probability; both sides are in pixels. `notes` say what was decided because nobody said it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Data:
     img_size: int
     train_img_size: int
     resize_mode: str = "bilinear"
+    notes: tuple[str, ...] = ()
 
     @property
     def in_chans(self) -> int:
@@ -82,7 +85,7 @@ def load_data(config: Config) -> Data:
     >>> len(data.train), len(data.val), len(data.test), data.num_classes
     (897, 300, 600, 10)
     """
-    if config.dataset in _OPENERS:
+    if config.dataset in FILE_SETS:
         return _files(config)
     return _memory(config)
 
@@ -92,7 +95,8 @@ def _memory(config: Config) -> Data:
         splits = load_digits()
     else:
         splits = load_torchvision(config.dataset, str(config.data_dir), val_fraction=config.val_fraction)
-    _check_count(config, len(splits.class_names))
+    if config.num_classes not in (None, len(splits.class_names)):
+        raise ValueError(wrong_count(config, len(splits.class_names)))
     train = splits.train if config.train_images is None else take_share(splits.train, config.train_images)
     pixels = train.images.float()
     side = int(pixels.shape[-1])
@@ -125,11 +129,19 @@ def _memory(config: Config) -> Data:
 
 
 def _files(config: Config) -> Data:
-    train, val, test = _find_splits(config)
-    class_names = _checked_classes(config, train, val, test)
-    images = train.images
+    found = find_splits(config)
+    train, val, test = found.train, found.val, found.test
+    fault = next(chain(found.faults, disagreements(config, found)), None)
+    if fault is not None or train is None:
+        raise ValueError(fault)
+    class_names, images = class_names_of(config, train), train.images
+    notes = list(found.notes)
     if val is None:
         images, held = hold_out(images, round(config.val_fraction * len(images)))
+        whole = len(images) + len(held)
+        notes.append(
+            f"{len(held)} of {whole} images are held out for validation (--val-fraction {config.val_fraction:g})"
+        )
     else:
         held = val.images
     if config.train_images is not None:
@@ -153,27 +165,13 @@ def _files(config: Config) -> Data:
         img_size=img_size,
         train_img_size=train_img_size,
         resize_mode=_resize_mode(config),
+        notes=tuple(notes),
     )
 
 
 def _resize_mode(config: Config) -> str:
     """How images that are not augmented are resized: random chooses for training images alone."""
     return "bicubic" if config.interpolation == "bicubic" else "bilinear"
-
-
-def _checked_classes(config: Config, train: Split, val: Split | None, test: Split | None) -> tuple[str, ...]:
-    """The names of the classes, once every split is found to fit them."""
-    _check_not_empty(config, train, config.train_split)
-    class_names = train.class_names or _numbered(train.images, config, config.train_split)
-    _check_count(config, len(class_names))
-    _check_labels(train.images, len(class_names), split=config.train_split)
-    _check_classes(train.images, class_names, split=config.train_split)
-    for split, name in ((val, config.val_split or "validation"), (test, "test")):
-        if split is not None:
-            _check_not_empty(config, split, name)
-            _check_same_names(train, split, name=name)
-            _check_labels(split.images, len(class_names), split=name)
-    return class_names
 
 
 _OPENERS: dict[str, Callable[[Path, str, Config], Split | None]] = {
@@ -183,102 +181,55 @@ _OPENERS: dict[str, Callable[[Path, str, Config], Split | None]] = {
     ),
     "webdataset": lambda folder, split, _: open_tar_split(folder, split),
 }
-_EXPECTED = {
-    "imagefolder": "{split}/CLASS/*.jpg (one folder for each class)",
-    "hf": "what datasets' save_to_disk wrote, with a split {split}, or {split}*.parquet",
-    "webdataset": "{split}*.tar with KEY.jpg and KEY.cls inside",
-}
+FILE_SETS = tuple(_OPENERS)
 
 
-def _find_splits(config: Config) -> tuple[Split, Split | None, Split | None]:
-    folder = Path(str(config.data_dir))
-    train = _open(config, folder, config.train_split)
-    if train is None:
-        raise _missing(config, folder, config.train_split)
+def find_splits(config: Config) -> FoundSplits:
+    """Opens whatever splits of a set on disk there are; what is wrong with one keeps no other from being opened."""
+    folder, faults, notes = Path(str(config.data_dir)), list[str](), list[str]()
+
+    def opened(split: str, *, needed: bool = False) -> Split | None:
+        try:
+            found = _OPENERS[config.dataset](folder, split, config) if folder.is_dir() else None
+        except ValueError as error:
+            faults.append(str(error))
+            return None
+        except OSError as error:
+            faults.append(f"{split} in {folder} cannot be read: {error.strerror or error}; give another --data-dir")
+            return None
+        if found is None and needed:
+            faults.append(_missing(config, folder, split))
+        return found
+
+    flat = _flat(config, folder)
+    if flat is not None:
+        notes.append(f"no train/ in {folder}: its {len(flat.class_names or ())} folders are taken as the classes")
+        return FoundSplits(flat, None, None, (), tuple(notes))
+    train = opened(config.train_split, needed=True)
     if config.val_split is not None:
-        val = _open(config, folder, config.val_split)
-        if val is None:
-            raise _missing(config, folder, config.val_split)
-        return train, val, val if config.val_split == "test" else _labelled_test(config, folder)
-    val = _open(config, folder, "val") or _open(config, folder, "validation")
-    test = _labelled_test(config, folder)
-    return train, val or test, test
+        val = opened(config.val_split, needed=True)
+    else:
+        val = opened("val") or opened("validation")
+    # A test split whose labels are withheld, as in the published ImageNet (-1 for every image), is none.
+    test = val if config.val_split == "test" else opened("test") if config.train_split != "test" else None
+    if test is not None and test is not val and bool((test.images.labels == -1).all()):
+        if not len(test.images):
+            notes.append(f"no image in {folder / 'test'}; it is left alone")
+        test = None
+    validating = test if val is None and config.val_split is None else val
+    return FoundSplits(train, validating, test, tuple(faults), tuple(notes))
 
 
-def _open(config: Config, folder: Path, split: str) -> Split | None:
-    return _OPENERS[config.dataset](folder, split, config) if folder.is_dir() else None
-
-
-def _labelled_test(config: Config, folder: Path) -> Split | None:
-    """The test split, unless its labels are withheld, as in the published ImageNet (-1 for every image)."""
-    if config.train_split == "test":
+def _flat(config: Config, folder: Path) -> Split | None:
+    """Class folders without a split above them, unless a split is asked for by its name."""
+    if config.dataset != "imagefolder" or (config.train_split, config.val_split) != ("train", None):
         return None
-    test = _open(config, folder, "test")
-    return None if test is None or bool((test.images.labels == -1).all()) else test
+    return open_flat_folder(folder)
 
 
-def _missing(config: Config, folder: Path, split: str) -> ValueError:
-    expected = _EXPECTED[config.dataset].format(split=split)
+def _missing(config: Config, folder: Path, split: str) -> str:
+    expected = EXPECTED[config.dataset].format(split=split)
     if not folder.is_dir():
-        return ValueError(f"data_dir {folder} is no folder; for {config.dataset} it must hold {expected}")
+        return f"data_dir {folder} is no folder; for {config.dataset} it must hold {expected}"
     there = sorted(path.name for path in folder.iterdir())
-    return ValueError(f"{config.dataset} in {folder}: expected {expected}; there is {_some(there) or 'nothing'}")
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def _numbered(images: Images, config: Config, split: str) -> tuple[str, ...]:
-    """Classes that are numbers: as many as the configuration says, or up to the largest label."""
-    low, high = int(images.labels.min()), int(images.labels.max())
-    if low == high and config.num_classes is None:
-        raise ValueError(f"all images of {split} have label {low}; give --num-classes or at least 2 classes")
-    return tuple(str(number) for number in range(config.num_classes or max(high, 1) + 1))
-
-
-def _check_count(config: Config, found: int) -> None:
-    if config.num_classes is not None and config.num_classes != found:
-        raise ValueError(
-            f"num_classes {config.num_classes}, but {config.dataset} has {found} classes; "
-            f"give --num-classes {found} or leave it out"
-        )
-
-
-def _check_not_empty(config: Config, split: Split, where: str) -> None:
-    if len(split.images) == 0:
-        expected = _EXPECTED[config.dataset].format(split=where)
-        raise ValueError(f"{config.dataset} in {config.data_dir}: no image in {where}; expected {expected}")
-
-
-def _check_same_names(train: Split, other: Split, *, name: str) -> None:
-    if train.class_names == other.class_names:
-        return
-    ours, theirs = set(train.class_names or ()), set(other.class_names or ())
-    missing, extra = sorted(ours - theirs), sorted(theirs - ours)
-    parts = [f"missing there: {_some(missing)}"] * bool(missing) + [f"only there: {_some(extra)}"] * bool(extra)
-    raise ValueError(
-        f"the classes of {name} differ from the {len(ours)} classes of the training images; "
-        f"{'; '.join(parts) or 'their order differs'}; give both the same class names"
-    )
-
-
-def _check_labels(images: Images, count: int, *, split: str) -> None:
-    wrong = ((images.labels < 0) | (images.labels >= count)).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise ValueError(
-            f"label {int(images.labels[first])} of image {images.name(first)} is not from 0 to {count - 1} "
-            f"({len(wrong)} such labels in {split}); correct the labels or --num-classes"
-        )
-
-
-def _check_classes(images: Images, class_names: tuple[str, ...], *, split: str) -> None:
-    counts = images.labels.bincount(minlength=len(class_names))
-    empty = [class_names[number] for number in (counts == 0).nonzero().flatten().tolist()]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} of {len(class_names)} classes have no image in {split}: {_some(empty)}; "
-            "add images, or remove the class everywhere"
-        )
+    return f"{config.dataset} in {folder}: expected {expected}; there is {some(there) or 'nothing'}"
