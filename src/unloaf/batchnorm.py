@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from unloaf.stages import call_model
+from unloaf.stages import call_model, modes_kept
 
 
 def tracking_norms(model: nn.Module) -> list[Any]:
@@ -116,12 +116,11 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     norms = tracking_norms(model)
     if not norms:
         return 0
-    flags = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
-    model.eval()
     count = 0
     try:
-        with torch.no_grad():
+        with modes_kept(model), torch.no_grad():
+            model.eval()
             for batch in batches:
                 if count == 0:
                     for norm in norms:
@@ -135,8 +134,6 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum
-        for module, training in flags:
-            module.training = training
     if count == 0:
         raise ValueError(
             "no batch was given to re-estimate batch-norm statistics from; give at least one, better 2,000 images"

@@ -1,12 +1,12 @@
 """Where a model's residual blocks are: found by what the blocks compute, not by their class names."""
 
 from unloaf.stages.find import find_stages
+from unloaf.stages.modes import evaluating, modes_kept
 from unloaf.stages.stage import (
     Form,
     NoResidualBlocksError,
     Stage,
     call_model,
-    evaluating,
     inner_module,
     result_of,
     stand_in,
@@ -20,6 +20,7 @@ __all__ = [
     "evaluating",
     "find_stages",
     "inner_module",
+    "modes_kept",
     "result_of",
     "stand_in",
 ]

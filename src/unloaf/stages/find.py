@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unloaf.stages.modes import evaluating
 from unloaf.stages.probe import Call, Residual, form_of, residual, trace
-from unloaf.stages.stage import NoResidualBlocksError, Stage, call_model, evaluating, inner_module, stand_in
+from unloaf.stages.stage import NoResidualBlocksError, Stage, call_model, inner_module, stand_in
 
 
 def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str]] | None = None) -> tuple[Stage, ...]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -106,19 +104,6 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 def stream_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The residual stream among a block's arguments: the first tensor."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients or autocast; every module gets its own training flag back, whatever happens."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def result_of(output: Any) -> Tensor | None:
