@@ -217,6 +217,8 @@ class CheckData:
     """Column of the labels, for hf."""
     num_classes: int | None = None
     """Classes that the labels must have; default: what the image set says."""
+    max_pixels: int = Config.max_pixels
+    """Files: width x height above which an image is not decoded but bad."""
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 4
     """Threads that open images."""
 
@@ -230,6 +232,7 @@ class CheckData:
             input_key=self.input_key,
             target_key=self.target_key,
             num_classes=self.num_classes,
+            max_pixels=self.max_pixels,
             workers=self.workers,
             val_fraction=0.0,
         )

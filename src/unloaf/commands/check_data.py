@@ -24,6 +24,8 @@ def check_data(words: list[str]) -> int:
     for split, counts in report.counts.items():
         if sum(counts.values()):
             print(f"{split}: {sum(counts.values())} images, {_classes(counts)}")
+    if report.modes:
+        print("modes: " + ", ".join(f"{mode} {count}" for mode, count in report.modes.items()))
     for note in report.notes:
         print(f"note: {note}")
     if len(report.faults) == 1 and not report.bad:

@@ -101,7 +101,8 @@ def _preprocessing(values: Mapping[str, Any]) -> list[str]:
         return [f"{text}; {how}."]
     side = int(height / values["crop_pct"])
     before = (
-        f"Before, an image is resized so that its shorter side has {side} pixels ({how}), and the centre is cut out."
+        f"Before, an image is turned upright as its EXIF says and resized so that its shorter side has {side} pixels "
+        f"({how}), and the centre is cut out."
     )
     return [f"{text}.", before]
 

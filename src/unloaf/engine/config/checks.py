@@ -25,6 +25,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "num_classes": (2, 10**9, "at least 2 classes"),
     "val_fraction": (0, 0.5, "a share from 0 to 0.5"),
     "train_images": (2, 10**9, "at least 2 images"),
+    "max_pixels": (1, 178_956_970, "from 1 to 178956970 pixels, where Pillow ends"),
     "workers": (0, 1024, "from 0 to 1024 processes"),
     "img_size": (4, 4096, "a side from 4 to 4096 pixels"),
     "train_img_size": (4, 4096, "a side from 4 to 4096 pixels"),

@@ -53,6 +53,8 @@ class Config:
     held out before."""
     bad_images: Literal["stop", "skip"] = "stop"
     """At an image that cannot be read: stop, or take its neighbour and stop above 1 %."""
+    max_pixels: int = 89_478_485
+    """Files: width x height above which an image is not decoded but bad; it takes some 8 bytes a pixel."""
     workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 0
     """Processes that read and augment images, on each device; 0 reads in the training process."""
     device_data: bool = False

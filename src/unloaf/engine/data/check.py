@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from unloaf.engine.config import Config
 from unloaf.engine.data.agreement import FoundSplits, disagreements, some
-from unloaf.engine.data.images import BadImageError, Images, Split
+from unloaf.engine.data.images import BadImageError, EncodedImages, Images, Split, traits
 from unloaf.engine.data.memory import hold_out
 from unloaf.engine.data.sets import FILE_SETS, find_splits, load_data
 
@@ -21,12 +23,14 @@ class CheckReport:
         bad: (name, reason) of each image that cannot be read.
         faults: what else keeps a run from using the set, a line each.
         notes: what a run decides, or what may surprise.
+        modes: how many of the files that can be read are stored in which mode, in Pillow's words.
     """
 
     counts: dict[str, dict[str, int]]
     bad: tuple[tuple[str, str], ...]
     faults: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    modes: dict[str, int] = field(default_factory=dict)
 
 
 def check_images(config: Config) -> CheckReport:
@@ -46,17 +50,20 @@ def check_images(config: Config) -> CheckReport:
         if split is not None and (name == "val" or split is not found.val)
     }
     with ThreadPoolExecutor(max(1, config.workers)) as pool:
-        bad = [
-            problem
+        looks = [
+            look
             for split in splits.values()
-            for problem in pool.map(lambda at, images=split.images: _problem(images, at), range(len(split.images)))
-            if problem is not None
+            for look in pool.map(lambda at, images=split.images: _look(images, at), range(len(split.images)))
         ]
     faults = (*found.faults, *disagreements(config, found))
-    notes = [*found.notes, *(note for name, split in splits.items() if name != "train" for note in _empty(split, name))]
+    treated = Counter(what for look in looks for what in look.treated)
+    notes = [*found.notes, *(f"{count} image(s): {what}" for what, count in treated.most_common())]
+    notes += [note for name, split in splits.items() if name != "train" for note in _empty(split, name)]
     if found.train is not None and found.val is None and not faults:
         notes += _cannot_hold_out(found.train)
-    return CheckReport(_counts_of(found), tuple(bad), faults, tuple(notes))
+    bad = tuple(problem for look in looks for problem in look.bad)
+    modes = Counter(mode for look in looks for mode in look.modes)
+    return CheckReport(_counts_of(found), bad, faults, tuple(notes), dict(modes.most_common()))
 
 
 def _in_memory(config: Config) -> FoundSplits:
@@ -81,12 +88,21 @@ def _empty(split: Split, name: str) -> list[str]:
     return [f"{len(empty)} of {len(names)} classes have no image in {name}: {some(empty)}"] if empty else []
 
 
-def _problem(images: Images, index: int) -> tuple[str, str] | None:
+class _Look(NamedTuple):
+    bad: tuple[tuple[str, str], ...] = ()
+    modes: tuple[str, ...] = ()
+    treated: tuple[str, ...] = ()
+
+
+def _look(images: Images, index: int) -> _Look:
     try:
         images.open(index)
+        if not isinstance(images, EncodedImages):
+            return _Look()
+        mode, treated = traits(images.read(index))
+        return _Look(modes=(mode,), treated=treated)
     except BadImageError as error:
-        return error.name, error.reason
-    return None
+        return _Look(bad=((error.name, error.reason),))
 
 
 def _counts_of(found: FoundSplits) -> dict[str, dict[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unloaf.engine.data.images import BadImageError, Split, decode
+from unloaf.engine.config import Config
+from unloaf.engine.data.images import Split, decode, read_image_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,17 +31,27 @@ class ImageFiles:
     root: str
     paths: np.ndarray
     labels: Tensor
+    max_pixels: int = Config.max_pixels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, index: Tensor) -> ImageFiles:
         """The images at these positions."""
-        return ImageFiles(self.root, self.paths[index.numpy()], self.labels[index])
+        return replace(self, paths=self.paths[index.numpy()], labels=self.labels[index])
 
     def name(self, index: int) -> str:
         """The file's path."""
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
+
+    def read(self, index: int) -> bytes:
+        """The file.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        path = self.name(index)
+        return read_image_file(path, name=path)
 
     def open(self, index: int) -> Image:
         """The decoded image, in RGB.
@@ -48,15 +59,10 @@ class ImageFiles:
         Raises:
             BadImageError: it cannot be read or decoded.
         """
-        path = self.name(index)
-        try:
-            encoded = Path(path).read_bytes()
-        except OSError as error:
-            raise BadImageError(path, str(error.strerror or error)) from error
-        return decode(encoded, name=path)
+        return decode(self.read(index), name=self.name(index), max_pixels=self.max_pixels)
 
 
-def open_folder_split(data_dir: Path, split: str) -> Split | None:
+def open_folder_split(data_dir: Path, split: str, *, max_pixels: int = Config.max_pixels) -> Split | None:
     """The images of data_dir/split/class, classes in alphabetical order; None without class folders there."""
     root = data_dir / split
     classes = _class_folders(root)
@@ -65,7 +71,7 @@ def open_folder_split(data_dir: Path, split: str) -> Split | None:
     files = [_image_files(root, name) for name in classes]
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(paths) for paths in files]))
     paths = np.array([path for paths in files for path in paths], dtype=np.bytes_)
-    return Split(ImageFiles(str(root), paths, labels), tuple(classes))
+    return Split(ImageFiles(str(root), paths, labels, max_pixels), tuple(classes))
 
 
 # A folder of one of these names beside others is a split, not a class.

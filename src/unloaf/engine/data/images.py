@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from unloaf.engine.config import Config
+from unloaf.engine.names import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +29,7 @@ class BadImageError(Exception):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"image {name} cannot be read: {reason}")
+        super().__init__(f"image {printable(name)} cannot be read: {printable(reason)}")
         self.name = name
         self.reason = reason
 
@@ -51,6 +57,19 @@ class Images(Protocol):
 
         Raises:
             BadImageError: it cannot be decoded.
+        """
+        ...
+
+
+@runtime_checkable
+class EncodedImages(Images, Protocol):
+    """Images that are decoded when they are opened."""
+
+    def read(self, index: int) -> bytes:
+        """The image as it is stored.
+
+        Raises:
+            BadImageError: it cannot be read.
         """
         ...
 
@@ -101,19 +120,116 @@ def as_pixels(picture: Image, *, channels: int) -> Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
-def decode(encoded: bytes, *, name: str) -> Image:
-    """The pixels of a JPEG, PNG or other file that Pillow knows, in RGB.
+# Those of the file names that are read, and GIF. Pillow knows some 40 more, and runs other programs for a few: whatever
+# the name of a PostScript file, Ghostscript would be started.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# What Pillow converts to RGB without losing more than alpha.
+_CONVERTED = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+
+
+def read_image_file(path: str, *, name: str) -> bytes:
+    """The bytes of a regular file; reading a pipe or a device might never end.
 
     Raises:
-        BadImageError: the bytes are cut off, corrupt or no image.
+        BadImageError: there is none, or it cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise BadImageError(name, "it is no regular file but a folder, pipe, socket or device")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise BadImageError(name, str(error.strerror or error)) from error
+
+
+def decode(encoded: bytes, *, name: str, max_pixels: int = Config.max_pixels) -> Image:
+    """The pixels of an image in one of FORMATS, in RGB with 8 bits a channel.
+
+    Turned upright where EXIF says so. Of 16 bits the high byte is kept, which is what Pillow does to
+    colour with 16 bits. Alpha is left out, as torchvision and timm do. Of several frames the first is
+    taken. Modes without a fixed range, such as float, are refused.
+
+    Args:
+        encoded: a whole file.
+        name: of the image, for messages.
+        max_pixels: width x height beyond which nothing is decoded.
+
+    Raises:
+        BadImageError: the bytes are cut off, corrupt, no image, or one that is refused.
     """
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(encoded)) as picture:
-            return picture.convert("RGB")
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+            if picture.width * picture.height > max_pixels:
+                raise BadImageError(
+                    name, f"{picture.width} x {picture.height} pixels are more than {max_pixels:,}, see --max-pixels"
+                )
+            picture.load()
+            _turn_upright(picture)
+            return _as_rgb(picture, name=name)
+    except BadImageError:
+        raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         # Its text names a BytesIO at an address that differs in every run.
         known = not isinstance(error, Image.UnidentifiedImageError)
-        text = f"{type(error).__name__}: {error}" if known else "no image format that Pillow knows"
+        text = f"{type(error).__name__}: {error}" if known else f"no image format that is read: {', '.join(FORMATS)}"
         raise BadImageError(name, " ".join(text.split())) from error
+
+
+def traits(encoded: bytes) -> tuple[str, tuple[str, ...]]:
+    """The mode of an image that decode accepts, in Pillow's words, and what is done to it beside converting that."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
+        alpha = picture.has_transparency_data
+        done = {
+            "16 bits, of which the high byte is kept": picture.mode.startswith("I"),
+            "alpha, which is left out": alpha,
+            "turned upright as EXIF says": _orientation(picture) != 1,
+            "several frames, of which the first is taken": getattr(picture, "n_frames", 1) > 1,
+        }
+        return picture.mode, tuple(what for what, applies in done.items() if applies)
+
+
+def _orientation(picture: Image) -> int:
+    with suppress(Exception):  # as below
+        return picture.getexif().get(0x0112, 1)
+    return 1
+
+
+def _turn_upright(picture: Image) -> None:
+    from PIL import ImageOps
+
+    with suppress(Exception):  # EXIF that cannot be read says nothing of the pixels
+        ImageOps.exif_transpose(picture, in_place=True)
+
+
+def _as_rgb(picture: Image, *, name: str) -> Image:
+    if (bits := _bits(picture)) is not None:
+        return _high_byte(picture, bits=bits)
+    if picture.mode == "La":
+        return picture.convert("LA").convert("RGB")
+    if picture.mode not in _CONVERTED:
+        raise BadImageError(
+            name, f"mode {picture.mode} ({picture.format}) has no fixed range of values; save it with 8 or 16 bits"
+        )
+    picture.info.pop("transparency", None)  # Pillow would warn of leaving it out
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _bits(picture: Image) -> int | None:
+    """How many bits are used of a grey image with more than 8; None of others, and of those without a fixed range."""
+    if picture.mode.startswith("I;16"):
+        tags = getattr(picture, "tag_v2", {})
+        return tags.get(258, (16,))[0]  # BitsPerSample: TIFF knows 12, too
+    # PPM is scaled to 16 bits by Pillow; for PNG older versions have this mode.
+    return 16 if picture.mode == "I" and picture.format in ("PNG", "PPM") else None
+
+
+def _high_byte(picture: Image, *, bits: int) -> Image:
+    from PIL import Image
+
+    grey = (np.asarray(picture) >> (bits - 8)).astype(np.uint8)
+    if getattr(picture, "tag_v2", {}).get(262) == 0:  # PhotometricInterpretation: 0 is white, which Pillow leaves
+        grey = 255 - grey
+    return Image.fromarray(grey).convert("RGB")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from unloaf.engine.data.images import BadImageError, Split, decode
+from unloaf.engine.config import Config
+from unloaf.engine.data.images import BadImageError, Split, decode, read_image_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,17 +25,34 @@ class ImageRows:
     split: str
     rows: Tensor
     labels: Tensor
+    max_pixels: int = Config.max_pixels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, index: Tensor) -> ImageRows:
         """The images at these positions."""
-        return ImageRows(self.table, self.column, self.split, self.rows[index], self.labels[index])
+        return replace(self, rows=self.rows[index], labels=self.labels[index])
 
     def name(self, index: int) -> str:
         """Split and row number, counted from 0."""
         return f"row {int(self.rows[index])} of {self.split}"
+
+    def read(self, index: int) -> bytes:
+        """What the row holds, or the file that it names.
+
+        Raises:
+            BadImageError: neither is there.
+        """
+        value = self.table[int(self.rows[index])][self.column]
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not value:
+            raise BadImageError(self.name(index), "the row holds no image")
+        try:
+            return read_image_file(value, name=value) if isinstance(value, str) else value
+        except BadImageError as error:
+            raise BadImageError(self.name(index), f"{value}: {error.reason}") from error
 
     def open(self, index: int) -> Image:
         """The decoded image, in RGB.
@@ -42,19 +60,12 @@ class ImageRows:
         Raises:
             BadImageError: it cannot be read or decoded.
         """
-        value = self.table[int(self.rows[index])][self.column]
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        try:
-            encoded = Path(value).read_bytes() if isinstance(value, str) else value
-        except OSError as error:
-            raise BadImageError(self.name(index), f"{value}: {error.strerror or error}") from error
-        if not encoded:
-            raise BadImageError(self.name(index), "the row holds no image")
-        return decode(encoded, name=self.name(index))
+        return decode(self.read(index), name=self.name(index), max_pixels=self.max_pixels)
 
 
-def open_row_split(data_dir: Path, split: str, *, input_key: str, target_key: str) -> Split | None:
+def open_row_split(
+    data_dir: Path, split: str, *, input_key: str, target_key: str, max_pixels: int = Config.max_pixels
+) -> Split | None:
     """The images of a split; None if there is no such split.
 
     Raises:
@@ -72,7 +83,7 @@ def open_row_split(data_dir: Path, split: str, *, input_key: str, target_key: st
             )
     labels, names = _labels(table, target_key, split=split)
     images = _undecoded(table.select_columns([input_key]), input_key)
-    return Split(ImageRows(images, input_key, split, torch.arange(len(labels)), labels), names)
+    return Split(ImageRows(images, input_key, split, torch.arange(len(labels)), labels, max_pixels), names)
 
 
 def _open_table(data_dir: Path, split: str) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unloaf.engine.config import Config
 from unloaf.engine.data.folders import EXTENSIONS
 from unloaf.engine.data.images import BadImageError, Split, decode
 
@@ -32,6 +33,7 @@ class ShardMembers:
     places: np.ndarray
     members: np.ndarray
     labels: Tensor
+    max_pixels: int = Config.max_pixels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,11 +41,25 @@ class ShardMembers:
     def subset(self, index: Tensor) -> ShardMembers:
         """The images at these positions."""
         rows = index.numpy()
-        return ShardMembers(self.shards, self.places[rows], self.members[rows], self.labels[index])
+        return replace(self, places=self.places[rows], members=self.members[rows], labels=self.labels[index])
 
     def name(self, index: int) -> str:
         """shard!member."""
         return f"{self.shards[self.places[index, 0]]}!{self.members[index].decode()}"
+
+    def read(self, index: int) -> bytes:
+        """The member's bytes.
+
+        Raises:
+            BadImageError: the shard cannot be read.
+        """
+        shard, offset, size = self.places[index].tolist()
+        try:
+            with open(self.shards[shard], "rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise BadImageError(self.name(index), str(error.strerror or error)) from error
 
     def open(self, index: int) -> Image:
         """The decoded image, in RGB.
@@ -51,14 +67,7 @@ class ShardMembers:
         Raises:
             BadImageError: it cannot be read or decoded.
         """
-        shard, offset, size = self.places[index].tolist()
-        try:
-            with open(self.shards[shard], "rb") as file:
-                file.seek(offset)
-                encoded = file.read(size)
-        except OSError as error:
-            raise BadImageError(self.name(index), str(error.strerror or error)) from error
-        return decode(encoded, name=self.name(index))
+        return decode(self.read(index), name=self.name(index), max_pixels=self.max_pixels)
 
 
 class _Place(NamedTuple):
@@ -67,7 +76,7 @@ class _Place(NamedTuple):
     member: str
 
 
-def open_tar_split(data_dir: Path, split: str) -> Split | None:
+def open_tar_split(data_dir: Path, split: str, *, max_pixels: int = Config.max_pixels) -> Split | None:
     """The images of data_dir/split*.tar, in the order of shards and members; None without such a file.
 
     Raises:
@@ -80,7 +89,7 @@ def open_tar_split(data_dir: Path, split: str) -> Split | None:
     places = np.array([(number, place.offset, place.size) for number, place, _ in found], dtype=np.int64)
     members = np.array([place.member.encode() for _, place, _ in found], dtype=np.bytes_)
     labels = torch.tensor([label for _, _, label in found], dtype=torch.int64)
-    return Split(ShardMembers(tuple(map(str, shards)), places.reshape(-1, 3), members, labels), None)
+    return Split(ShardMembers(tuple(map(str, shards)), places.reshape(-1, 3), members, labels, max_pixels), None)
 
 
 def _entries(shard: Path) -> Iterator[tuple[_Place, int]]:
