@@ -5,16 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from unloaf.engine.checkpoint.manifest import verify_file
 from unloaf.engine.cifar_resnet import CifarResNet
 from unloaf.engine.errors import in_one_line
+from unloaf.engine.initial_weights import load_initial_weights as load_initial_weights
 
 _DEEP_CIFAR = {"resnet18", "resnet50"}
 
@@ -202,32 +199,3 @@ def _replace_head(model: nn.Module, num_classes: int) -> None:
     path, head = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Linear(head.in_features, num_classes))
-
-
-def load_initial_weights(model: nn.Module, path: Path) -> None:
-    """Starts a model from saved weights; tensors of another shape, such as a head for other classes, stay as they are.
-
-    Args:
-        model: changed in place.
-        path: a safetensors file, a checkpoint, or the folder of a run, whose last checkpoint is taken.
-
-    Raises:
-        ValueError: there is no such file, or nothing in it fits the model.
-        CheckpointError: the file belongs to a checkpoint and is not what was written, by its SHA-256.
-    """
-    candidates = [path, path / "model.safetensors", path / "last" / "model.safetensors"]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
-        raise ValueError(f"initial_checkpoint {path}: give a safetensors file, a checkpoint or the folder of a run")
-    folder = file.resolve().parent
-    if (folder / "manifest.json").is_file() or folder.name.startswith("step-"):
-        verify_file(folder / file.name)
-    try:
-        weights = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"initial_checkpoint {file}: {error}") from error
-    own = model.state_dict()
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
-    if not any(own[name].ndim > 1 for name in fitting):
-        raise ValueError(f"initial_checkpoint {file}: none of its {len(weights)} tensors fits this model")
-    model.load_state_dict(fitting, strict=False)

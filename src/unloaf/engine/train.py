@@ -169,6 +169,7 @@ class Run:
             f"{blocks} blocks in {len(training.stages)} stages",
             f"{training.data.name}: {len(training.data.train)} images, {training.steps_per_epoch} steps per epoch",
             *training.data.notes,
+            *training.opening,
         ]
         if checkpoint is not None:
             lines.append(f"resumed at step {training.steps_done} (epoch {training.position.epoch})")

@@ -87,6 +87,7 @@ class Training:
     average: Any | None
     accelerator: Accelerator
     position: Position = field(default_factory=Position)
+    opening: tuple[str, ...] = ()  # what is to be said before the first step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -220,7 +221,7 @@ def prepare(
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
     set_seed(config.seed, deterministic=config.deterministic)
-    model = _with_weights(config, data, model, resumed=resumed)
+    model, opening = _with_weights(config, data, model, resumed=resumed)
     example = torch.zeros(2, data.in_chans, data.img_size, data.img_size)
     stages = _stages(model, example, required=config.method != "common")
     _check_logits(model, example, config.model, data.num_classes)
@@ -251,21 +252,24 @@ def prepare(
         schedule=build_schedule(config, optimizer.optimizer, steps_per_epoch=batches.steps_per_epoch),
         average=average,
         accelerator=accelerator,
+        opening=opening,
     )
 
 
-def _with_weights(config: Config, data: Data, model: nn.Module | None, *, resumed: bool) -> nn.Module:
-    """The model as a run begins with it; of a resumed one, whose own weights are in its checkpoint, only its form.
+def _with_weights(
+    config: Config, data: Data, model: nn.Module | None, *, resumed: bool
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model as a run begins with it, and what is to be said of its weights; of a resumed one only its form.
 
-    The file or the server that a run began with may be gone by then.
+    Its weights are in its checkpoint, and the file or the server that it began with may be gone by then.
     """
     if resumed:
         pretrained = config.pretrained and form_comes_with_weights(config.model)
         config = replace(config, pretrained=pretrained, initial_checkpoint=None)
     model = model or _build(config, data)
-    if config.initial_checkpoint is not None:
-        load_initial_weights(model, Path(config.initial_checkpoint))
-    return model
+    if config.initial_checkpoint is None:
+        return model, ()
+    return model, load_initial_weights(model, Path(config.initial_checkpoint), partial=config.partial_weights)
 
 
 def _build(config: Config, data: Data) -> nn.Module:

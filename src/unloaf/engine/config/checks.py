@@ -130,6 +130,8 @@ def check_together(config: Config) -> None:
         raise ValueError("global_batch_size sets grad_accum_steps; give one of the two")
     if config.mixes_images and config.batch_size % 2:
         raise ValueError(f"batch_size {config.batch_size}: mixup and cutmix pair images; give an even number")
+    if config.partial_weights and config.initial_checkpoint is None:
+        raise ValueError("partial_weights is about --initial-checkpoint; give both, or leave it out")
     if config.model_kwargs:
         keyword_arguments("model_kwargs", config.model_kwargs)
     if config.device_data:

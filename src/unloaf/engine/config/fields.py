@@ -111,8 +111,10 @@ class Config:
     pretrained: bool = False
     """Start from the published weights (needs the network once)."""
     initial_checkpoint: str | None = None
-    """Start from the weights of this safetensors file or run; a head of another size is left as it is. A run that goes
-    on from a checkpoint does not read it."""
+    """Start from the weights of this run, exported folder or file (.safetensors, .pth, .pt, .pth.tar, .bin); a
+    classifier of other classes is left as it is. A run that goes on from a checkpoint does not read it."""
+    partial_weights: bool = False
+    """Let --initial-checkpoint fill a part of the model, and leave what does not fit random."""
     drop: float = 0.0
     """Dropout before the head; timm models."""
     drop_path: float = 0.0
