@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from benchmarks.accuracy import job as process
 from benchmarks.accuracy import run
-from benchmarks.accuracy.jobs import MissingError, Results, best_trial, command, plan
+from benchmarks.accuracy.jobs import MissingError, Results, altered, best_trial, command, plan
 from benchmarks.accuracy.pages import PAGES, PICTURE, PICTURED, accuracies, differences, inside, picture, written
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
@@ -244,6 +244,29 @@ def test_equal_cost_is_the_higher_of_time_and_arithmetic_in_whole_epochs(results
 def test_a_table_is_not_planned_without_its_costs(tmp_path):
     with pytest.raises(MissingError, match="tiny lacks the cost of ST; later"):
         plan(TINY, Results(tmp_path))
+
+
+def test_a_record_of_other_settings_than_its_table_is_found(results):
+    common = {"model": "cifar/resnet14", "width": 4, "device": "cpu", "epochs": 4, "eval_interval": 1000}
+    for label, seed, split, changed in (
+        ("common training", 0, "test", {"method": "common"}),
+        ("common training", 1, "test", {"method": "common", "width": 8, "lr": 0.3}),
+        ("ST", 0, "val", {}),
+        ("ST", 7, "test", {}),
+    ):
+        seeded = {"seed": seed} if seed else {}
+        results.add(TINY, record(label, 50.0, seed, split=split, settings=common | seeded | changed))
+    assert altered(TINY, results) == [
+        "tiny, common training, seed 1: lr is 0.3 in the record, the default in the table",
+        "tiny, common training, seed 1: width is 8 in the record, 4 in the table",
+        "tiny, ST, seed 0: split is val in the record, test in the table",
+        "tiny, ST, seed 7: the table has no such row or seed",
+    ]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_records_are_of_the_settings_of_their_tables(name):
+    assert altered(TABLES[name], Results(RESULTS)) == []
 
 
 @pytest.mark.parametrize(

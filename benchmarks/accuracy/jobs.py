@@ -155,6 +155,41 @@ def _asked(table: Table, tier: int | None, labels: Collection[str] | None) -> li
     return [row for row in table.rows if (tier is None or row.tier <= tier) and (labels is None or row.label in labels)]
 
 
+# What a record without these settings was trained with: their defaults have changed since the first records.
+_FORMER_DEFAULTS = {"subnet_weight": 1.0}
+
+
+def altered(table: Table, results: Results) -> list[str]:
+    """Where the settings of a record are not those that its table has now, a line for each setting.
+
+    Such a record answers another question than its row asks: it is moved away, or the table is put back.
+    """
+    lines = []
+    for record in results.records(table.name):
+        where = f"{table.name}, {record['row']}, seed {record['seed']}"
+        try:
+            jobs = {job.key: job for job in plan(table, results, labels=[record["row"]])}
+        except MissingError as error:
+            lines.append(f"{where}: cannot be compared, as {error}")
+            continue
+        if (record["row"], record["seed"]) not in jobs:
+            lines.append(f"{where}: the table has no such row or seed")
+            continue
+        job = jobs[record["row"], record["seed"]]
+        now, was = json.loads(json.dumps(described(job.config("DIR", Path())))), record["settings"]
+        for name in sorted({*was, *now}):
+            before = was.get(name, _FORMER_DEFAULTS.get(name) if name in now else None)
+            if before != now.get(name):
+                lines.append(f"{where}: {name} is {_told(before)} in the record, {_told(now.get(name))} in the table")
+        if record["split"] != table.split:
+            lines.append(f"{where}: split is {record['split']} in the record, {table.split} in the table")
+    return lines
+
+
+def _told(value: Any) -> Any:
+    return "the default" if value is None else value
+
+
 def described(config: Config) -> dict[str, Any]:
     """The settings that are not the defaults, without what is private to a machine."""
     return {

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.jobs import BASELINE_COST, Job, MissingError, Results, plan, settings_of, to_measure
+from benchmarks.accuracy.jobs import BASELINE_COST, Job, MissingError, Results, altered, plan, settings_of, to_measure
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
 from unloaf.engine.config import Config
@@ -58,6 +58,10 @@ class Study:
     def table(self, table: Table) -> bool:
         """Trials, costs, runs; whether all of them are there."""
         if table.trials is not None and not self.table(TABLES[table.trials]):
+            return False
+        if wrong := altered(table, self.results):
+            self.failed += wrong
+            say("\n".join(["  records that are not of this table; move them away or put the table back:", *wrong]))
             return False
         options = self.options
         tier, rows, seeds = None, None, None  # of trials that another table needs
