@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.stages.modes import evaluating
-from unloaf.stages.probe import Call, Residual, form_of, residual, trace
+from unloaf.stages.probe import Call, NotFiniteError, Residual, form_of, residual, trace
 from unloaf.stages.stage import NoResidualBlocksError, Stage, call_model, inner_module, stand_in
 
 
 def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str]] | None = None) -> tuple[Stage, ...]:
     """Find the stages of a residual network: runs of blocks of which some can be skipped.
 
-    A module is a residual block when, with all its parameters set to zero, it returns its input (or the relu of it).
+    A module is a residual block when, with all its parameters set to zero, it returns its input (or the relu of it),
+    and what it adds otherwise comes from other elements of the input too (an activation with parameters is no block).
     Blocks are grouped by runs of constant output shape; a block of the same class that changes the shape right before
     a run is that stage's first, unskippable, block. A block may return a tuple; skipped, it returns its inputs in
     their places (MViT's feature size, the second stream of TNT), so an item that is none of its inputs holds it.
@@ -54,19 +56,35 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
     model = inner_module(model)
     with evaluating(model):
         calls = trace(model, example)
-        kinds = _probe(model, calls) if blocks is None else _given(model, calls, blocks)
+        unknown: list[str] = []  # modules that give NaN when their parameters are zero
+        kinds = _probe(model, calls, unknown) if blocks is None else _given(model, calls, blocks)
         runs = _runs(model, calls, kinds) if blocks is None else [tuple(stage) for stage in blocks]
         runs = [run for run in runs if len(run) > 1 and any(path in kinds for path in run)]
         if not runs:
             raise NoResidualBlocksError(
                 f"{type(model).__name__} has no residual blocks that could be skipped: of its {len(calls)} modules "
-                "called once none returns its input when its parameters are zero, two or more in a run. "
+                "called once none returns its input when its parameters are zero, two or more in a run"
+                f"{_untold(model, unknown)}. "
                 "If it has residual blocks of another form (BERT's, with the norm behind the sum), name them: "
                 'find_stages(model, example, blocks=[["layer1.0", "layer1.1"], ...])'
             )
         _check_runs_when_skipped(model, example, runs, kinds)
+    if unknown:
+        warnings.warn(
+            f"blocks of {type(model).__name__} may be missing from its stages{_untold(model, unknown)}; if they are "
+            'residual blocks, name all: find_stages(model, example, blocks=[["layer1.0", "layer1.1"], ...])',
+            stacklevel=2,
+        )
     shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else None
     return tuple(_stage(name, run, kinds, shape) for name, run in zip(_names(runs), runs, strict=True))
+
+
+def _untold(model: nn.Module, unknown: Sequence[str]) -> str:
+    """What to say of modules that cannot be probed, the innermost of them."""
+    innermost = [path for path in unknown if not any(other.startswith(f"{path}.") for other in unknown)]
+    named = ", ".join(f"{path} ({type(model.get_submodule(path)).__name__})" for path in innermost[:3])
+    more = ", ..." if len(innermost) > 3 else ""
+    return f"; {named}{more} cannot be probed: with its parameters zero it gives NaN" if innermost else ""
 
 
 def _stage(name: str, run: tuple[str, ...], kinds: Mapping[str, Residual], shape: tuple[int, ...] | None) -> Stage:
@@ -82,8 +100,11 @@ def _stage(name: str, run: tuple[str, ...], kinds: Mapping[str, Residual], shape
     )
 
 
-def _probe(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Residual]:
-    """The blocks and how each adds its input: neither what holds blocks nor what is a part of one."""
+def _probe(model: nn.Module, calls: Mapping[str, Call], unknown: list[str]) -> dict[str, Residual]:
+    """The blocks and how each adds its input: neither what holds blocks nor what is a part of one.
+
+    Modules of which it cannot be told are added to `unknown`.
+    """
     found: dict[str, Residual] = {}
     for path, call in calls.items():
         module = model.get_submodule(path)
@@ -91,14 +112,22 @@ def _probe(model: nn.Module, calls: Mapping[str, Call]) -> dict[str, Residual]:
         # What is made of layers (TransformerEncoderLayer) may be a block.
         is_layer = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
         if call.keeps_shape and not is_layer and any(True for _ in module.parameters()):
-            block = residual(module, call)
+            try:
+                block = residual(module, call)
+            except NotFiniteError:
+                unknown.append(path)
+                continue
             if block is not None:
                 found[path] = block
     paths = _blocks_within(model, "", found, calls)
     classes = {type(model.get_submodule(path)) for path in paths} - {nn.Sequential, nn.ModuleList}
     # Residual parts of a block that is none itself, because it changes the shape (MaxViT) or starts something (T5).
     parts = [path for path in paths if any(type(model.get_submodule(p)) in classes for p in _ancestors(path))]
-    return {path: found[path] for path in paths if path not in parts}
+    blocks = {path: found[path] for path in paths if path not in parts}
+    unknown[:] = [
+        path for path in unknown if not any(f"{path}.".startswith(f"{b}.") or b.startswith(f"{path}.") for b in blocks)
+    ]
+    return blocks
 
 
 def _ancestors(path: str) -> list[str]:
@@ -236,10 +265,17 @@ def _given(model: nn.Module, calls: Mapping[str, Call], blocks: Sequence[Sequenc
             )
     # "activated" also stands for forms the probe does not know (post-norm blocks): skippable, their branch alone not.
     return {
-        path: residual(known[path], calls[path]) or Residual("activated", form_of(calls[path]))
+        path: _told(known[path], calls[path]) or Residual("activated", form_of(calls[path]))
         for path in paths
         if _may_be_skipped(calls[path])
     }
+
+
+def _told(module: nn.Module, call: Call) -> Residual | None:
+    try:
+        return residual(module, call)
+    except NotFiniteError:
+        return None
 
 
 def _may_be_skipped(call: Call) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import ParametrizationList
 
 from unloaf.stages.stage import Form, call_model, result_of, stream_of
 
@@ -53,12 +56,14 @@ def trace(model: nn.Module, example: Any) -> dict[str, Call]:
     """Run the model once; the modules that were called exactly once, in the order in which they returned."""
     seen: dict[str, list[Call]] = {}
     handles = []
+    # What makes weights out of parameters is called as modules are, and is none of the network.
+    makers = {part for m in model.modules() if isinstance(m, ParametrizationList) for part in m.modules()}
     for path, module in model.named_modules():
 
         def record(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
             seen.setdefault(path, []).append(Call(len(seen), args, kwargs, output))
 
-        if path:
+        if path and module not in makers:
             handles.append(module.register_forward_hook(record, with_kwargs=True))
     try:
         call_model(model, example)
@@ -76,43 +81,169 @@ def trace(model: nn.Module, example: Any) -> dict[str, Call]:
     return {path: calls[0] for path, calls in seen.items() if len(calls) == 1}
 
 
+class NotFiniteError(Exception):
+    """With its parameters zero the module gives NaN, and so no answer."""
+
+
 def residual(module: nn.Module, call: Call) -> Residual | None:
-    """Whether the module returns its input ("additive") or relu of it ("activated") once its parameters are zero."""
-    stream = call.stream
-    assert stream is not None
+    """How the module adds its input: with its parameters zero it returns it ("additive") or relu of it ("activated").
+
+    That is not all: what it adds must come from other elements of the input as well, which tells a block from an
+    activation with parameters (PReLU, FReLU) or a scale and shift.
+
+    Raises:
+        NotFiniteError: it cannot be told.
+    """
+    assert call.stream is not None
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     # Fresh noise instead of the traced activation: an example of zeros, or a norm initialised to zero, would make
     # any module look like a residual block.
-    noise = torch.randn(stream.shape, generator=generator).to(stream)
-    # Each module once, and no tying: for a module under several names (CoaT's mlp2, mlp3 and mlp4 are one) torch 2.15
-    # would save the first name's parameters, then the substitutes as those of the second, and leave these behind.
-    zeros = {
-        f"{path}.{name}".lstrip("."): torch.zeros_like(p)
-        for path, part in module.named_modules()
-        for name, p in part.named_parameters(recurse=False)
-    }
+    noise = torch.randn(call.stream.shape, generator=generator).to(call.stream)
     for without in ((), _carried(call)):
         # The first run may have changed what the model carries along (a cache of keys): then once more without it.
+        trial = _Trial(module, call, without)
         x = noise.clone()  # some blocks work in place
-        args = tuple(_swapped(value, stream, x, without) for value in call.args)
-        kwargs = {key: _swapped(value, stream, x, without) for key, value in call.kwargs.items()}
         try:
-            output = functional_call(module, zeros, args, kwargs, tie_weights=False)
+            answer = _without_parameters(trial, x)
+        except NotFiniteError:
+            raise
         except Exception:  # noqa: S112 - a module that cannot run alone, or not on noise, is no block to skip
             continue
-        return _judged(Call(call.order, args, kwargs, output), noise, x)
+        block = _judged(answer, noise, x)
+        return block if block is not None and _adds(trial, noise, block.kind, generator) else None
     return None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A module called again as it was in the trace, without what the model carries along."""
+
+    module: nn.Module
+    call: Call
+    without: tuple[Any, ...]
+
+    def run(self, x: Tensor, parameters: dict[str, Tensor]) -> Call:
+        """With another input and other parameters."""
+        args = tuple(self._swapped(value, x) for value in self.call.args)
+        kwargs = {key: self._swapped(value, x) for key, value in self.call.kwargs.items()}
+        output = functional_call(self.module, parameters, args, kwargs, tie_weights=False)
+        return Call(self.call.order, args, kwargs, output)
+
+    def _swapped(self, value: Any, x: Tensor) -> Any:
+        if value is self.call.stream:
+            return x
+        return None if any(value is other for other in self.without) else value
+
+    def parameters(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The parameters changed, by name."""
+        # Each module once, and no tying: for a module under several names (CoaT's mlp2, mlp3 and mlp4 are one) torch
+        # 2.15 would save the first name's parameters, then the substitutes as those of the second, and leave these
+        # behind.
+        return {
+            f"{path}.{name}".lstrip("."): change(p)
+            for path, part in self.module.named_modules()
+            for name, p in part.named_parameters(recurse=False)
+        }
+
+
+def _without_parameters(trial: _Trial, x: Tensor) -> Call:
+    """What the module gives when it has no weights: neither parameters nor what is computed from them."""
+    zeros, given = trial.parameters(torch.zeros_like), x.clone()
+    with _zero_parametrized(trial.module):
+        answer = trial.run(x, zeros)
+        if not _has_nan(answer.result):
+            return answer
+        # Weights that are divided by their norm: 0/0. A layer of such weights adds nothing.
+        x.copy_(given)
+        with _nan_is_nothing(trial.module):
+            answer = trial.run(x, zeros)
+    if _has_nan(answer.result):
+        raise NotFiniteError
+    return answer
+
+
+def _has_nan(result: Tensor | None) -> bool:
+    return result is not None and bool(result.isnan().any())
+
+
+@contextmanager
+def _zero_parametrized(module: nn.Module) -> Iterator[None]:
+    """Weights under torch's parametrizations (weight_norm, orthogonal) are zero, whatever makes them."""
+    lists = [part for part in module.modules() if isinstance(part, ParametrizationList)]
+    try:
+        for part in lists:
+            zeros = torch.zeros_like(part())
+            part.__dict__["forward"] = lambda zeros=zeros: zeros
+        yield
+    finally:
+        for part in lists:
+            part.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _nan_is_nothing(module: nn.Module) -> Iterator[None]:
+    def without_nan(_: nn.Module, __: Any, output: Any) -> Any:
+        return output.nan_to_num(nan=0.0) if isinstance(output, Tensor) and _has_nan(output) else None
+
+    handles = [part.register_forward_hook(without_nan) for part in module.modules() if part is not module]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adds(trial: _Trial, noise: Tensor, kind: Kind, generator: torch.Generator) -> bool:
+    """Whether it mixes what it is given, and so adds something; activations return one tensor as well."""
+    if not isinstance(trial.call.output, Tensor):
+        return True
+    # Its own parameters first; of a fresh model some are zero. A small block may be dead: it gets another chance.
+    noisy = _noisy(generator)
+    for attempt in range(4):
+        if _mixes(trial, noise, trial.parameters(noisy) if attempt else {}, generator):
+            return kind == "additive" or not _takes_the_larger(trial, noise, trial.parameters(noisy))
+    # On a map of one pixel a depthwise convolution has no neighbours.
+    larger = noise.shape[:2] + tuple(side if side > 1 else 5 for side in noise.shape[2:])
+    try:
+        return larger != noise.shape and _mixes(trial, noise.expand(larger), trial.parameters(noisy), generator)
+    except Exception:  # it cannot take another size
+        return False
+
+
+def _noisy(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def changed(parameter: Tensor) -> Tensor:
+        if not parameter.is_floating_point():
+            return parameter
+        return parameter + 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+    return changed
+
+
+def _mixes(trial: _Trial, like: Tensor, parameters: dict[str, Tensor], generator: torch.Generator) -> bool:
+    """Whether elements of the input that are zero come out different when the others differ."""
+    if like.numel() < 2 * len(like):  # one element an example: there are no others
+        return True
+    one, another = (torch.randn(like.shape, generator=generator).to(like) for _ in range(2))
+    others = torch.rand(like.shape, generator=generator).to(like.device) < 0.5
+    a, b = (trial.run(x * others, parameters).result for x in (one, another))
+    assert a is not None
+    assert b is not None
+    return not torch.equal(a[~others], b[~others])
+
+
+def _takes_the_larger(trial: _Trial, noise: Tensor, parameters: dict[str, Tensor]) -> bool:
+    """Whether it is ``max(x, f(x))`` (FReLU) and no sum: never below x, and x itself where f is small."""
+    whole = trial.run(noise.clone(), parameters).result
+    small = trial.run(noise.clone(), {name: 0.01 * p for name, p in parameters.items()}).result
+    assert whole is not None
+    assert small is not None
+    large = noise > 0.5
+    return bool((whole >= noise).all()) and torch.equal(small[large], noise[large])
 
 
 def _carried(call: Call) -> tuple[Any, ...]:
     plain = (Tensor, tuple, list, dict, str, int, float, bool, type(None), torch.Size, torch.dtype, torch.device)
     return tuple(v for v in (*call.args, *call.kwargs.values()) if not isinstance(v, plain))
-
-
-def _swapped(value: Any, stream: Tensor, x: Tensor, without: tuple[Any, ...]) -> Any:
-    if value is stream:
-        return x
-    return None if any(value is other for other in without) else value
 
 
 def _judged(call: Call, noise: Tensor, x: Tensor) -> Residual | None:
