@@ -267,7 +267,7 @@ def test_faults_and_bad_images_are_listed_together(images, capsys):
     code, out, err = in_process(capsys, "check-data", str(images), "--num-classes", "3")
     assert (code, [line.partition(":")[0] for line in out.splitlines()]) == (
         2,
-        ["train", "val", "wrong", "wrong", "bad"],
+        ["train", "val", "modes", "wrong", "wrong", "bad"],
     )
     assert err == (
         "unloaf: error: 2 faults of the image set and 1 of 12 images cannot be read, listed above; "

@@ -24,10 +24,10 @@ def check_data(words: list[str]) -> int:
     for split, counts in report.counts.items():
         if sum(counts.values()):
             print(f"{split}: {sum(counts.values())} images, {_classes(counts)}")
-    if report.modes:
-        print("modes: " + ", ".join(f"{mode} {count}" for mode, count in report.modes.items()))
     for note in report.notes:
         print(f"note: {note}")
+    if report.modes:
+        print("modes: " + ", ".join(f"{mode} {count}" for mode, count in report.modes.items()))
     if len(report.faults) == 1 and not report.bad:
         raise ValueError(report.faults[0])
     for fault in report.faults:

@@ -107,11 +107,11 @@ def _labels_outside(images: Images, count: int, *, split: str) -> Iterator[str]:
 
 
 def _empty_classes(train: Split, count: int, *, split: str) -> Iterator[str]:
-    there = train.images.labels.unique().tolist()
+    there = set(train.images.labels.unique().tolist())
     empty = count - sum(0 <= label < count for label in there)
     if empty:
         # Not all of them by name: a single label of 10**9 makes a billion.
-        missing = islice((number for number in range(count) if number not in set(there)), 6)
+        missing = islice((number for number in range(count) if number not in there), 6)
         names = [train.class_names[number] if train.class_names else str(number) for number in missing]
         yield (
             f"{empty} of {count} classes have no image in {split}: {some(names, total=empty)}; "

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from unloaf.engine.config import Config
 from unloaf.engine.data.images import Split, decode, read_image_file
+from unloaf.engine.data.walk import class_folders, find_files, holds_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,46 +64,23 @@ class ImageFiles:
 def open_folder_split(data_dir: Path, split: str, *, max_pixels: int = Config.max_pixels) -> Split | None:
     """The images of data_dir/split/class, classes in alphabetical order; None without class folders there."""
     root = data_dir / split
-    classes = _class_folders(root)
-    if not classes:
+    if not class_folders(root):
         return None
-    files = [_image_files(root, name) for name in classes]
-    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(paths) for paths in files]))
+    names, files, notes = find_files(root)
+    labels = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(paths) for paths in files]))
     paths = np.array([path for paths in files for path in paths], dtype=np.bytes_)
-    return Split(ImageFiles(str(root), paths, labels, max_pixels), tuple(classes))
+    return Split(ImageFiles(str(root), paths, labels, max_pixels), names, notes)
 
 
 # A folder of one of these names beside others is a split, not a class.
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval")
 
 
-def open_flat_folder(data_dir: Path) -> Split | None:
+def open_flat_folder(data_dir: Path, *, max_pixels: int = Config.max_pixels) -> Split | None:
     """The images of data_dir/class; None where no folder there holds images itself, or one has the name of a split."""
-    classes = _class_folders(data_dir)
+    classes = class_folders(data_dir)
     if any(name.lower() in _SPLITS for name in classes):
         return None
-    if not any(_is_image(file) for name in classes for file in os.listdir(data_dir / name)):
+    if not any(holds_images(data_dir / name) for name in classes):
         return None
-    return open_folder_split(data_dir, ".")
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
-def _class_folders(root: Path) -> list[str]:
-    if not root.is_dir():
-        return []
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _image_files(root: Path, name: str) -> list[bytes]:
-    """Paths of a class relative to the root, sorted, also from folders inside it."""
-    found = [
-        os.fsencode(os.path.relpath(os.path.join(folder, file), root))
-        for folder, _, files in os.walk(root / name, followlinks=True)
-        for file in files
-        if _is_image(file)
-    ]
-    return sorted(found)
+    return open_folder_split(data_dir, ".", max_pixels=max_pixels)

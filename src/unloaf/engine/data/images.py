@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unloaf.engine.config import Config
+from unloaf.engine.config.checks import brief
 from unloaf.engine.names import printable
 
 if TYPE_CHECKING:
@@ -75,10 +77,11 @@ class EncodedImages(Images, Protocol):
 
 
 class Split(NamedTuple):
-    """A part of an image set; `class_names` is None where labels are bare numbers."""
+    """A part of an image set; `class_names` is None where labels are bare numbers, `notes` say what is not read."""
 
     images: Images
     class_names: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +123,8 @@ def as_pixels(picture: Image, *, channels: int) -> Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
+MOST_CLASSES = 1_000_000  # of those that are numbers: one wrong label must not make a network of a billion outputs
+
 # Those of the file names that are read, and GIF. Pillow knows some 40 more, and runs other programs for a few: whatever
 # the name of a PostScript file, Ghostscript would be started.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -139,6 +144,32 @@ def read_image_file(path: str, *, name: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise BadImageError(name, str(error.strerror or error)) from error
+
+
+def check_regular(paths: Iterable[Path]) -> None:
+    """Raises ValueError if one is a pipe, socket or device: reading it might never end."""
+    for path in paths:
+        if not (path.is_file() or path.is_dir()) and path.exists():
+            raise ValueError(f"{printable(path)} is a pipe, socket or device, not a regular file; remove it")
+
+
+def as_labels(values: Sequence[int], name: Callable[[int], str]) -> Tensor:
+    """Labels, int64 (N,).
+
+    Args:
+        values: numbers of any size.
+        name: of the image at a position, for the message.
+
+    Raises:
+        ValueError: a label is too large to be one of a class.
+    """
+    wrong = next((at for at, value in enumerate(values) if abs(value) >= MOST_CLASSES), None)
+    if wrong is not None:
+        raise ValueError(
+            f"label {brief(values[wrong])} of image {printable(name(wrong))}: numbers of classes are below "
+            f"{MOST_CLASSES:,}; correct the label"
+        )
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def decode(encoded: bytes, *, name: str, max_pixels: int = Config.max_pixels) -> Image:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unloaf.engine.config import Config
-from unloaf.engine.data.images import BadImageError, Split, decode, read_image_file
+from unloaf.engine.data.images import BadImageError, Split, as_labels, check_regular, decode, read_image_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,13 +92,15 @@ def _open_table(data_dir: Path, split: str) -> Any:
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise ValueError("dataset 'hf' needs a package: pip install 'unloaf[hf]'") from error
+    saved = any((data_dir / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    files = [] if saved else _parquet_files(data_dir, split)
+    check_regular(data_dir.rglob("*") if saved else map(Path, files))
     try:
         if (data_dir / "dataset_dict.json").is_file():
             return datasets.DatasetDict.load_from_disk(str(data_dir)).get(split)
         if (data_dir / "state.json").is_file():
             # One data set without splits: all of it is there to train on.
             return datasets.Dataset.load_from_disk(str(data_dir)) if split == "train" else None
-        files = _parquet_files(data_dir, split)
         return datasets.Dataset.from_parquet(files) if files else None
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         text = " ".join(str(error).split())
@@ -132,14 +134,15 @@ def _labels(table: Any, column: str, *, split: str) -> tuple[Tensor, tuple[str, 
 
     feature = table.features[column]
     values = table.select_columns([column]).with_format(None)[:][column]
+    name = f"row {{}} of {split}".format
     if None in values:
         raise ValueError(f"row {values.index(None)} of {split} has no label in column {column!r}; remove or label it")
     if isinstance(feature, datasets.ClassLabel):
-        return torch.tensor(values, dtype=torch.int64), tuple(feature.names)
+        return as_labels(values, name), tuple(feature.names)
     if all(isinstance(value, str) for value in values):
         names = sorted(set(values))
         numbers = {name: number for number, name in enumerate(names)}
         return torch.tensor([numbers[value] for value in values], dtype=torch.int64), tuple(names)
     if not all(isinstance(value, int) for value in values):
         raise ValueError(f"column {column!r} holds {feature}, not one class for each image; give another --target-key")
-    return torch.tensor(values, dtype=torch.int64), None
+    return as_labels(values, name), None

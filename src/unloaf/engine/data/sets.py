@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from unloaf.engine.config import Config
 from unloaf.engine.data.agreement import EXPECTED, FoundSplits, class_names_of, disagreements, some, wrong_count
-from unloaf.engine.data.folders import open_flat_folder, open_folder_split
+from unloaf.engine.data.folders import ImageFiles, open_flat_folder, open_folder_split
 from unloaf.engine.data.images import NO_IMAGES, Images, Split
 from unloaf.engine.data.memory import hold_out, load_digits, load_torchvision, take_share
 from unloaf.engine.data.rows import open_row_split
-from unloaf.engine.data.tars import open_tar_split
+from unloaf.engine.data.tars import ShardMembers, open_tar_split
+from unloaf.engine.names import printable
 
 # Of the ImageNet training images, in shares of the pixel range; every published network expects them.
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -203,11 +205,13 @@ def find_splits(config: Config) -> FoundSplits:
             return None
         if found is None and needed:
             faults.append(_missing(config, folder, split))
+        notes.extend(f"{split}: {note}" for note in (found.notes if found else ()))
         return found
 
     flat = _flat(config, folder)
     if flat is not None:
         notes.append(f"no train/ in {folder}: its {len(flat.class_names or ())} folders are taken as the classes")
+        notes += flat.notes
         return FoundSplits(flat, None, None, (), tuple(notes))
     train = opened(config.train_split, needed=True)
     if config.val_split is not None:
@@ -221,14 +225,24 @@ def find_splits(config: Config) -> FoundSplits:
             notes.append(f"no image in {folder / 'test'}; it is left alone")
         test = None
     validating = test if val is None and config.val_split is None else val
+    both = _places(train) & _places(validating)
+    if both:
+        notes.append(f"validation images are training images too: {some(sorted(both))} is read for both")
     return FoundSplits(train, validating, test, tuple(faults), tuple(notes))
+
+
+def _places(split: Split | None) -> set[str]:
+    """The real folder, or files, in which the images of a split lie."""
+    images = split.images if split else None
+    paths = images.shards if isinstance(images, ShardMembers) else ()
+    return {printable(os.path.realpath(path)) for path in ((images.root,) if isinstance(images, ImageFiles) else paths)}
 
 
 def _flat(config: Config, folder: Path) -> Split | None:
     """Class folders without a split above them, unless a split is asked for by its name."""
     if config.dataset != "imagefolder" or (config.train_split, config.val_split) != ("train", None):
         return None
-    return open_flat_folder(folder)
+    return open_flat_folder(folder, max_pixels=config.max_pixels)
 
 
 def _missing(config: Config, folder: Path, split: str) -> str:
