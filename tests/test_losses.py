@@ -1,6 +1,7 @@
 """KL and KL- against formulas in float64 and numbers worked out by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unloaf import direction_kl_loss, kl_loss
-from unloaf.losses import direction, resolve_amplitude
+from unloaf import bce_kl_loss, direction_kl_loss, kl_loss
+from unloaf.losses import direction, label_loss, resolve_amplitude
 from unloaf.methods.stimulative import DirectionCriterion
 
 
@@ -43,6 +44,7 @@ LOSSES = {
     "layer_norm": lambda s, t: direction_kl_loss(s, t, amplitude=2.0),
     "l2": lambda s, t: direction_kl_loss(s, t, amplitude=2.0, norm="l2"),
     "auto": direction_kl_loss,
+    "bce": bce_kl_loss,
 }
 
 
@@ -99,6 +101,133 @@ def test_eps_adds_to_the_variance_or_bounds_the_length(norm):
     expected = {"layer_norm": [0.5, -0.5], "l2": [0.5, -0.5]}[norm]
     logits = torch.tensor([1.0, -1.0], dtype=torch.float64)
     assert direction(logits, norm=norm, eps={"layer_norm": 3.0, "l2": 2.0}[norm]).tolist() == pytest.approx(expected)
+
+
+# --- yes or no
+
+
+def bernoulli_kl_by_hand(student, teacher, temperature=1.0):
+    """Loops over all logits."""
+    total, count = 0.0, 0
+    for s, t in zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True):
+        p, q = (1 / (1 + math.exp(-z / temperature)) for z in (t, s))
+        total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        count += 1
+    return temperature**2 * total / count
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("shape", [(5, 7), (5, 1), (5,), (2, 3, 4, 1)])
+def test_bce_kl_is_its_formula(shape, temperature):
+    student, teacher = randn(*shape), randn(*shape, seed=1)
+    expected = bernoulli_kl_by_hand(student, teacher, temperature)
+    assert float(bce_kl_loss(student, teacher, temperature=temperature)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_bce_kl_is_binary_cross_entropy_without_the_teachers_own():
+    student, teacher = randn(4, 3), randn(4, 3, seed=1)
+    p = teacher.sigmoid()
+    cross, entropy = (F.binary_cross_entropy_with_logits(z, p) for z in (student, teacher))
+    assert float(bce_kl_loss(student, teacher)) == pytest.approx(float(cross - entropy), rel=1e-12)
+
+
+def test_bce_kl_of_sure_predictions():
+    # p = 1 and q = sigmoid(-200): log(1 / q) = 200 + log(1 + e^-200)
+    assert float(bce_kl_loss(torch.tensor([[-200.0]]), torch.tensor([[1e20]]))) == 200
+
+
+# --- half precision, and logits of any size
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_is_computed_in_float32(name, dtype):
+    # The inputs are rounded to the type; what is made of them agrees to float32.
+    student, teacher = (30 * randn(6, 50, seed=seed).to(dtype) for seed in (0, 1))
+    loss = LOSSES[name](student, teacher)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(LOSSES[name](student.double(), teacher.double())), rel=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "l2"])
+def test_kl_minus_of_many_large_half_precision_logits(norm):
+    # Squares of 2,500 are beyond float16, so is the sum of a thousand of them.
+    student, teacher = (2500 * randn(2, 1000, seed=seed).clamp(-2, 2).half() for seed in (0, 1))
+    expected = kl_by_hand(*(40 * direction_by_hand(z.double(), norm) for z in (student, teacher)))
+    found = direction_kl_loss(student, teacher, norm=norm, amplitude=40.0)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.1
+
+
+@pytest.mark.parametrize("size", [1e12, 1e20, 1e37])
+@pytest.mark.parametrize("norm", ["layer_norm", "l2"])
+def test_kl_minus_of_huge_logits(norm, size):
+    # Squares are beyond float32 from 2e19 on.
+    student, teacher = (randn(4, 10, seed=seed).float().double() for seed in (0, 1))
+    expected = kl_by_hand(*(2 * direction_by_hand(z, norm) for z in (student, teacher)))
+    large = [(size * z).float().requires_grad_() for z in (student, teacher)]
+    loss = direction_kl_loss(*large, norm=norm, amplitude=2.0)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    reference = student.clone().requires_grad_()
+    direction_kl_loss(reference, teacher, norm=norm, amplitude=2.0, eps=1e-15).backward()
+    loss.backward()
+    torch.testing.assert_close(large[0].grad.double() * size, reference.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "l2"])
+def test_logits_are_made_smaller_where_their_squares_are_in_danger_alone(norm):
+    logits = 1e6 * randn(4, 10).float()
+    plain = F.layer_norm(logits, (10,), eps=1e-7) if norm == "layer_norm" else F.normalize(logits, dim=-1, eps=1e-7)
+    assert torch.equal(direction(logits, norm=norm), plain)
+
+
+def test_cross_entropy_of_half_precision_is_computed_in_float32():
+    logits, y = (30 * randn(6, 50)).half(), torch.arange(6)
+    expected = -torch.log_softmax(logits.double(), -1)[torch.arange(6), y].mean()
+    for criterion in (nn.CrossEntropyLoss(), DirectionCriterion(nn.CrossEntropyLoss())):
+        found = label_loss(criterion, logits, y)
+        assert found.dtype == torch.float32
+        if isinstance(criterion, nn.Module):
+            assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+# --- positions that count
+
+
+@pytest.mark.parametrize("loss", [kl_loss, direction_kl_loss, partial(direction_kl_loss, norm="l2"), bce_kl_loss])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_positions_that_do_not_count_are_as_if_left_out(loss, temperature):
+    student, teacher = randn(3, 4, 7).requires_grad_(), randn(3, 4, 7, seed=1)
+    counted = torch.rand(3, 4, generator=torch.Generator().manual_seed(2)) > 0.5
+    found = loss(student, teacher, temperature=temperature, counted=counted)
+    (grad,) = torch.autograd.grad(found, student)
+    rows = student.detach()[counted].requires_grad_()
+    expected = loss(rows, teacher[counted], temperature=temperature)
+    (wanted,) = torch.autograd.grad(expected, rows)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    torch.testing.assert_close(grad[counted], wanted, rtol=1e-12, atol=1e-15)
+    assert not grad[~counted].any()
+
+
+@pytest.mark.parametrize("loss", [kl_loss, direction_kl_loss, bce_kl_loss])
+def test_nothing_that_counts_is_no_loss(loss):
+    student = randn(3, 5).requires_grad_()
+    found = loss(student, randn(3, 5, seed=1), counted=torch.zeros(3, dtype=torch.bool))
+    found.backward()
+    assert found.detach() == 0
+    assert not student.grad.any()
+
+
+@pytest.mark.parametrize("loss", [kl_loss, direction_kl_loss, bce_kl_loss])
+def test_all_that_counts_is_the_same_number(loss):
+    student, teacher = 3 * randn(7, 5).float(), randn(7, 5, seed=1).float()
+    assert torch.equal(loss(student, teacher, counted=torch.ones(7, dtype=torch.bool)), loss(student, teacher))
+
+
+@pytest.mark.parametrize("loss", [kl_loss, direction_kl_loss, bce_kl_loss])
+def test_a_mask_of_another_shape_is_refused(loss):
+    with pytest.raises(ValueError, match=r"counted has shape \(2, 5\), the logits \(2, 5\); it must be \(2,\)"):
+        loss(GOOD, GOOD, counted=torch.ones(2, 5, dtype=torch.bool))
 
 
 # --- amplitude
@@ -231,7 +360,7 @@ def test_equal_logits_have_no_loss(name):
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), classes=st.integers(2, 20), scale=st.floats(0.01, 100))
 def test_no_loss_is_negative(name, seed, classes, scale):
-    classes = max(classes, 2 if name in ("kl", "l2") else 3)
+    classes = max(classes, 2 if name in ("kl", "l2", "bce") else 3)
     assert float(LOSSES[name](scale * randn(3, classes, seed=seed), randn(3, classes, seed=seed + 1))) > -1e-12
 
 

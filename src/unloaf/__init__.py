@@ -18,7 +18,7 @@ _HOMES = {
         "StochasticSampler",
         "enumerate_subnets",
     ],
-    "losses": ["direction_kl_loss", "kl_loss"],
+    "losses": ["bce_kl_loss", "direction_kl_loss", "kl_loss"],
     "inputs": ["SmallerInputs"],
     "batchnorm": ["recalibrate_bn"],
     "export": ["export_subnet"],
@@ -58,6 +58,7 @@ __all__ = [  # the same names again, for type checkers
     "Subnet",
     "SubnetRow",
     "active_subnet",
+    "bce_kl_loss",
     "checkpoint_blocks",
     "compile_blocks",
     "direction_kl_loss",
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from unloaf.evaluation import SubnetRow, evaluate_subnets
     from unloaf.export import export_subnet
     from unloaf.inputs import SmallerInputs
-    from unloaf.losses import direction_kl_loss, kl_loss
+    from unloaf.losses import bce_kl_loss, direction_kl_loss, kl_loss
     from unloaf.methods import (
         CommonTraining,
         GroupKnowledgeTraining,
