@@ -293,17 +293,17 @@ def run_step(
 
 def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
     """The same step with a complete forward and backward pass for each subnet: what sharing is measured against."""
-    passes = method.draw(x)
+    passes, losses = method.draw(x), method.losses(y)
     model = inner_module(method.model)
-    logits = logits_of(call_model(method.model, x))
-    _backward(method.criterion(logits, y))
+    logits = logits_of(call_model(method.model, x), method.readout)
+    _backward(losses.main(logits))
     teacher = logits.detach()
     known: list[Tensor | None] = [None] * len(passes)
     for index, request in enumerate(passes):
         with active_subnet(model, method.stages, request.subnet), frozen_statistics(model):
-            student = logits_of(call_model(model, request.view.of(x)))
+            student = logits_of(call_model(model, request.view.of(x)), method.readout)
         known[index] = student.detach()
-        _backward(method.weighted_term(index, student, teacher, known))
+        _backward(method.weighted_term(losses, index, student, teacher, known))
     method.step += 1
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from unloaf.methods.step import Criterion, SinglePassTraining
-from unloaf.passes import SubnetPass
+from unloaf.methods.step import SinglePassTraining
+from unloaf.methods.terms import Criterion
+from unloaf.passes import Readout, SubnetPass
 from unloaf.subnet import Subnet
 
 
@@ -19,6 +20,8 @@ class CommonTraining(SinglePassTraining):
     Args:
         model: any network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
+        readout: from the model's output to the tensor that the criterion gets, (batch, ..., classes); default the
+            output itself, its ``logits`` or ``["logits"]``.
 
     >>> import torch, unloaf
     >>> method = unloaf.CommonTraining(torch.nn.Linear(4, 3))
@@ -27,8 +30,8 @@ class CommonTraining(SinglePassTraining):
     (['main'], ())
     """
 
-    def __init__(self, model: nn.Module, *, criterion: Criterion | None = None) -> None:
-        super().__init__(model, criterion=criterion)
+    def __init__(self, model: nn.Module, *, criterion: Criterion | None = None, readout: Readout | None = None) -> None:
+        super().__init__(model, criterion=criterion, readout=readout)
 
     def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
         """No pass beside the main one."""

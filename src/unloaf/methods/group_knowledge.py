@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from unloaf.losses import kl_loss
-from unloaf.methods.step import Criterion, SubnetTraining, Weight, check_count
-from unloaf.methods.stimulative import Distance
-from unloaf.passes import SubnetPass
+from unloaf.losses import at_least_float32, kl_loss
+from unloaf.methods.step import SubnetTraining, Weight, check_count
+from unloaf.methods.terms import Criterion, Distance
+from unloaf.passes import Readout, SubnetPass
 from unloaf.sampling import ExponentialDecaySampler, Sampler, sample_chains
 from unloaf.stages import Stage
 from unloaf.subnet import Subnet
@@ -38,6 +38,8 @@ class GroupKnowledgeTraining(SubnetTraining):
             trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
+        readout: from the model's output to the tensor that criterion and subnet_loss get, (batch, ..., classes);
+            default the output itself, its ``logits`` or ``["logits"]``.
 
     Raises:
         ValueError: an argument out of range, stages of another model.
@@ -68,11 +70,14 @@ class GroupKnowledgeTraining(SubnetTraining):
         subnet_batch_fraction: float = 1.0,
         criterion: Criterion | None = None,
         seed: int = 0,
+        readout: Readout | None = None,
     ) -> None:
         super().__init__(
             model,
             stages,
             criterion=criterion,
+            subnet_loss=subnet_loss,
+            readout=readout,
             subnet_weight=subnet_weight,
             subnet_batch_fraction=subnet_batch_fraction,
             seed=seed,
@@ -82,7 +87,7 @@ class GroupKnowledgeTraining(SubnetTraining):
             raise ValueError(f"ema is {ema}; give a number from 0 (the latest subnet alone) to below 1")
         if teacher not in ("group", "main"):
             raise ValueError(f"teacher is {teacher!r}; give 'group' (the group above) or 'main' (the main network)")
-        self.ema, self.teacher, self.subnet_loss = ema, teacher, subnet_loss
+        self.ema, self.teacher = ema, teacher
         self.sampler = sampler if sampler is not None else ExponentialDecaySampler()
         sample_chains(self.sampler, self.stages, groups=1, chains=1, seed=seed, step=0)  # a space that does not fit
 
@@ -104,14 +109,15 @@ class GroupKnowledgeTraining(SubnetTraining):
         # the group above, in all loops so far
         return tuple(range(group - 1, index, self.groups)) if group and self.teacher == "group" else ()
 
-    def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
-        """Distance to the knowledge of the teacher."""
+    def teacher_of(self, index: int, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """The knowledge of the group above, or the main network."""
         teacher = main
         for loop, position in enumerate(self._teachers(index)):
             logits = known[position]
             assert logits is not None  # asked for in SubnetPass.needs
+            logits = at_least_float32(logits)
             teacher = logits if loop == 0 else self.ema * teacher + (1 - self.ema) * logits
-        return self.subnet_loss(student, teacher)
+        return teacher
 
     def _term_name(self, index: int) -> str:
         loop, group = divmod(index, self.groups)

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,11 @@ from torch import Tensor, nn
 
 from unloaf.batchnorm import statistics_unless_raised
 from unloaf.inputs import batch_size, first_tensor
-from unloaf.losses import label_loss
-from unloaf.passes import SubnetPass, lean_backward, logits_of, one_graph
+from unloaf.methods.terms import Criterion, Distance, StepLosses
+from unloaf.passes import Readout, StepTerms, SubnetPass, lean_backward, logits_of, one_graph_losses
 from unloaf.stages import Stage, call_model, inner_module
 from unloaf.subnet import Subnet, check_stages
 
-Criterion = Callable[[Tensor, Any], Tensor]
 Weight = float | Callable[[int], float]
 
 
@@ -50,15 +50,28 @@ class TrainingMethod(ABC):
     loops that own the backward pass. Draws depend on (seed, step) alone; ``step`` counts the steps made.
 
     Logits are (batch, ..., classes). The default criterion, torch's cross-entropy, is the mean over all leading
-    dimensions, of which the targets have the shape. A criterion of another class gets the logits as they are.
+    dimensions, of which the targets have the shape. A criterion of another class gets the logits as they are, right
+    after the main pass; of more than two axes only with a `readout`, or targets that tell which axis holds the classes.
+
+    Positions whose label is the criterion's ``ignore_index`` (an attribute, the default of an argument, or -100) count
+    in no loss term. A batch without any other trains nothing, and its loss is 0. A subnet_loss of the caller's own gets
+    the logits without these examples or, if it has an argument ``counted``, a bool mask of the labels' shape.
     """
 
     trains_main = True
     stages: tuple[Stage, ...] = ()
 
-    def __init__(self, model: nn.Module, *, criterion: Criterion | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        criterion: Criterion | None = None,
+        seed: int = 0,
+        readout: Readout | None = None,
+    ) -> None:
         self.model = model
         self.criterion: Criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        self.readout = readout
         self.seed = seed
         self.step = 0
 
@@ -120,10 +133,9 @@ class TrainingMethod(ABC):
     @abstractmethod
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput: ...
 
-    def _main_loss(self, logits: Tensor, y: Any) -> Tensor:
-        if logits.ndim < 2 or logits.shape[-1] < 2:
-            raise ValueError(f"the model's logits have shape {tuple(logits.shape)}; training needs at least 2 classes")
-        return _one_number(label_loss(self.criterion, logits, y), "the criterion")
+    def losses(self, y: Any) -> StepLosses:
+        """The loss terms of a step with these targets."""
+        return StepLosses(self.criterion, y, classes_last=self.readout is not None)
 
     def _check_batch(self, x: Any, y: Any) -> None:
         """All that can be told before a pass is: a batch refused here has changed nothing."""
@@ -149,13 +161,6 @@ def _advice_on_small_batches(x: Any) -> Iterator[None]:
             f"batch norm: {error}. The batch has {size} example{'s' if size > 1 else ''}; give at least 2 "
             "(DataLoader(..., drop_last=True) for the last batch), larger inputs, or put the norms in eval mode"
         ) from error
-
-
-def _one_number(loss: Tensor, source: str) -> Tensor:
-    """The loss, or ValueError where it is not of shape ()."""
-    if loss.ndim:
-        raise ValueError(f"{source} returned shape {tuple(loss.shape)}; it must return one number (reduction='mean')")
-    return loss
 
 
 def _check_devices(model: nn.Module, x: Tensor, y: Any) -> None:
@@ -188,8 +193,8 @@ class SinglePassTraining(TrainingMethod):
         return out._replace(loss=out.loss.detach())
 
     def _pass(self, x: Any, y: Any, trained: tuple[Subnet, ...]) -> StepOutput:
-        logits = logits_of(call_model(self.model, x))
-        loss = self._main_loss(logits, y)
+        logits = logits_of(call_model(self.model, x), self.readout)
+        loss = self.losses(y).main(logits)
         return StepOutput(loss, logits.detach(), {"main": loss.detach()}, trained)
 
 
@@ -210,11 +215,14 @@ class SubnetTraining(TrainingMethod):
         stages: Sequence[Stage],
         *,
         criterion: Criterion | None,
+        subnet_loss: Distance,
+        readout: Readout | None,
         subnet_weight: Weight,
         subnet_batch_fraction: float,
         seed: int,
     ) -> None:
-        super().__init__(model, criterion=criterion, seed=seed)
+        super().__init__(model, criterion=criterion, seed=seed, readout=readout)
+        self.subnet_loss = subnet_loss
         check_stages(model, stages)
         self.stages, self._weight = tuple(stages), subnet_weight
         self.weight_at(0)
@@ -260,53 +268,54 @@ class SubnetTraining(TrainingMethod):
         passes = self._passes(x, subnets, step)
         return passes if examples >= size else [request._replace(examples=examples) for request in passes]
 
+    def losses(self, y: Any) -> StepLosses:
+        """The loss terms of a step with these targets."""
+        last = self.readout is not None
+        return StepLosses(self.criterion, y, subnet_loss=self.subnet_loss, classes_last=last)
+
     @abstractmethod
-    def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
-        """The unweighted loss of a pass.
+    def teacher_of(self, index: int, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """The logits that a pass learns from.
 
         Args:
             index: which pass.
-            student: its logits, of the examples that it was run on.
-            main: detached logits of the main network, of the same examples.
+            main: detached logits of the main network, of the examples that the pass was run on.
             known: detached logits of the passes known by then.
         """
 
-    def weighted_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
-        """The loss of a pass as it enters the sum; `main` are logits of the whole batch. Else as `subnet_term`."""
-        term = self.subnet_term(index, student, main[: len(student)], known)
-        return self.subnet_weight * _one_number(term, "subnet_loss")
+    def weighted_term(
+        self, losses: StepLosses, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]
+    ) -> Tensor:
+        """The loss of a pass as it enters the sum; `main` are logits of the whole batch. Else as `teacher_of`."""
+        seen = main if len(student) == len(main) else main[: len(student)]
+        teacher = self.teacher_of(index, seen, known)
+        return losses.subnet(student, teacher, self.subnet_weight)
 
     def _term_name(self, index: int) -> str:
         return f"subnet{index}"
 
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        passes = self._requested(x, subnets)
-        main, logits = one_graph(self.model, self.stages, x, passes)
-        known, teacher = [z.detach() for z in logits], main.detach()
-        losses = [self.weighted_term(i, z, teacher, known) for i, z in enumerate(logits)]
-        main_loss = self._main_loss(main, y)
-        total = torch.stack([main_loss, *losses]).sum()
-        return self._output(passes, total, teacher, main_loss.detach(), [loss.detach() for loss in losses])
+        return self._step(one_graph_losses, x, y, subnets)
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        passes = self._requested(x, subnets)
-        step = lean_backward(
+        return self._step(partial(lean_backward, scale=scale), x, y, subnets)
+
+    def _step(self, run: Callable[..., StepTerms], x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
+        passes, losses = self._requested(x, subnets), self.losses(y)
+        step = run(
             self.model,
             self.stages,
             x,
             passes,
-            main_loss=lambda logits: self._main_loss(logits, y),
-            subnet_loss=self.weighted_term,
-            scale=scale,
+            main_loss=losses.main,
+            subnet_loss=partial(self.weighted_term, losses),
+            readout=self.readout,
         )
         total = torch.stack([step.main_loss, *step.subnet_losses]).sum()
-        return self._output(passes, total, step.logits, step.main_loss, step.subnet_losses)
-
-    def _output(
-        self, passes: Sequence[SubnetPass], total: Tensor, logits: Tensor, main_loss: Tensor, losses: Sequence[Tensor]
-    ) -> StepOutput:
-        terms = {"main": main_loss} | {self._term_name(i): loss for i, loss in enumerate(losses)}
-        return StepOutput(total, logits, terms, tuple(request.subnet for request in passes))
+        terms = [step.main_loss.detach(), *(loss.detach() for loss in step.subnet_losses)]
+        names = ["main", *map(self._term_name, range(len(passes)))]
+        subnets = tuple(request.subnet for request in passes)
+        return StepOutput(total, step.logits, dict(zip(names, terms, strict=True)), subnets)
 
 
 def _checked_weight(weight: float, found: str) -> float:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from unloaf.inputs import SmallerInputs, check_sides
-from unloaf.losses import (
-    Norm,
-    check_two_classes,
-    direction,
-    direction_kl_loss,
-    kl_loss,
-    label_loss,
-    resolve_amplitude,
-)
-from unloaf.methods.step import Criterion, SubnetTraining, Weight, check_count
-from unloaf.passes import SubnetPass
+from unloaf.losses import Norm, direction_kl_loss, kl_loss, resolve_amplitude
+from unloaf.methods.step import SubnetTraining, Weight, check_count
+from unloaf.methods.terms import Criterion, DirectionCriterion, Distance
+from unloaf.passes import Readout, SubnetPass
 from unloaf.sampling import InterStageSampler, OrderedSampler, Sampler, draw_generator
 from unloaf.stages import Stage
 from unloaf.subnet import Subnet
-
-Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class StimulativeTraining(SubnetTraining):
@@ -46,6 +36,8 @@ class StimulativeTraining(SubnetTraining):
             trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy, which also takes soft labels.
         seed: of the draws.
+        readout: from the model's output to the tensor that criterion and subnet_loss get, (batch, ..., classes);
+            default the output itself, its ``logits`` or ``["logits"]``.
 
     Raises:
         ValueError: an argument out of range, stages of another model, sides the model cannot take.
@@ -74,11 +66,14 @@ class StimulativeTraining(SubnetTraining):
         subnet_batch_fraction: float = 1.0,
         criterion: Criterion | None = None,
         seed: int = 0,
+        readout: Readout | None = None,
     ) -> None:
         super().__init__(
             model,
             stages,
             criterion=criterion,
+            subnet_loss=subnet_loss,
+            readout=readout,
             subnet_weight=subnet_weight,
             subnet_batch_fraction=subnet_batch_fraction,
             seed=seed,
@@ -86,7 +81,7 @@ class StimulativeTraining(SubnetTraining):
         self.sampler = sampler if sampler is not None else OrderedSampler()
         self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
         self.num_subnets = check_count("num_subnets", num_subnets)
-        self.subnet_loss, self.subnet_inputs = subnet_loss, subnet_inputs
+        self.subnet_inputs = subnet_inputs
         shape = self.stages[0].input_shape if self.stages else None
         if subnet_inputs is not None and shape is not None:
             check_sides(model, subnet_inputs, shape)
@@ -109,9 +104,9 @@ class StimulativeTraining(SubnetTraining):
         side = self.subnet_inputs.draw(full, draw_generator(self.seed, step, draw, purpose="side"))
         return None if side == full else side
 
-    def subnet_term(self, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
-        """Distance to the main network's prediction."""
-        return self.subnet_loss(student, main)
+    def teacher_of(self, index: int, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """The main network."""
+        return main
 
 
 def stimulative_plus(
@@ -129,6 +124,7 @@ def stimulative_plus(
     subnet_batch_fraction: float = 1.0,
     criterion: Criterion | None = None,
     seed: int = 0,
+    readout: Readout | None = None,
 ) -> StimulativeTraining:
     """ST++: `StimulativeTraining` with KL-, several subnets, random smaller inputs and inter-stage sampling.
 
@@ -149,6 +145,8 @@ def stimulative_plus(
             trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
+        readout: from the model's output to the tensor that criterion and subnet_loss get, (batch, ..., classes);
+            default the output itself, its ``logits`` or ``["logits"]``.
 
     Raises:
         ValueError: as `StimulativeTraining`.
@@ -177,20 +175,5 @@ def stimulative_plus(
         subnet_batch_fraction=subnet_batch_fraction,
         criterion=DirectionCriterion(criterion, amplitude, norm, eps) if main_logits == "direction" else criterion,
         seed=seed,
+        readout=readout,
     )
-
-
-@dataclass(frozen=True)
-class DirectionCriterion:
-    """A criterion on the direction of the logits, scaled as in `direction_kl_loss`."""
-
-    criterion: Criterion
-    amplitude: float | Literal["auto"] = "auto"
-    norm: Norm = "layer_norm"
-    eps: float = 1e-7
-
-    def __call__(self, logits: Tensor, y: Any) -> Tensor:
-        """The criterion of (amplitude * direction(logits), y)."""
-        scale = resolve_amplitude(self.amplitude, logits.shape[-1], self.norm)
-        check_two_classes(logits.shape[-1], self.norm, self.eps)
-        return label_loss(self.criterion, scale * direction(logits, norm=self.norm, eps=self.eps), y)

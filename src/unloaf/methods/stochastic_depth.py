@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from unloaf.methods.step import Criterion, SinglePassTraining
-from unloaf.passes import SubnetPass
+from unloaf.methods.step import SinglePassTraining
+from unloaf.methods.terms import Criterion
+from unloaf.passes import Readout, SubnetPass
 from unloaf.sampling import StochasticSampler, draw_generator
 from unloaf.stages import Stage
 from unloaf.subnet import Subnet, active_subnet, check_stages
@@ -30,6 +31,8 @@ class StochasticDepth(SinglePassTraining):
         final_survival: survival probability of the last block, in (0, 1].
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.
+        readout: from the model's output to the tensor that the criterion gets, (batch, ..., classes); default the
+            output itself, its ``logits`` or ``["logits"]``.
 
     Raises:
         ValueError: an argument out of range, stages of another model, a DistributedDataParallel that waits for the
@@ -56,8 +59,9 @@ class StochasticDepth(SinglePassTraining):
         final_survival: float = 0.8,
         criterion: Criterion | None = None,
         seed: int = 0,
+        readout: Readout | None = None,
     ) -> None:
-        super().__init__(model, criterion=criterion, seed=seed)
+        super().__init__(model, criterion=criterion, seed=seed, readout=readout)
         check_stages(model, stages)
         self.stages, self.sampler = tuple(stages), StochasticSampler(final_survival=final_survival)
         if final_survival < 1:

@@ -9,9 +9,19 @@ Two ways to use it: `lean_backward` keeps one suffix alive at a time, each start
 are handed back, and ends with one backward through the main graph; `one_graph` leaves everything in one autograd graph.
 """
 
-from unloaf.passes.lean import LeanStep, lean_backward
-from unloaf.passes.one_graph import one_graph
+from unloaf.passes.lean import lean_backward
+from unloaf.passes.one_graph import one_graph, one_graph_losses
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.replay import between_blocks, logits_of
+from unloaf.passes.replay import Readout, between_blocks, logits_of
+from unloaf.passes.terms import StepTerms
 
-__all__ = ["LeanStep", "SubnetPass", "between_blocks", "lean_backward", "logits_of", "one_graph"]
+__all__ = [
+    "Readout",
+    "StepTerms",
+    "SubnetPass",
+    "between_blocks",
+    "lean_backward",
+    "logits_of",
+    "one_graph",
+    "one_graph_losses",
+]

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unloaf.batchnorm import frozen_statistics
 from unloaf.passes.plan import Run, SubnetPass
-from unloaf.passes.replay import Session
+from unloaf.passes.replay import Readout, Session
+from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms
 from unloaf.stages import Stage
-
-MainLoss = Callable[[Tensor], Tensor]
-SubnetLoss = Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], Tensor]
-
-
-class LeanStep(NamedTuple):
-    """What `lean_backward` returns: detached main logits, the main loss, and a loss for each request."""
-
-    logits: Tensor
-    main_loss: Tensor
-    subnet_losses: list[Tensor]
 
 
 def lean_backward(
@@ -34,8 +25,9 @@ def lean_backward(
     *,
     main_loss: MainLoss,
     subnet_loss: SubnetLoss,
+    readout: Readout | None = None,
     scale: float | Tensor = 1.0,
-) -> LeanStep:
+) -> StepTerms:
     """Add the gradient of ``main_loss + sum of subnet losses`` to ``.grad``, one suffix alive at a time.
 
     Prefixes are shared. A suffix starts from detached leaves of recorded outputs, and its backward returns their
@@ -51,54 +43,40 @@ def lean_backward(
         main_loss: from the main logits to a loss of shape ().
         subnet_loss: from (index of the request, its logits, detached main logits, detached logits of all requests
             that are known by then) to a loss of shape ().
+        readout: from the model's output to the logits; default as `logits_of`.
         scale: multiplies every gradient (1 / accumulation steps, a gradient scaler's factor), not the losses returned.
     """
-    step = _LeanBackward(Session(model, stages, inputs, passes, detach=True), len(passes), subnet_loss, scale)
-    session, main = step.session, step.session.plan.main
+    session = Session(model, stages, inputs, passes, detach=True, readout=readout)
+    step = _LeanBackward(session, Terms(len(passes), main_loss, subnet_loss), scale)
     with session.open():
-        logits = session.forward(main)
-        loss = main_loss(logits)
-        step.main_logits = logits.detach()
+        session.forward(session.plan.main)
+        step.terms.begin(session.plan.main)
         with frozen_statistics(session.inner), _parameters_replaced(session.inner) as standins:
             for run in session.plan.runs:
-                step.advance(run)
-    step.finish_main(loss, standins)
-    losses = [loss for loss in step.losses if loss is not None]
-    return LeanStep(step.main_logits, loss.detach(), losses)
+                if run is not session.plan.main:
+                    step.advance(run)
+    step.finish_main(standins)
+    return step.terms.result()
 
 
 class _LeanBackward:
-    """State of one lean step: which logits and losses are known, which graphs are alive, gradients so far."""
+    """State of one lean step: which losses are known, which graphs are alive, gradients so far."""
 
-    main_logits: Tensor
-
-    def __init__(self, session: Session, requests: int, subnet_loss: SubnetLoss, scale: float | Tensor) -> None:
-        self.session, self.subnet_loss, self.scale = session, subnet_loss, scale
-        self.known: list[Tensor | None] = [None] * requests
-        self.losses: list[Tensor | None] = [None] * requests
+    def __init__(self, session: Session, terms: Terms, scale: float | Tensor) -> None:
+        self.session, self.terms, self.scale = session, terms, scale
         self.alive: list[Run] = []
 
     def advance(self, run: Run) -> None:
         """Run one subnet, then finish all that can be finished, the latest first."""
-        main = self.session.plan.main
-        if run is not main:
-            self.session.forward(run)
-            self.alive.append(run)
-        assert run.logits is not None
-        for index in run.requests:
-            self.known[index] = run.logits.detach()
+        self.session.forward(run)
+        self.terms.add(run)
+        self.alive.append(run)
         for waiting in reversed(self.alive):
             # A loss may read the logits of a request that comes later in depth-first order: its graph then waits.
-            if all(child.done for child in waiting.children) and all(self.known[i] is not None for i in waiting.needs):
-                self._differentiate(waiting)
+            losses = self.terms.of(waiting)
+            if losses is not None and all(child.done for child in waiting.children):
+                self._differentiate(waiting, losses)
         self.alive = [waiting for waiting in self.alive if not waiting.done]
-
-    def _losses_of(self, run: Run) -> list[Tensor]:
-        assert run.logits is not None
-        losses = [self.subnet_loss(index, run.logits, self.main_logits, self.known) for index in run.requests]
-        for index, loss in zip(run.requests, losses, strict=True):
-            self.losses[index] = loss.detach()
-        return losses
 
     def _roots(self, run: Run, losses: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Where the backward of a run begins: its losses, and its recorded outputs for which gradients came back."""
@@ -107,55 +85,118 @@ class _LeanBackward:
             roots += [(t, g) for t, g in zip(record.tensors, record.grads, strict=True) if g is not None]
         return [tensor for tensor, _ in roots], [grad for _, grad in roots]
 
-    def _differentiate(self, run: Run) -> None:
+    def _differentiate(self, run: Run, losses: Sequence[Tensor]) -> None:
         """Backward of a suffix: gradients arrive at its leaves and at the stand-ins of the parameters."""
-        roots, root_grads = self._roots(run, self._losses_of(run))
+        roots, root_grads = self._roots(run, losses)
         if roots:
-            with _no_autocast(roots[0]):
+            with _no_autocast(roots[0]), _shared_graphs_explained():
                 torch.autograd.backward(roots, root_grads)
             for record, index, leaf in run.leaves:
                 if leaf.grad is not None:
                     before = record.grads[index]
                     record.grads[index] = leaf.grad if before is None else before + leaf.grad
+        self.terms.detach(run)
         self.session.release(run)
 
-    def finish_main(self, loss: Tensor, standins: Collection[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    def finish_main(self, standins: Collection[StandIn]) -> None:
         """The backward of the main graph, which the gradients of the suffixes enter."""
         main = self.session.plan.main
-        roots, root_grads = self._roots(main, [loss, *self._losses_of(main)])
-        for parameter, standin in standins:
-            grad = standin.grad
-            if grad is not None and parameter._backward_hooks:  # they change gradients: they have to see the sum
-                roots.append(parameter)
-                root_grads.append(grad)
-            elif grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        if roots:
-            with _no_autocast(loss):
-                torch.autograd.backward(roots, root_grads)
+        losses = self.terms.of(main)
+        assert losses is not None
+        roots, root_grads = self._roots(main, [self.terms.main_loss, *losses])
+        with _undone_where_passes_met(standins):
+            for standin in standins:
+                parameter, grad = standin.parameter, standin.gradient()
+                if grad is not None and parameter._backward_hooks:  # they change gradients: they have to see the sum
+                    roots.append(parameter)
+                    root_grads.append(grad)
+                elif grad is not None:
+                    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            if roots:
+                with _no_autocast(roots[0]), _shared_graphs_explained():
+                    torch.autograd.backward(roots, root_grads)
+        self.terms.finish(main)
         self.session.release(main)
 
 
+@dataclass(eq=False)
+class StandIn:
+    """A parameter and what takes its place in the suffixes: it shares the storage and collects their gradients.
+
+    Attributes:
+        parameter: of the model.
+        replacement: its stand-in.
+        before: the gradient that the parameter had before the step.
+        strayed: a gradient of a suffix that came to the parameter itself: through a part of the main graph that the
+            suffix should not have reached, or a reference that is not among the module's parameters.
+    """
+
+    parameter: nn.Parameter
+    replacement: nn.Parameter
+    before: Tensor | None
+    strayed: Tensor | None = None
+
+    def gradient(self) -> Tensor | None:
+        """Of all suffixes."""
+        found = [grad for grad in (self.replacement.grad, self.strayed) if grad is not None]
+        return found[0] + found[1] if len(found) == 2 else found[0] if found else None
+
+
 @contextmanager
-def _parameters_replaced(model: nn.Module) -> Iterator[Collection[tuple[nn.Parameter, nn.Parameter]]]:
-    """Pairs of a parameter and its stand-in, which shares its storage and collects the suffixes' gradients.
+def _parameters_replaced(model: nn.Module) -> Iterator[Collection[StandIn]]:
+    """The parameters with a gradient, replaced by their stand-ins for the time of the suffixes.
 
     Hooks on the parameters (a gradient mask, DistributedDataParallel's reducer) run once, on the sum, in the main
     backward; a gradient is added while it is warm in the cache; a step that fails has touched no ``.grad``.
     """
-    pairs: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    standins: dict[int, StandIn] = {}
     originals = [(module._parameters, dict(module._parameters)) for module in model.modules() if module._parameters]
     try:
         for held, before in originals:
             for name, parameter in before.items():
                 if parameter is not None and parameter.requires_grad:
-                    if id(parameter) not in pairs:  # tied weights have one stand-in
-                        pairs[id(parameter)] = parameter, nn.Parameter(parameter.detach())
-                    held[name] = pairs[id(parameter)][1]
-        yield pairs.values()
+                    if id(parameter) not in standins:  # tied weights have one stand-in
+                        replacement = nn.Parameter(parameter.detach())
+                        standins[id(parameter)] = StandIn(parameter, replacement, parameter.grad)
+                        parameter.grad = None
+                    held[name] = standins[id(parameter)].replacement
+        yield standins.values()
     finally:
         for held, before in originals:
             held.update(before)
+        for standin in standins.values():
+            standin.strayed, standin.parameter.grad = standin.parameter.grad, standin.before
+
+
+@contextmanager
+def _undone_where_passes_met(standins: Collection[StandIn]) -> Iterator[None]:
+    """Gradients as before the step if the main backward fails because a suffix ran through a part of its graph.
+
+    Whether one did is known by then, so that nothing has to be kept in other steps.
+    """
+    kept = []
+    if any(standin.strayed is not None for standin in standins):
+        kept = [(s.parameter, None if s.before is None else s.before.clone()) for s in standins]
+    try:
+        yield
+    except BaseException:
+        for parameter, grad in kept:
+            parameter.grad = grad
+        raise
+
+
+@contextmanager
+def _shared_graphs_explained() -> Iterator[None]:
+    """What to do where one backward of the step met the graph of another."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise ValueError(
+            "a subnet's loss reaches into the graph of another pass on a way that no module returned: a feature that a "
+            "hook or an attribute hands over, or parametrize.cached(); use method(x, y).loss.backward()"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from unloaf.batchnorm import frozen_statistics
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.replay import Session
+from unloaf.passes.replay import Readout, Session
+from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms
 from unloaf.stages import Stage
 
 
@@ -33,14 +34,39 @@ def one_graph(
     >>> main.shape, subnet.shape
     (torch.Size([2, 5]), torch.Size([2, 5]))
     """
-    session = Session(model, stages, inputs, passes, detach=False)
-    logits: dict[int, Tensor] = {}
+    step = one_graph_losses(model, stages, inputs, passes, main_loss=_logits, subnet_loss=_logits_of_request)
+    return step.main_loss, step.subnet_losses
+
+
+def _logits(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _logits_of_request(index: int, logits: Tensor, *others: Any) -> Tensor:
+    return logits
+
+
+def one_graph_losses(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    inputs: Any,
+    passes: Sequence[SubnetPass],
+    *,
+    main_loss: MainLoss,
+    subnet_loss: SubnetLoss,
+    readout: Readout | None = None,
+) -> StepTerms:
+    """The losses of the main network and of each request, all in one autograd graph; arguments as `lean_backward`."""
+    session = Session(model, stages, inputs, passes, detach=False, readout=readout)
+    terms, main = Terms(len(passes), main_loss, subnet_loss), session.plan.main
     with session.open():
-        main = session.forward(session.plan.main)
+        session.forward(main)
+        terms.begin(main)
         with frozen_statistics(session.inner):
             for run in session.plan.runs:
-                output = main if run is session.plan.main else session.forward(run)
-                logits |= dict.fromkeys(run.requests, output)
+                if run is not main:
+                    session.forward(run)
+                    terms.add(run)
     for run in session.plan.runs:
         session.release(run)
-    return main, [logits[index] for index in range(len(passes))]
+    return terms.result()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from unloaf.inputs import View
+from unloaf.passes.containers import tensors_in
 from unloaf.stages import Stage
 from unloaf.subnet import BlockMode, Subnet
 
@@ -43,6 +44,12 @@ class Record:
     tensors: list[Tensor]
     versions: list[int]
     grads: list[Tensor | None]
+
+    @classmethod
+    def of(cls, value: Any) -> Record:
+        """The record of a value, with the tensors in it."""
+        tensors = tensors_in(value)
+        return cls(value, tensors, [tensor._version for tensor in tensors], [None] * len(tensors))
 
     def intact(self) -> bool:
         """False once someone has overwritten the output in place (``bn -> ReLU(inplace=True)``)."""

@@ -12,18 +12,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unloaf.inputs import View
+from unloaf.passes.containers import with_tensors
 from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
 from unloaf.stages import Form, Stage, call_model, inner_module, stand_in
 from unloaf.subnet import branches, check_stages, check_subnet, replaced_forwards
+
+Readout = Callable[[Any], Tensor]
 
 
 class Session:
     """Runs the passes of a plan through the model, recording and replaying."""
 
     def __init__(
-        self, model: nn.Module, stages: Sequence[Stage], inputs: Any, passes: Sequence[SubnetPass], *, detach: bool
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        inputs: Any,
+        passes: Sequence[SubnetPass],
+        *,
+        detach: bool,
+        readout: Readout | None = None,
     ) -> None:
-        self.model, self.inner = uncompiled(model), inner_module(model)
+        self.model, self.inner, self.readout = uncompiled(model), inner_module(model), readout
         self.inputs, self.detach, self.cloning = inputs, detach, False
         self.with_gradients = torch.is_grad_enabled()
         self.inside = 0  # calls that are being computed: what they call is a part of them
@@ -35,7 +45,7 @@ class Session:
         self.run = self.plan.main
         self.state = self.plan.roots[View()]
         self.calls: Counter[tuple[State, str]] = Counter()
-        self._views: dict[View, Any] = {View(): inputs}
+        self._views: dict[View, Record] = {}
         branch: dict[str, Callable[..., Any]] = {}
         for subnet in {request.subnet for request in passes}:
             branch |= branches(self.inner, stages, subnet)
@@ -63,7 +73,7 @@ class Session:
         except RuntimeError as error:
             # Autograd refuses in-place changes of the leaves that a suffix starts from. Few models make one there, so
             # the leaves are cloned only once it has happened.
-            if self.cloning or run.parent is None or "in-place" not in str(error):
+            if self.cloning or not run.leaves or "in-place" not in str(error):
                 raise
             self.cloning = True
             self.release(run)
@@ -81,9 +91,21 @@ class Session:
         self.calls.clear()
         self._pack = None
         model = self.model if run is self.plan.main else self.inner
-        if run.view not in self._views:
-            self._views[run.view] = run.view.of(self.inputs)
-        return logits_of(call_model(model, self._views[run.view]))
+        return logits_of(call_model(model, self._input(run)), self.readout)
+
+    def _input(self, run: Run) -> Any:
+        """What a run sees of the batch.
+
+        Where the batch has a graph of its own, runs beside the main one get leaves, so that this graph is run through
+        once: in the main backward, with the sum of the gradients.
+        """
+        main = self.plan.main
+        record = self._views.get(run.view)
+        if record is None:
+            record = self._views[run.view] = Record.of(run.view.of(self.inputs))
+            main.records.append(record)
+        graphs = self.detach and run is not main and any(tensor.requires_grad for tensor in record.tensors)
+        return self._leaves(record, read=True) if graphs else record.value
 
     def remember_or(
         self, key: tuple[str, int], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -98,26 +120,27 @@ class Session:
             value = forward(*args, **kwargs)
         finally:
             self.inside -= 1
-        tensors = _tensors(value)
-        if state.visits > 1 and tensors:
-            record = Record(value, tensors, [t._version for t in tensors], [None] * len(tensors))
-            state.records[key] = record
-            run.records.append(record)
+        if state.visits > 1:
+            record = Record.of(value)
+            if record.tensors:
+                state.records[key] = record
+                run.records.append(record)
         return value
 
     def _hand_out(self, record: Record) -> Any:
-        given = {}
+        # At the branch the next module really reads it; before, nobody computes.
+        return self._leaves(record, read=self.state is self.run.branch)
+
+    def _leaves(self, record: Record, *, read: bool) -> Any:
+        """What was recorded, each tensor without its graph if a graph is not shared."""
+        given: dict[int, Tensor] = {}
         for index, tensor in enumerate(record.tensors):
             output = tensor
             if self.detach and tensor.requires_grad:
                 output = tensor.detach().requires_grad_()
                 self.run.leaves.append((record, index, output))
-            # At the branch the next module really reads it; before, nobody computes.
-            read = self.state is self.run.branch
             given[id(tensor)] = output.clone() if read and (self.cloning or output is tensor) else output
-        if isinstance(record.value, Tensor):
-            return given[id(record.value)]
-        return type(record.value)(given.get(id(item), item) for item in record.value)
+        return with_tensors(record.value, lambda tensor: given[id(tensor)])
 
     def refuse_checkpointing(self, module: nn.Module) -> None:
         """Refuse a model that computes blocks anew in the backward pass by itself: it would not compute the subnet's.
@@ -242,21 +265,28 @@ def between_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterato
     return walk("", model)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors of an output that can be recorded: a tensor, or a plain tuple or list that holds some."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [item for item in value if isinstance(item, Tensor)] if type(value) in (tuple, list) else []
+def logits_of(output: Any, readout: Readout | None = None) -> Tensor:
+    """The logits in a model's output: the output itself, its ``logits`` attribute (transformers) or ``["logits"]``.
 
+    Args:
+        output: what the model returned.
+        readout: takes them out of any other output.
 
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: the output itself, its ``logits`` attribute (transformers) or ``["logits"]``."""
+    Raises:
+        ValueError: there are none, or the readout gave no tensor.
+    """
+    if readout is not None:
+        logits = readout(output)
+        if not isinstance(logits, Tensor):
+            raise ValueError(f"readout returned {type(logits).__name__}; give a tensor, (batch, ..., classes)")
+        return logits
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     if not isinstance(logits, Tensor):
+        held = f" with the keys {', '.join(map(str, output))}" if isinstance(output, Mapping) else ""
         raise ValueError(
-            f"the model returned {type(output).__name__}; "
-            "it must return its logits as a tensor, or an output with .logits"
+            f"the model returned {type(output).__name__}{held}; it must return its logits as a tensor, or an output "
+            'with .logits, or give readout, a function from its output to the logits: lambda output: output["out"]'
         )
     return logits

@@ -1,0 +1,60 @@
+"""Tensors in what modules take and return: tuples, lists and mappings, one within another."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of an output, in order; none where something in it may hold one that cannot be replaced.
+
+    >>> len(tensors_in((torch.zeros(1), (torch.zeros(1), {"k": torch.zeros(1)}), None)))
+    3
+    >>> tensors_in((torch.zeros(1), object()))
+    []
+    """
+    found: list[Tensor] = []
+    return found if _collect(value, found) else []
+
+
+def _collect(value: Any, found: list[Tensor]) -> bool:
+    if isinstance(value, Tensor):
+        found.append(value)
+        return True
+    items = _items(value)
+    return isinstance(value, _PLAIN) if items is None else all(_collect(item, found) for item in items)
+
+
+def with_tensors(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:
+    """The same containers with other tensors.
+
+    >>> with_tensors([torch.tensor(1.0), {"k": torch.tensor(2.0)}, "text"], lambda tensor: tensor + 1)
+    [tensor(2.), {'k': tensor(3.)}, 'text']
+    """
+    if isinstance(value, Tensor):
+        return replace(value)
+    items = _items(value)
+    if items is None:
+        return value
+    made = [with_tensors(item, replace) for item in items]
+    kind: Any = type(value)
+    if isinstance(value, dict):
+        named = dict(zip(value, made, strict=True))
+        return kind(**named) if is_dataclass(value) else kind(named)
+    return kind(*made) if hasattr(value, "_fields") else kind(made)
+
+
+def _items(value: Any) -> Iterable[Any] | None:
+    """What a container holds; None for anything else."""
+    # An output of transformers is an OrderedDict and a dataclass.
+    if isinstance(value, dict) and (type(value) in (dict, OrderedDict) or is_dataclass(value)):
+        return value.values()
+    return value if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_fields")) else None
