@@ -141,8 +141,8 @@ def peak_of(method, x, y):
 def test_peak_memory_counts_saved_activations_once_and_no_parameters():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
     x, y = torch.randn(16, 8), torch.randint(3, (16,))
-    # Saved: x, the output of tanh (by tanh and by the last layer), log-softmax of the logits, targets, total weight, and
-    # whether there was a label at all.
+    # Saved: x, the output of tanh (by tanh and by the last layer), log-softmax of the logits, targets, total weight,
+    # and whether there was a label at all.
     by_hand = 4 * (16 * 8 + 16 * 8 + 16 * 3) + 8 * 16 + 4 + 1
     assert peak_of(unloaf.CommonTraining(model), x, y) == by_hand
 
