@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 import unloaf
 from unloaf.analysis.runs import judge_run
 from unloaf.engine.config import Config
+from unloaf.engine.data.augment import evaluation_transform
 from unloaf.engine.models import build_model
 from unloaf.engine.train import train
 from unloaf.release import export_elastic, export_run
 from unloaf.release.formats import timm_config
-from unloaf.release.libraries import describe_for_transformers
+from unloaf.release.libraries import describe_for_transformers, describe_images_for_transformers
 from unloaf.release.opened import open_trained
 from unloaf.saved import save_subnet
 
@@ -167,6 +168,32 @@ def test_preprocessing_of_image_files_is_that_of_the_evaluation(files, tmp_path)
     }  # fmt: skip
     text = "resized so that its shorter side has 20 pixels (bicubic interpolation), and the centre is cut out"
     assert text in (folder / "README.md").read_text()
+
+
+def test_every_form_holds_how_images_become_inputs(files, tmp_path):
+    mean = [0.485, 0.456, 0.406]
+    program = export_run(files, format="pt2", output=tmp_path / "pt2", **CPU).folder / "model.pt2"
+    torch.export.load(program, extra_files=(found := {"preprocessing.json": ""}))
+    assert json.loads(found["preprocessing.json"])["mean"] == pytest.approx(mean)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = export_run(files, format="onnx", output=tmp_path / "onnx", **CPU).folder / "model.onnx"
+    texts = onnxruntime.InferenceSession(model).get_modelmeta().custom_metadata_map
+    assert json.loads(texts["preprocessing"])["crop_pct"] == 0.8
+
+
+def test_image_processor_of_transformers_makes_the_inputs_of_the_evaluation(files, tmp_path):
+    """Its resampling rounds otherwise at some pixels: by a step of 1/255 of the range, here divided by the spread."""
+    opened = open_trained(files, **CPU)
+    describe_images_for_transformers(tmp_path, opened.preprocessing)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 10, 7), generator=generator, dtype=torch.uint8)
+    picture = Image.fromarray(blocks.repeat_interleave(6, 1).repeat_interleave(6, 2).permute(1, 2, 0).numpy())
+    pixels = evaluation_transform(opened.training.data, opened.config)(picture)
+    ours = opened.training.data.normalise(pixels[None])
+    theirs = processor(picture, return_tensors="pt")["pixel_values"]
+    assert theirs.shape == ours.shape == (1, 3, 16, 16)
+    assert (theirs - ours).abs().max() < 2.1 / 255 / 0.224
 
 
 def test_card_of_images_in_memory_speaks_of_no_crop(cifar, tmp_path):
@@ -526,7 +553,8 @@ def hf(tmp_path_factory):
 def test_transformers_alone_reloads_the_weights_of_its_networks(kind, hf, tmp_path):
     run, _, depths, expected = hf(kind)
     result = export_run(run, depths=depths, recalibrate=0, output=tmp_path / "small", **CPU)
-    assert sorted(result.files) == ["README.md", "config.json", "model.safetensors", "subnet.json"]
+    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "subnet.json"]
+    assert sorted(result.files) == files
     again, report = type(expected).from_pretrained(result.folder, output_loading_info=True)
     assert not any(report.values())
     again = copy.deepcopy(again).eval()  # the file is mapped, and kernels round otherwise at odd addresses
@@ -561,9 +589,9 @@ def test_files_do_not_say_where_the_configuration_lay(kind, hf, tmp_path):
     export_run(run, depths=depths, output=tmp_path / "small", **CPU)
     export_elastic(run, output=tmp_path / "elastic", subnets=1, **CPU)
     texts = [path.read_text() for path in tmp_path.rglob("*.*") if path.suffix in (".json", ".md")]
-    assert len(texts) == 5
+    assert len(texts) == 6
     assert not any(str(place.parent) in text for text in texts)
-    assert sum(f"hf/tiny-{kind}" in text for text in texts) == 4  # all but config.json
+    assert sum(f"hf/tiny-{kind}" in text for text in texts) == 4  # all but those of transformers
 
 
 def test_network_of_transformers_has_the_judged_accuracy(hf, tmp_path):

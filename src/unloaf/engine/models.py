@@ -51,7 +51,7 @@ def build_model(
     >>> sum(p.numel() for p in build_model("cifar/resnet20", num_classes=10).parameters())
     269722
     """
-    family, bare = _resolve(name)
+    family, bare = resolve_name(name)
     rates = {rate: value for rate, value in {"drop_rate": drop, "drop_path_rate": drop_path}.items() if value}
     try:
         if model_kwargs and family != "timm":
@@ -93,10 +93,18 @@ def form_comes_with_weights(name: str) -> bool:
     >>> [form_comes_with_weights(name) for name in ("tv/vit_h_14", "tv/resnet50", "timm/resnet50")]
     [True, False, False]
     """
-    return _resolve(name) in _FORM_OF_WEIGHTS
+    return resolve_name(name) in _FORM_OF_WEIGHTS
 
 
-def _resolve(name: str) -> tuple[str, str]:
+def resolve_name(name: str) -> tuple[str, str]:
+    """Family and bare name of a model.
+
+    Raises:
+        ValueError: no model, or more than one, has this name.
+
+    >>> resolve_name("resnet20")
+    ('cifar', 'resnet20')
+    """
     family, slash, bare = name.partition("/")
     if slash and family == "hf":
         return family, bare

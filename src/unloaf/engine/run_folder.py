@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from unloaf.engine.config import Config, dump_config, load_config
+from unloaf.engine.config import Config, as_begun, dump_config, load_config
 
 # Settings that may change when a run is resumed: they decide where and how it runs, not what it learns.
 FREE_SETTINGS = frozenset({
@@ -173,7 +173,7 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
         raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
     if begun:
         had = load_config(path / "args.yaml")
-        _check_same(config, had, path)
+        _check_same(as_begun(config, had), had, path)
         if resume != "auto":
             _check_place(config, had, path)
     return RunFolder(path)

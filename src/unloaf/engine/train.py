@@ -18,13 +18,14 @@ from rich.console import Console
 from torch import nn
 
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, point_to
-from unloaf.engine.config import Config
+from unloaf.engine.config import Config, as_begun, load_config
 from unloaf.engine.data import Data, explain_worker_death
 from unloaf.engine.devices import find_devices, total
 from unloaf.engine.display import SILENT, Display, RunConsole, show_progress
 from unloaf.engine.environment import bits_depend_on, environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
 from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
+from unloaf.engine.preprocessing import HEADER, as_text
 from unloaf.engine.run_folder import RunFolder, open_run
 from unloaf.engine.saving import Saver, capture, restore
 from unloaf.engine.signals import StopRequest, stop_requests
@@ -74,6 +75,8 @@ def train(
     try:
         accelerator = find_devices(config, folder=folder.path if folder else None)
         path = Path(_first(accelerator, str(folder.path) if folder else None))
+        if (path / "args.yaml").is_file():
+            config = as_begun(config, load_config(path / "args.yaml"))
         found = _find_checkpoint(accelerator, folder)
         training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found[0] is not None)
     except BaseException:
@@ -121,7 +124,11 @@ class Run:
         self.environment = environment(processes=self.accelerator.num_processes, device=training.device)
         self.saver: Saver | None = None
         if folder is not None:
-            metadata = {"format": "pt", "unloaf_config": json.dumps(asdict(self.config))}
+            metadata = {
+                "format": "pt",
+                "unloaf_config": json.dumps(asdict(self.config)),
+                HEADER: as_text(training.data),
+            }
             self.saver = Saver(folder, keep=self.config.checkpoint_hist, metadata=metadata)
             stack.callback(self.saver.close)
         self.since, self.steps_since = time.perf_counter(), 0

@@ -23,6 +23,7 @@ from unloaf.engine.errors import NonFiniteWeightsError, in_one_line
 from unloaf.engine.methods import build_method, check_classes
 from unloaf.engine.models import build_model, form_comes_with_weights, load_initial_weights
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
+from unloaf.engine.preprocessing import describe, with_preprocessing
 from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
 from unloaf.passes import logits_of
 from unloaf.stages import NoResidualBlocksError, Stage, evaluating, find_stages, inner_module
@@ -216,7 +217,10 @@ def prepare(
         ValueError: the data are not there, the model is unknown or no classifier, or the method cannot train it.
     """
     accelerator = accelerator or find_devices(config)
-    data = data or load_data(config)
+    source = ""
+    if data is None:
+        config, source = (config, "") if resumed else with_preprocessing(config)
+        data = load_data(config)
     check_classes(config, data.num_classes)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
@@ -252,7 +256,7 @@ def prepare(
         schedule=build_schedule(config, optimizer.optimizer, steps_per_epoch=batches.steps_per_epoch),
         average=average,
         accelerator=accelerator,
-        opening=opening,
+        opening=(describe(data, source), *opening),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unloaf.engine.checkpoint import read_weights, sha256
@@ -38,7 +39,7 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...]]:
         ValueError: there is no such file, it holds no weights, or things that are none.
         CheckpointError: a checkpoint or an exported folder is damaged.
     """
-    file = next((place for place in (path, *(path / name for name in _PLACES)) if place.is_file()), None)
+    file = find_weights(path)
     if file is None:
         what = f"has none of {', '.join(_PLACES)}" if path.is_dir() else "no such file or folder"
         raise ValueError(f"{path}: {what}; give {_KINDS}")
@@ -54,6 +55,20 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...]]:
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return file, *_unnested(_read_pickle(file), file)
     raise ValueError(f"{file}: is no file of weights (it begins with {start!r}); give {_KINDS}")
+
+
+def find_weights(path: Path) -> Path | None:
+    """The file of weights that a path means: itself, or one inside a folder."""
+    return next((place for place in (path, *(path / name for name in _PLACES)) if place.is_file()), None)
+
+
+def texts_of(file: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; none for any other."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _check_hashes(file: Path) -> None:

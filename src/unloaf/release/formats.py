@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.passes import logits_of
-from unloaf.release.libraries import describe_for_transformers, quiet, timm_twin
+from unloaf.release.libraries import describe_for_transformers, describe_images_for_transformers, quiet, timm_twin
 from unloaf.release.opened import OpenedRun
 from unloaf.saved import load_subnet, save_subnet
 from unloaf.stages import evaluating
@@ -23,6 +24,7 @@ Format = Literal["state_dict", "timm", "pt2", "onnx"]
 # Of the largest logit. Other kernels add in another order; float32 has 24 bits, deep networks lose a few more.
 _ROUNDING = {"state_dict": 0.0, "timm": 0.0, "pt2": 1e-5, "onnx": 1e-5}
 LOGITS_OF_TRANSFORMERS = "logits = model(images).logits"
+_PREPROCESSING = "preprocessing.json"  # of model.pt2: torch.export.load(file, extra_files=found := {this: ""})
 _COMPARED = ((2, 11), (3, 12))  # batch size and seed of the inputs
 
 
@@ -77,6 +79,7 @@ def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subne
     ):
         return Written(loading, difference)
     name = type(network).__name__
+    describe_images_for_transformers(folder, opened.preprocessing)
     alone = f'import transformers\n\nmodel = transformers.{name}.from_pretrained("FOLDER").eval()'
     return Written(f"{alone}\n{LOGITS_OF_TRANSFORMERS}\n# or\n{loading}", difference, library="transformers")
 
@@ -144,7 +147,7 @@ def _write_pt2(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subn
     with _refusals("torch.export"):
         batch = ({0: torch.export.Dim("batch", min=1, max=2**20)},)
         program = torch.export.export(_Logits(network), (opened.noise(2, 0),), dynamic_shapes=batch)
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files={_PREPROCESSING: json.dumps(opened.preprocessing)})
         again = torch.export.load(file).module()
     difference = _difference("pt2", opened, network, again)
     return Written('import torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()', difference)
@@ -166,6 +169,7 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
             external_data=False,
             verbose=False,
         )
+        _add_preprocessing(file, opened)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def again(x: Tensor) -> Tensor:
@@ -177,6 +181,15 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
         'logits = session.run(["logits"], {"images": images})[0]  # float32, (batch, channels, height, width)'
     )
     return Written(loading, difference)
+
+
+def _add_preprocessing(file: Path, opened: OpenedRun) -> None:
+    """Into the metadata of a model of ONNX, which `session.get_modelmeta().custom_metadata_map` gives."""
+    import onnx
+
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, {"preprocessing": json.dumps(opened.preprocessing)})
+    onnx.save(model, file)
 
 
 _WRITERS: dict[str, Callable[[Path, OpenedRun, nn.Module, Subnet], Written]] = {

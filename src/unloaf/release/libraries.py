@@ -90,6 +90,26 @@ def describe_for_transformers(folder: Path, network: Any, same: Comparison) -> b
     return complete
 
 
+def describe_images_for_transformers(folder: Path, preprocessing: Mapping[str, Any]) -> None:
+    """Writes preprocessor_config.json, from which transformers' AutoImageProcessor makes this network's inputs."""
+    channels, height, width = preprocessing["input_size"]
+    entries = {
+        "image_processor_type": "BitImageProcessor",  # resizes the shorter side, cuts out the centre, normalises
+        "do_convert_rgb": channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": int(height / preprocessing["crop_pct"])},
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocessing["interpolation"]],
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": preprocessing["mean"],
+        "image_std": preprocessing["std"],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
 def aligned(network: nn.Module) -> nn.Module:
     """A copy in eval mode with weights in memory of its own.
 

@@ -74,7 +74,7 @@ class OpenedRun:
         data = self.training.data
         crop: dict[str, Any] = {"crop_pct": 1.0}
         if self.config.dataset in ("imagefolder", "hf", "webdataset"):
-            crop = {"crop_pct": self.config.crop_pct, "crop_mode": "center"}
+            crop = {"crop_pct": data.crop_pct, "crop_mode": "center"}
         return {
             "input_size": [data.in_chans, data.img_size, data.img_size],
             "mean": [value / 255 for value in data.mean],

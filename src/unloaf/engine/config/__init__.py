@@ -5,5 +5,6 @@ Imports no torch: a wrong configuration is answered before anything heavy is loa
 
 from unloaf.engine.config.fields import Config
 from unloaf.engine.config.files import dump_config, load_config
+from unloaf.engine.config.recorded import as_begun
 
-__all__ = ["Config", "dump_config", "load_config"]
+__all__ = ["Config", "as_begun", "dump_config", "load_config"]

@@ -64,15 +64,22 @@ class Config:
     """Side in pixels of the images; default: their own side, 224 for files."""
     train_img_size: int | None = None
     """Side of the training images, where it differs from that of validation."""
-    crop_pct: float = 0.875
-    """Files: validation images are resized to img_size / crop_pct and cropped in the centre."""
+    crop_pct: float | None = None
+    """Files: validation images are resized to img_size / crop_pct and cropped in the centre; default: as the weights
+    expect that the run starts from, 0.875 otherwise."""
+    mean: tuple[float, ...] = ()
+    """Mean of each channel, which is taken off, as a share of the pixel range; default: as the weights expect that the
+    run starts from, otherwise ImageNet's for files, and for sets in memory that of the training images."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel, which is divided by; default: like --mean."""
     augment: Literal["auto", "none", "pad-crop", "resized-crop"] = "auto"
     """auto: a random crop after padding for small images held in memory, a randomly resized crop for files; both with
     flips where a mirrored image keeps its class."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of a randomly resized crop, as shares of the image."""
-    interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
-    """How images are resized; random: one of the two for each training image."""
+    interpolation: Literal["auto", "bilinear", "bicubic", "random"] = "auto"
+    """How images are resized; random: one of the two for each training image; auto: as the weights expect that the run
+    starts from, bilinear otherwise."""
     hflip: float = 0.5
     """Probability of a mirrored image."""
     color_jitter: float = 0.0

@@ -129,7 +129,7 @@ def training_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
 
 def evaluation_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
     """Resizes the short side to img_size / crop_pct and cuts out the centre: uint8 (C, img_size, img_size)."""
-    steps = _centre(data.img_size, config)
+    steps = _centre(data.img_size, data)
 
     def transform(image: Image) -> Tensor:
         for step in steps:
@@ -146,23 +146,23 @@ def _geometry(data: Data, config: Config) -> list[Any]:
     size = data.train_img_size
     mirror = [v2.RandomHorizontalFlip(data.hflip)]
     if data.augment == "resized-crop":
-        return [RandomResizedCropAndInterpolation(size, config.scale, interpolation=config.interpolation), *mirror]
+        return [RandomResizedCropAndInterpolation(size, config.scale, interpolation=data.interpolation), *mirror]
     if data.augment == "pad-crop":
-        resize = v2.Resize(size, interpolation=_mode(config))
+        resize = v2.Resize(size, interpolation=_mode(data))
         return [resize, v2.CenterCrop(size), v2.RandomCrop(size, padding=data.pad), *mirror]
-    return _centre(size, config)
+    return _centre(size, data)
 
 
-def _centre(size: int, config: Config) -> list[Any]:
+def _centre(size: int, data: Data) -> list[Any]:
     from torchvision.transforms import v2
 
-    return [v2.Resize(int(size / config.crop_pct), interpolation=_mode(config)), v2.CenterCrop(size)]
+    return [v2.Resize(int(size / data.crop_pct), interpolation=_mode(data)), v2.CenterCrop(size)]
 
 
-def _mode(config: Config) -> Any:
+def _mode(data: Data) -> Any:
     from torchvision.transforms import InterpolationMode
 
-    return InterpolationMode.BICUBIC if config.interpolation == "bicubic" else InterpolationMode.BILINEAR
+    return InterpolationMode.BICUBIC if data.interpolation == "bicubic" else InterpolationMode.BILINEAR
 
 
 def _automatic(aa: str, data: Data, config: Config) -> Callable[[Image], Image]:
@@ -182,8 +182,8 @@ def _automatic(aa: str, data: Data, config: Config) -> Callable[[Image], Image]:
         "translate_const": int(data.train_img_size * 0.45),
         "img_mean": tuple(min(255, round(value)) for value in mean),
     }
-    if config.interpolation != "random":
-        hparams["interpolation"] = str_to_pil_interp(config.interpolation)
+    if data.interpolation != "random":
+        hparams["interpolation"] = str_to_pil_interp(data.interpolation)
     kind = aa.partition("-")[0]
     build = {"rand": auto_augment.rand_augment_transform, "augmix": auto_augment.augment_and_mix_transform}
     if kind == "augmix":

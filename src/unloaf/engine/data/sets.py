@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,9 @@ from unloaf.engine.data.rows import open_row_split
 from unloaf.engine.data.tars import ShardMembers, open_tar_split
 from unloaf.engine.names import printable
 
-# Of the ImageNet training images, in shares of the pixel range; every published network expects them.
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of the ImageNet training images, in shares of the pixel range; many published networks expect them.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 _FILE_SIDE = 224
 
 
@@ -34,9 +35,11 @@ class Data:
 
     `val` is empty when no images were held out. `test` is empty when there is none; where only
     test images lie ready to validate with, it is `val` itself. `mean` and `std` are per channel,
-    in units of the pixel range [0, 255]: of the training split for sets in memory, ImageNet's
-    for files. `augment` is none, pad-crop or resized-crop; `pad` is in pixels, `hflip` a
-    probability; both sides are in pixels. `notes` say what was decided because nobody said it.
+    in units of the pixel range [0, 255]: those of the settings, else of the training split
+    for sets in memory, ImageNet's for files. `augment` is none, pad-crop or resized-crop; `pad` is in
+    pixels, `hflip` a probability; both sides are in pixels. `interpolation` is bilinear, bicubic or, in training
+    alone, random; `crop_pct` is the share of an evaluated file that is cut out. `notes` say what
+    was decided because nobody said it.
     """
 
     name: str
@@ -52,8 +55,14 @@ class Data:
     hflip: float
     img_size: int
     train_img_size: int
-    resize_mode: str = "bilinear"
+    interpolation: str = "bilinear"
+    crop_pct: float = 0.875
     notes: tuple[str, ...] = ()
+
+    @property
+    def resize_mode(self) -> str:
+        """How images that are not augmented are resized: random chooses for training images alone."""
+        return "bicubic" if self.interpolation == "bicubic" else "bilinear"
 
     @property
     def in_chans(self) -> int:
@@ -119,14 +128,14 @@ def _memory(config: Config) -> Data:
         train=train,
         val=splits.val,
         test=splits.test,
-        mean=tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
-        std=tuple(pixels.std(dim=(0, 2, 3)).tolist()),
+        mean=tuple(255 * value for value in config.mean) or tuple(pixels.mean(dim=(0, 2, 3)).tolist()),
+        std=tuple(255 * value for value in config.std) or tuple(pixels.std(dim=(0, 2, 3)).tolist()),
         augment=augment,
         pad=pad if augment == "pad-crop" else 0,
         hflip=config.hflip if flips and augment != "none" else 0.0,
         img_size=img_size,
         train_img_size=train_img_size,
-        resize_mode=_resize_mode(config),
+        **_resizing(config),
     )
 
 
@@ -158,22 +167,25 @@ def _files(config: Config) -> Data:
         train=images,
         val=held,
         test=NO_IMAGES if test is None else held if test is val else test.images,
-        mean=tuple(255 * value for value in _IMAGENET_MEAN),
-        std=tuple(255 * value for value in _IMAGENET_STD),
+        mean=tuple(255 * value for value in config.mean or IMAGENET_MEAN),
+        std=tuple(255 * value for value in config.std or IMAGENET_STD),
         augment=augment,
         # The share of a CIFAR image that is padded by custom: 4 of 32 pixels.
         pad=train_img_size // 8 if augment == "pad-crop" else 0,
         hflip=config.hflip if augment != "none" else 0.0,
         img_size=img_size,
         train_img_size=train_img_size,
-        resize_mode=_resize_mode(config),
+        **_resizing(config),
         notes=tuple(notes),
     )
 
 
-def _resize_mode(config: Config) -> str:
-    """How images that are not augmented are resized: random chooses for training images alone."""
-    return "bicubic" if config.interpolation == "bicubic" else "bilinear"
+def _resizing(config: Config) -> dict[str, Any]:
+    """What was not filled in, as for a network that starts from random weights."""
+    return {
+        "interpolation": "bilinear" if config.interpolation == "auto" else config.interpolation,
+        "crop_pct": config.crop_pct or 0.875,
+    }
 
 
 _OPENERS: dict[str, Callable[[Path, str, Config], Split | None]] = {
