@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +12,46 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.stages import call_model, modes_kept
+from unloaf.state import Buffers
 
 
 def tracking_norms(model: nn.Module) -> list[Any]:
-    """The modules that keep running statistics: batch norms of torch and timm, instance norms that track them.
+    """The modules that keep running statistics: batch norms of torch and timm, instance norms that track them, and
+    others of their interface, ``running_mean`` or ``running_var`` and a ``momentum`` (EvoNorm, InplaceAbn).
 
     Typed as Any because they share attributes, not a class.
     """
+    return [module for module in model.modules() if _tracks(module)]
+
+
+def _tracks(module: nn.Module) -> bool:
     # Not getattr: for modules that lack the attribute it raises inside, which took most of the time of a search.
-    return [module for module in model.modules() if module.__dict__.get("track_running_stats", False)]
+    tracks = module.__dict__.get("track_running_stats")
+    if tracks is not None or not any(module._buffers.get(name) is not None for name in _STATISTICS):
+        return bool(tracks)
+    return isinstance(getattr(module, "momentum", None), (int, float))
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Modules with buffers: norms that read no statistics in training mode, and all others."""
+    known, others = [], []
+    for module in model.modules():
+        if type(module).__module__.startswith("torch.ao."):  # trained quantisation reads those of the norms it holds
+            return [], [module for module in model.modules() if module._buffers]
+        if module._buffers:
+            kind: Any = type(module)
+            tracks = module.__dict__.get("track_running_stats") is not None
+            (known if tracks and kind.forward.__module__.startswith(_READS_NONE) else others).append(module)
+    return known, others
+
+
+_STATISTICS = ("running_mean", "running_var")
+_READS_NONE = ("torch.nn.modules.", "timm.layers.")
+
+
+def other_buffers(model: nn.Module) -> Buffers:
+    """All buffers as they are now, but those of norms that `frozen_statistics` can hold without a copy."""
+    return Buffers(_split(model)[1])
 
 
 # The buffers of each norm, and those that stand in for them while its statistics are frozen: kept, because making them
@@ -29,13 +61,20 @@ _standins: WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, Tensor]]] = Weak
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Passes inside normalise with their batch's statistics, as in training, but leave the running ones alone.
+    """Passes inside normalise with their batch's statistics, as in training, but leave all buffers alone.
 
-    They move buffers of the same shape that stand in for the model's: so a norm does the same with and without, and a
-    compiled block needs no second graph; a ``state_dict`` taken inside holds them. Modules in eval mode keep using
-    their running statistics.
+    Batch norms move buffers of the same shape that stand in for the model's: so a norm does the same with and without,
+    and a compiled block needs no second graph; a ``state_dict`` taken inside holds them. Modules in eval mode keep
+    using their running statistics. What else the passes change is put back.
     """
-    held = [(norm, dict(norm._buffers)) for norm in tracking_norms(model) if norm.training]
+    norms, others = _split(model)
+    with Buffers(others).again(), _standing_in(norms):
+        yield
+
+
+@contextmanager
+def _standing_in(norms: Iterable[nn.Module]) -> Iterator[None]:
+    held = [(norm, dict(norm._buffers)) for norm in norms if norm.training]
     try:
         for norm, buffers in held:
             known = _standins.setdefault(norm, {})
@@ -51,18 +90,13 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
-def _averages_without_momentum(norm: nn.Module) -> bool:
-    """Whether ``momentum=None`` means a plain average, as in torch's batch norms; its instance norms take it for 0."""
-    return not isinstance(norm, nn.modules.instancenorm._InstanceNorm)
-
-
 # Models inside `statistics_unless_raised`.
 _guarded: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
 def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
-    """Passes inside move the running statistics; if anything raises they are put back: a failed step changes none.
+    """Passes inside move running statistics and other buffers; if anything raises, a failed step, all are put back.
 
     Inside another one for the same model it does nothing: a loop that undoes a whole step undoes its parts.
     """
@@ -70,7 +104,9 @@ def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
         yield
         return
     buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for norm in tracking_norms(model):
+    norms, rest = _split(model)
+    others = Buffers(rest)
+    for norm in norms:
         if norm.training:
             for buffer in norm._buffers.values():
                 if buffer is not None:
@@ -81,6 +117,7 @@ def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        others.put_back()
         with torch.no_grad():
             for group, values in before:
                 for buffer, value in zip(group, values.split([b.numel() for b in group]), strict=True):
@@ -90,11 +127,62 @@ def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
         _guarded.discard(model)
 
 
+def _averages_without_momentum(norm: nn.Module) -> bool:
+    """Whether ``momentum=None`` means a plain average, as in torch's batch norms; its instance norms take it for 0."""
+    kind: Any = type(norm)
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and kind.forward.__module__.startswith(_READS_NONE)
+
+
+def _forget(norm: Any) -> None:
+    if hasattr(norm, "reset_running_stats"):
+        norm.reset_running_stats()
+    else:
+        for name, value in zip(_STATISTICS, (0.0, 1.0), strict=True):
+            if norm._buffers.get(name) is not None:
+                norm._buffers[name].fill_(value)
+
+
+def _momentum(usual: float | None, share: float) -> float:
+    """The momentum with which a batch gets a share of the average, in the sense in which the norm means its own.
+
+    In torch it is the weight of the new batch, 0.1, elsewhere (TensorFlow) that of the old average, 0.9.
+    """
+    return 1 - share if usual is not None and usual > 0.5 else share
+
+
+def _warn_of_what_cannot_be_estimated(model: nn.Module, inputs: Any) -> None:
+    """Modules with running statistics that move in training mode, by no momentum that can be set."""
+    paths = [path for path, m in model.named_modules() if not _tracks(m) and any(map(_is_running, m._buffers.items()))]
+    if not paths:
+        return
+    modules = [model.get_submodule(path) for path in paths]
+    start = Buffers(modules)
+    for module in modules:
+        module.training = True
+    call_model(model, inputs)
+    for module in modules:
+        module.training = False
+    moved = start.moved
+    start.put_back()
+    if moved:
+        named = ", ".join(f"{path} ({type(m).__name__})" for path, m in zip(paths, modules, strict=True) if m in moved)
+        warnings.warn(
+            f"running statistics that have no momentum are not re-estimated: {named}; they stay those of the network "
+            "as it was trained",
+            stacklevel=3,
+        )
+
+
+def _is_running(item: tuple[str, Tensor | None]) -> bool:
+    return item[0].startswith("running_") and item[1] is not None
+
+
 def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     """Re-estimate the running statistics of all batch norms: the plain average over the given batches.
 
     Call it inside `active_subnet`, on a copy, to judge or export a subnet. Only batch norms run in training mode, and
-    no gradient is computed.
+    no gradient is computed. Norms of other classes (EvoNorm) count where they have ``running_mean`` or ``running_var``
+    and a ``momentum``; running statistics that move by no such momentum are left, with a warning that names them.
 
     Args:
         model: changed in place: ``running_mean``, ``running_var``, ``num_batches_tracked``.
@@ -122,15 +210,16 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
         with modes_kept(model), torch.no_grad():
             model.eval()
             for batch in batches:
+                inputs = batch if isinstance(batch, (Tensor, Mapping)) else batch[0]
                 if count == 0:
+                    _warn_of_what_cannot_be_estimated(model, inputs)
                     for norm in norms:
-                        norm.reset_running_stats()
+                        _forget(norm)
                         norm.train()
-                for norm in norms:
-                    momentum = None if _averages_without_momentum(norm) else 1 / (count + 1)
-                    norm.momentum = momentum
-                call_model(model, batch if isinstance(batch, (Tensor, Mapping)) else batch[0])
                 count += 1
+                for norm, usual in momenta:
+                    norm.momentum = None if _averages_without_momentum(norm) else _momentum(usual, 1 / count)
+                call_model(model, inputs)
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unloaf.batchnorm import other_buffers
 from unloaf.inputs import View
 from unloaf.passes.containers import with_tensors
 from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
@@ -60,6 +61,7 @@ class Session:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Shadow the model's modules for the time of the passes."""
+        self._start = other_buffers(self.inner)
         try:
             with not_compiled(self.model), replaced_forwards(self._replacements):
                 yield
@@ -91,7 +93,9 @@ class Session:
         self.calls.clear()
         self._pack = None
         model = self.model if run is self.plan.main else self.inner
-        return logits_of(call_model(model, self._input(run)), self.readout)
+        # The main pass moves buffers. The others begin as it did, as all that they share was computed, and move none.
+        with nullcontext() if run is self.plan.main else self._start.again():
+            return logits_of(call_model(model, self._input(run)), self.readout)
 
     def _input(self, run: Run) -> Any:
         """What a run sees of the batch.

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from unloaf.state import Buffers
+
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
@@ -61,11 +63,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
     A buffer that a pass replaces by another one (a table that has grown) stays replaced.
     """
-    held = [(b, b._version, b.clone()) for b in model.buffers() if not (b.is_inference() or nn.parameter.is_lazy(b))]
+    start = Buffers(model.modules())
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, version, before in held:
-                if buffer._version != version:
-                    buffer.resize_(before.shape).copy_(before)
+        start.put_back(replaced=False)
