@@ -95,6 +95,31 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
             ["trian"],
             "unknown command 'trian'; give demo, train, eval, subnets, inspect, export, report, check-data, bench",
         ),
+        (["check_data", "d"], "or --help; did you mean check-data?"),
+        (["evaluate", "r"], "or --help; did you mean eval?"),
+        (["--verion"], "or --help; did you mean --version?"),
+        (["train", "--learning-rate", "1"], "--learning-rate is no option of unloaf train; did you mean --lr? `unloaf"),
+        (["train", "--optimizer=adamw"], "--optimizer is no option of unloaf train; did you mean --opt?"),
+        (["train", "--no-pretraind"], "did you mean --no-pretrained?"),
+        (["train", "--resum", "auto"], "did you mean --resume?"),
+        (["train", "--qqq"], "--qqq is no option of unloaf train; `unloaf train --help` lists them"),
+        (
+            ["train", "--amp", "yes"],
+            "'yes' belongs to no option of unloaf train; a switch such as --amp takes no value",
+        ),
+        (["train", "--input-size", "3", "224", "192"], "--input-size 3 224 192: images are square here"),
+        (["train", "--input-size", "3", "8", "8"], "images of digits have 1 channel(s)"),
+        (["train", "--input-size", "big"], "--input-size big: give channels, height and width, as in 3 224 224"),
+        (["train", "--device", "gpu"], "device 'gpu': give auto, cpu, cuda, cuda:1 or mps; did you mean cuda?"),
+        (["eval", "r", "--device", "cud"], "did you mean cuda?"),
+        (["eval", "r", "--subnet", "all"], "did you mean --subnets?"),
+        (["subnets", "r", "--lat"], "did you mean --latency?"),
+        (["export", "r", "--depth", "3,3"], "did you mean --depths?"),
+        (["report", "r", "--out", "x"], "did you mean --output?"),
+        (["check-data", "d", "--num-worker", "2"], "did you mean --workers?"),
+        (["demo", "--seed", "2"], "did you mean --seeds?"),
+        (["inspect", "m", "--image-size", "2"], "did you mean --img-size?"),
+        (["bench", "step", "--modle", "x"], "did you mean --model?"),
         (["subnets"], "RUN|MODEL"),
         (["inspect"], "MODEL"),
         (["inspect", "cifar/resnet20", "--img-size", "0"], "img_size 0: give at least 1"),
@@ -152,6 +177,22 @@ def test_flags_override_the_file(capsys, tmp_path):
     code, out, _ = in_process(capsys, "train", "-c", str(tmp_path / "run.yaml"), "--lr", "0.25", "--print-config")
     assert code == 0
     assert {"epochs: 7", "lr: 0.25"} <= set(out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["--experiment", "x", "--dr", "0.5"], {"name: x", "decay_rate: 0.5"}),
+        (["--input-size", "1", "16", "16", "--lr", "1"], {"img_size: 16", "lr: 1.0"}),
+        (["--dataset", "cifar10", "--data-dir", "d", "--input_size=64"], {"img_size: 64"}),
+        (["--device", "cuda:1"], {"device: cuda:1"}),
+        (["--device", "mps"], {"device: mps"}),
+    ],
+)
+def test_flags_as_timm_and_torch_users_type_them(capsys, words, lines):
+    code, out, err = in_process(capsys, "train", *words, "--print-config")
+    assert (code, err) == (0, "")
+    assert lines <= set(out.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from unloaf.engine.config import Config, load_config
+from unloaf.engine.config.checks import check_device
 from unloaf.engine.config.fields import Dataset
 from unloaf.engine.run_folder import run_of
 from unloaf.parsing import parse
@@ -58,8 +60,8 @@ class Eval:
     """Processes that read images; default: as in the run."""
     data_dir: str | None = None
     """Folder of the image set; default: as in the run."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes an accelerator when there is one."""
+    device: str = "auto"
+    """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
     output: str | None = None
     """Write the table of subnets to this file instead; its folder is made."""
 
@@ -71,6 +73,7 @@ class Eval:
             raise ValueError(
                 f"output {self.output} is for the table of subnets; give --subnets with it, or leave --output out"
             )
+        check_device(self.device)
         _check_least(self, recalibrate=2, batch_size=2, workers=0)
 
 
@@ -88,8 +91,8 @@ class Subnets:
     """Images in a measured pass, one number or several."""
     repeats: int = 30
     """Passes that are timed, of each subnet and batch size."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes an accelerator when there is one."""
+    device: str = "auto"
+    """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
     checkpoint: Literal["last", "best"] = "last"
     """Of a run: the newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     split: Literal["val", "test"] | None = None
@@ -110,6 +113,7 @@ class Subnets:
             raise ValueError(f"num {self.num!r}: give all, pareto or a number from 1 to 99999")
         if not self.batch_size or min(self.batch_size) < 1:
             raise ValueError(f"batch_size {self.batch_size}: give one or more numbers of at least 1")
+        check_device(self.device)
         _check_least(self, repeats=1, img_size=1, num_classes=1)
 
     @property
@@ -159,8 +163,8 @@ class Export:
     """Export the moving average of the weights."""
     data_dir: str | None = None
     """Folder of the image set; default: as in the run."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes an accelerator when there is one, for the statistics and the accuracy."""
+    device: str = "auto"
+    """auto takes an accelerator when there is one, for the statistics and the accuracy; or cpu, cuda, cuda:1, mps."""
     output: str | None = None
     """New folder for the results; default: one in RUN/export."""
     push_to_hub: str | None = None
@@ -175,6 +179,7 @@ class Export:
             raise ValueError("subnets are those of an elastic file; give --elastic with them, or --depths for one")
         if self.elastic and (self.depths is not None or self.format != "state_dict"):
             raise ValueError("elastic holds all depths in a format of its own; leave --depths and --format out")
+        check_device(self.device)
         _check_least(self, recalibrate=0)
 
 
@@ -260,8 +265,8 @@ class BenchStep:
     """Mixed precision: bfloat16."""
     channels_last: bool = False
     """Keep images and weights in channels-last memory format."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a CUDA device when there is one."""
+    device: str = "auto"
+    """auto takes a CUDA device when there is one; or cpu, cuda, cuda:1."""
     repeats: int = 10
     """Rounds over all methods; medians count."""
     minutes: float | None = None
@@ -278,6 +283,7 @@ class BenchStep:
             raise ValueError(f"plot {self.plot!r}: give a file that ends in .svg")
         if self.minutes is not None and not 0 < self.minutes < 1e6:
             raise ValueError(f"minutes {self.minutes}: give a number above 0")
+        check_device(self.device)
         _check_least(self, input_size=1, batch_size=1, num_classes=2, num_subnets=1, repeats=1)
 
 
@@ -294,7 +300,7 @@ _ABOUT_TRAIN = (
     "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. "
     "-c FILE (--config) takes defaults from a YAML file such as a run's args.yaml, --recipe NAME from a recipe. "
     "--resume auto goes on with OUTPUT/NAME if it was begun, --resume RUN with that run and its settings. "
-    "--print-config shows the configuration and stops."
+    "--print-config shows the configuration and stops. timm's --input-size 3 224 224 is --img-size 224."
 )
 
 
@@ -309,14 +315,39 @@ def parse_train(words: list[str]) -> Train:
     words, name = _take_value(words, "--recipe", kind="a name")
     words, resume = _take_value(words, "--resume", kind="auto or a run folder")
     show = "--print-config" in words
-    words = [word for word in words if word != "--print-config"]
+    words, channels = _input_size([word for word in words if word != "--print-config"])
     about = _ABOUT_TRAIN
     if "-h" in words or "--help" in words:
         from unloaf.recipes import recipe_names
 
         about = f"{about} Recipes: {', '.join(recipe_names())}."
     default = _defaults(file, name, resume)
-    return Train(parse(Config, words, prog="unloaf train", default=default, about=about), resume, show)
+    more = ("--config", "--recipe", "--resume", "--print-config", "--input-size")
+    config = parse(Config, words, prog="unloaf train", default=default, about=about, more_flags=more)
+    grey = config.dataset in ("digits", "fashion_mnist")
+    if channels is not None and channels != (1 if grey else 3):
+        raise ValueError(
+            f"--input-size {channels} ...: images of {config.dataset} have {1 if grey else 3} channel(s); "
+            "give --img-size and the side alone"
+        )
+    return Train(config, resume, show)
+
+
+def _input_size(words: list[str]) -> tuple[list[str], int | None]:
+    """The words with timm's ``--input-size 3 224 224`` as ``--img-size 224``, and the channels that it names."""
+    spelled = [flag for word in words for flag in ("--input-size", "--input_size") if word.partition("=")[0] == flag]
+    if not spelled:
+        return words, None
+    at = next(index for index, word in enumerate(words) if word.partition("=")[0] == spelled[0])
+    first = [value for value in (words[at].partition("=")[2],) if value]
+    more = list(takewhile(lambda word: not word.startswith("-"), words[at + 1 :]))
+    sizes = first + more
+    if not all(re.fullmatch("[0-9]{1,4}", size) for size in sizes) or len(sizes) not in (1, 3):
+        raise ValueError(f"--input-size {' '.join(sizes)}: give channels, height and width, as in 3 224 224")
+    if len(sizes) == 3 and sizes[1] != sizes[2]:
+        raise ValueError(f"--input-size {' '.join(sizes)}: images are square here; give --img-size and one side")
+    rest = [*words[:at], f"--img-size={sizes[-1]}", *words[at + 1 + len(more) :]]
+    return rest, int(sizes[0]) if len(sizes) == 3 else None
 
 
 def _defaults(file: str | None, name: str | None, resume: str | None) -> Config | None:

@@ -23,6 +23,7 @@ from unloaf import __version__
 from unloaf.arguments import BenchStep, Demo, Eval, Export, Inspect, Report, Subnets, parse_train
 from unloaf.commands.check_data import check_data
 from unloaf.engine.config import dump_config
+from unloaf.engine.config.names import similar
 from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError, in_one_line
 from unloaf.engine.run_folder import open_run
 from unloaf.parsing import parse
@@ -133,7 +134,9 @@ def _run(words: list[str]) -> int:
     elif not words or words[0] in ("-h", "--help"):
         print(_HELP)
     else:
-        raise ValueError(f"unknown command {words[0]!r}; give {', '.join(_COMMANDS)}, or --help")
+        close = similar(words[0], [*_COMMANDS, "--version", "--help"])
+        hint = f"; did you mean {close}?" if close else ""
+        raise ValueError(f"unknown command {words[0]!r}; give {', '.join(_COMMANDS)}, or --help{hint}")
     return 0
 
 

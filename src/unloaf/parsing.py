@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
+from unloaf.engine.config.names import similar
 
-def parse(kind: Any, words: list[str], *, prog: str, default: Any = None, about: str | None = None) -> Any:
+_POSITIONAL = get_args(tyro.conf.Positional[str])[1]  # the mark alone
+
+
+def parse(
+    kind: Any,
+    words: list[str],
+    *,
+    prog: str,
+    default: Any = None,
+    about: str | None = None,
+    more_flags: tuple[str, ...] = (),
+) -> Any:
     """Tyro's parser, with one line for an error where tyro draws a box.
 
     Args:
@@ -19,6 +32,7 @@ def parse(kind: Any, words: list[str], *, prog: str, default: Any = None, about:
         prog: how the command is called, for its help.
         default: an instance whose values the flags override.
         about: the first lines of the help; default: the docstring of `kind`.
+        more_flags: flags that the caller has taken out of the words already, to be suggested like others.
 
     Raises:
         ValueError: a flag or value is not allowed.
@@ -36,7 +50,38 @@ def parse(kind: Any, words: list[str], *, prog: str, default: Any = None, about:
     except SystemExit as error:
         if error.code == 0:
             raise
-        raise ValueError(_reason(error, box.getvalue())) from error
+        reason = _reason(error, box.getvalue())
+        if found := re.match(r"Unrecognized options: (\S+?),?(?: |$)", reason):
+            reason = _unknown(found[1], [*flags_of(kind), *more_flags], prog)
+        raise ValueError(reason) from error
+
+
+def flags_of(kind: Any) -> list[str]:
+    """The flags that tyro makes of a dataclass, with their aliases.
+
+    >>> from unloaf.arguments import Demo
+    >>> flags_of(Demo)
+    ['--output', '--seeds', '--epochs']
+    """
+    flags, hints = [], get_type_hints(kind, include_extras=True)
+    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind)):
+        marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        if _POSITIONAL in marks:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
+        flags += [flag, *[flag.replace("--", "--no-", 1)] * (hint is bool), *aliases]
+    return flags
+
+
+def _unknown(word: str, flags: list[str], prog: str) -> str:
+    where = f"`{prog} --help` lists them"
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no option of {prog}; a switch such as --amp takes no value; {where}"
+    name = word.partition("=")[0]
+    close = similar(name, [flag for flag in flags if flag.startswith("--")])
+    hint = f"did you mean {close}? " if close else ""
+    return f"{name} is no option of {prog}; {hint}{where}"
 
 
 _NOT_A_NUMBER = {

@@ -83,7 +83,11 @@ def test_what_goes_together_is_accepted(entries):
     ("text", "message"),
     [
         ("epoch: 3", "unknown entry 'epoch'; did you mean epochs?"),
+        ("learning_rate: 0.1", "unknown entry 'learning_rate'; did you mean lr?"),
+        ("optimizer: sgd", "unknown entry 'optimizer'; did you mean opt?"),
         ("epochs: 0", "epochs 0: give at least 1"),
+        ("device: gpu", "device 'gpu': give auto, cpu, cuda, cuda:1 or mps; did you mean cuda?"),
+        ("device: cuda:x", "device 'cuda:x': give auto"),
         ("- epochs", "give lines of the form 'epochs: 30', not list"),
         ("epochs: [", "is not YAML"),
         ("", "give lines of the form 'epochs: 30', not NoneType"),

@@ -11,7 +11,9 @@ import torch
 from timm.models import create_model
 from torch import nn
 
-from unloaf.engine.devices import share_model
+from unloaf.engine import devices
+from unloaf.engine.config import Config
+from unloaf.engine.devices import find_devices, share_model, usable_device
 from unloaf.engine.environment import hardware
 from unloaf.engine.loop import prepare
 
@@ -94,3 +96,65 @@ def test_a_run_asks_for_the_hardware_of_its_own_device(tmp_path, monkeypatch):
     monkeypatch.setattr("unloaf.engine.environment.hardware", str)
     path = tiny.run(tiny.config(output=str(tmp_path), epochs=1)).path
     assert json.loads((path / "env.json").read_text())["hardware"] == "cpu"
+
+
+# A device by its name.
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """torch as on a machine with two CUDA devices; holds the numbers that were made the current one."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "current"),
+    [
+        ("auto", "cuda", []),
+        ("cpu", "cpu", []),
+        ("cuda", "cuda", []),
+        ("cuda:0", "cuda:0", [0]),
+        ("cuda:1", "cuda:1", [1]),
+    ],
+)
+def test_devices_that_are_there_are_taken_by_their_names(two_gpus, name, device, current):
+    assert (str(usable_device(name)), two_gpus) == (device, current)
+
+
+def test_devices_that_are_not_there_are_told_with_those_that_are(two_gpus, monkeypatch):
+    with pytest.raises(ValueError, match=r"device cuda:2: there are 2 here, cuda:0 to cuda:1$"):
+        usable_device("cuda:2")
+    with pytest.raises(ValueError, match=r"device mps: the accelerator is cuda .* give --device cuda, or leave it out"):
+        usable_device("mps")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"of several processes each takes its own; give --device cuda$"):
+        usable_device("cuda:1")
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_a_machine_without_an_accelerator_says_so():
+    with pytest.raises(
+        ValueError, match=r"^device cuda: there is no accelerator .* give --device cpu, or leave it out"
+    ):
+        find_devices(Config(device="cuda"))
+
+
+def test_accelerate_is_given_the_numbered_device(two_gpus, monkeypatch):
+    seen = []
+
+    def accelerator(**kwargs: Any):
+        seen.append(os.environ.get("ACCELERATE_TORCH_DEVICE"))
+        return SimpleNamespace(device=torch.device(seen[-1] or "cuda"), num_processes=1)
+
+    monkeypatch.setattr(devices, "Accelerator", accelerator)
+    assert find_devices(Config(device="cuda:1")).device == torch.device("cuda:1")
+    assert find_devices(Config(device="cuda")).device == torch.device("cuda")
+    assert seen == ["cuda:1", None]
+    monkeypatch.setattr(devices, "Accelerator", lambda **kwargs: SimpleNamespace(device=torch.device("cuda:0")))
+    with pytest.raises(ValueError, match="device cuda:1: this process computes on cuda:0 already"):
+        find_devices(Config(device="cuda:1"))

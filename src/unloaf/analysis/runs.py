@@ -113,7 +113,7 @@ def judge_run(
         batch_size: images in a pass; default: as in the run.
         workers: processes that read images; default: as in the run.
         data_dir: where the images are now; default: as in the run.
-        device: "auto" or "cpu".
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         timed: batch sizes at which the time of the judged subnets is measured.
         repeats: passes that are timed, of each subnet and batch size.
         console: shows a progress bar where it is a terminal.

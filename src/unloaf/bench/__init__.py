@@ -12,6 +12,7 @@ from unloaf.analysis.step_time import StepTimeRow
 from unloaf.bench.files import tables, write_plot, write_rows
 from unloaf.bench.networks import STANDARD, chosen_networks
 from unloaf.bench.session import METHODS, MODES, Clock, Plan, measure
+from unloaf.engine.devices import usable_device
 from unloaf.engine.display import show_progress
 from unloaf.engine.memory import keep_freed_memory
 
@@ -51,7 +52,7 @@ def bench_step(
             take its place.
         amp: bfloat16 through autocast.
         channels_last: memory format of weights and images.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda" or "cuda:1".
         repeats: rounds; medians count.
         minutes: begin nothing after so long; what is measured by then counts.
         output: a folder for step_time.json, .csv and .svg, written anew after each network and mode, or None.
@@ -115,6 +116,9 @@ def _check(name: str, given: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda: there is none here; give --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = usable_device(name)
+    if device.type not in ("cpu", "cuda"):
+        if name != "auto":
+            raise ValueError(f"device {name}: steps are measured on cpu and cuda; give one of them")
+        return torch.device("cpu")
+    return device

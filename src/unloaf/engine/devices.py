@@ -25,8 +25,44 @@ from torch.optim import Optimizer
 
 from unloaf.batchnorm import tracking_norms
 from unloaf.engine.config import Config
+from unloaf.engine.config.checks import check_device
 from unloaf.engine.memory import keep_freed_memory
 from unloaf.stages import inner_module
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name; one with a number becomes torch's current one.
+
+    Args:
+        name: "auto" for the accelerator, or the CPU where there is none; "cpu", "cuda", "cuda:1", "mps" and their kind.
+
+    Raises:
+        ValueError: there is no such device here.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    check_device(name)
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return there or torch.device("cpu")
+    asked = torch.device(name)
+    if asked.type == "cpu":
+        return asked
+    if there is None or there.type != asked.type:
+        kind = f"the accelerator is {there.type}" if there else "there is no accelerator"
+        raise ValueError(
+            f"device {name}: {kind} as torch {torch.__version__} sees this machine; give --device "
+            f"{there.type if there else 'cpu'}, or leave it out"
+        )
+    count = torch.accelerator.device_count()
+    if asked.index is not None:
+        if asked.index >= count:
+            raise ValueError(f"device {name}: there are {count} here, {there.type}:0 to {there.type}:{count - 1}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"device {name}: of several processes each takes its own; give --device {asked.type}")
+        torch.accelerator.set_device_index(asked.index)
+    return asked
 
 
 def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
@@ -53,6 +89,21 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
     missing = set(config.trackers) - {str(tracker.value) for tracker in get_available_trackers()}
     if missing:
         raise ValueError(f"trackers {', '.join(sorted(missing))}: not installed; pip install it, or leave it out")
+    with _accelerate_takes(config.device):
+        accelerator = _accelerator(config, precision, kinds, folder)
+    on_cpu = accelerator.device.type == "cpu"
+    if on_cpu and precision == "fp16":
+        raise ValueError("amp_dtype float16: needs an accelerator; on a CPU give --amp-dtype bfloat16")
+    if on_cpu and config.sync_bn:
+        raise ValueError("sync_bn: torch synchronises batch norm on accelerators only; leave it out")
+    if config.fsdp and accelerator.num_processes == 1:
+        raise ValueError("fsdp: one process has nobody to share the weights with; start several with torchrun")
+    if on_cpu:
+        keep_freed_memory()
+    return accelerator
+
+
+def _accelerator(config: Config, precision: str, kinds: list[KwargsHandler], folder: Path | None) -> Accelerator:
     try:
         accelerator = Accelerator(
             cpu=config.device == "cpu",
@@ -66,16 +117,27 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
         other = "already been initialized" in str(error)
         advice = "train in a process of its own" if other else "leave out --amp or --trackers, or choose others"
         raise ValueError(f"amp {config.amp}, trackers {config.trackers}: {error}; {advice}") from error
-    on_cpu = accelerator.device.type == "cpu"
-    if on_cpu and precision == "fp16":
-        raise ValueError("amp_dtype float16: needs an accelerator; on a CPU give --amp-dtype bfloat16")
-    if on_cpu and config.sync_bn:
-        raise ValueError("sync_bn: torch synchronises batch norm on accelerators only; leave it out")
-    if config.fsdp and accelerator.num_processes == 1:
-        raise ValueError("fsdp: one process has nobody to share the weights with; start several with torchrun")
-    if on_cpu:
-        keep_freed_memory()
+    if ":" in config.device and str(accelerator.device) != config.device:
+        raise ValueError(
+            f"device {config.device}: this process computes on {accelerator.device} already; train in one of its own"
+        )
     return accelerator
+
+
+@contextmanager
+def _accelerate_takes(name: str) -> Iterator[None]:
+    """Inside, accelerate, which is set up once in a process, takes the device of this name."""
+    numbered = name not in ("auto", "cpu") and usable_device(name).index is not None
+    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if numbered:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = name
+    try:
+        yield
+    finally:
+        if numbered:
+            del os.environ["ACCELERATE_TORCH_DEVICE"]
+            if before is not None:
+                os.environ["ACCELERATE_TORCH_DEVICE"] = before
 
 
 def _choose_repeatable_kernels() -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from unloaf.analysis.costs import CostRow, count_costs, measure_subnets
+from unloaf.engine.devices import usable_device
 from unloaf.evaluation import choose_subnets
 from unloaf.inspection.load import load_model, without_data
 from unloaf.stages import find_stages
@@ -29,7 +28,7 @@ def cost_of_model(
         number: "all", or how many are drawn beside the main network.
         timed: batch sizes at which time is measured.
         repeats: passes that are timed.
-        device: "auto" or "cpu".
+        device: "auto", "cpu", "cuda", "cuda:1", "mps" and their kind.
         img_size: side of the images in pixels; default: the model's own.
         num_classes: classes of the head.
 
@@ -46,7 +45,6 @@ def cost_of_model(
     if not timed:
         empty, inputs = without_data(model, example)
         return count_costs(empty, stages, inputs, chosen)
-    where = torch.accelerator.current_accelerator(check_available=True) if device == "auto" else None
-    where = where or torch.device("cpu")
+    where = usable_device(device)
     placed = {key: x.to(where) for key, x in example.items()} if isinstance(example, Mapping) else example.to(where)
     return measure_subnets(model.to(where), stages, placed, chosen, batch_sizes=timed, repeats=repeats)

@@ -116,7 +116,7 @@ def export_run(
         recalibrate: training images that re-estimate the subnet's batch-norm statistics; 0 leaves them as they are;
             default: as in the run. The whole network keeps its own.
         data_dir: where the images are now; default: as in the run.
-        device: "auto" or "cpu", for the estimate and the accuracy; files are made on the CPU.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps", for the estimate and the accuracy; files are made on the CPU.
         push_to_hub: name of a repository on the Hugging Face hub that the folder is uploaded to.
 
     Raises:
@@ -177,7 +177,7 @@ def export_elastic(
         ema: export the moving average of the weights.
         recalibrate: training images for the statistics of each subnet; default: as in the run.
         data_dir: where the images are now; default: as in the run.
-        device: "auto" or "cpu", for the estimate and the accuracy.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps", for the estimate and the accuracy.
         push_to_hub: name of a repository on the Hugging Face hub that the folder is uploaded to.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import re
 import reprlib
 import types
 import warnings
@@ -88,6 +89,19 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 }
 
 
+_DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu|npu)(:[0-9]{1,3})?")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError if this is no name of a device; whether there is one, only torch knows."""
+    if not _DEVICE.fullmatch(name):
+        close = difflib.get_close_matches(name.partition(":")[0], ["auto", "cpu", "cuda", "mps"], n=1)
+        hint = "cuda" if name.partition(":")[0].lower() in ("gpu", "nvidia") else close[0] if close else None
+        raise ValueError(
+            f"device {brief(name)}: give auto, cpu, cuda, cuda:1 or mps" + (f"; did you mean {hint}?" if hint else "")
+        )
+
+
 def check_types(config: Config) -> None:
     """Raises ValueError if a value is not of its field's type."""
     for name, hint in get_type_hints(type(config)).items():
@@ -114,6 +128,7 @@ def check_ranges(config: Config) -> None:
 
 def check_together(config: Config) -> None:
     """Raises ValueError if settings contradict each other."""
+    check_device(config.device)
     if config.warmup_epochs >= config.epochs:
         raise ValueError(
             f"warmup_epochs {config.warmup_epochs} leaves none of the {config.epochs} epochs; "

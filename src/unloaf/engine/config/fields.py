@@ -217,13 +217,13 @@ class Config:
     """step: epochs between two decays; wsd: epochs, or the share, of the decay at the end."""
     decay_milestones: tuple[int, ...] = (90, 180, 270)
     """multistep: epochs of the decays."""
-    decay_rate: float = 0.1
+    decay_rate: Annotated[float, tyro.conf.arg(aliases=["--dr"])] = 0.1
     """step and multistep: factor of a decay; poly: the power."""
 
     seed: int = 0
     """Seed of the weights, the order and augmentation of the images and the drawn subnets."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes an accelerator when there is one."""
+    device: str = "auto"
+    """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
     amp: bool = False
     """Mixed precision."""
     amp_dtype: Literal["bfloat16", "float16"] = "bfloat16"
@@ -245,7 +245,7 @@ class Config:
 
     output: str = "output/train"
     """Folder in which the run folder is made."""
-    name: str | None = None
+    name: Annotated[str | None, tyro.conf.arg(aliases=["--experiment"])] = None
     """Name of the run folder; default: time-model-method."""
     log_interval: int = 50
     """Steps between two lines of metrics.jsonl and of the log."""

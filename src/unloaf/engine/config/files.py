@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 
 from unloaf.engine.config.checks import brief
 from unloaf.engine.config.fields import Config
+from unloaf.engine.config.names import similar
 
 
 def load_config(path: str | Path) -> Config:
@@ -40,8 +40,8 @@ def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
     known = [field.name for field in dataclasses.fields(Config)]
     for key in entries:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1) if isinstance(key, str) else []
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            close = similar(key, known) if isinstance(key, str) else None
+            hint = f"did you mean {close}?" if close else f"known are {', '.join(known)}"
             raise ValueError(f"{source}: unknown entry {brief(key)}; {hint}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
     try:
