@@ -228,11 +228,14 @@ def test_place_that_cannot_be_written_is_known_before_anything_is_judged(
 def test_folder_without_a_run_or_a_checkpoint_is_answered(run, capsys, tmp_path):
     code, _, err = in_process(capsys, "eval", tmp_path)
     assert (code, "is no run" in err) == (2, True)
-    shutil.rmtree(run / "checkpoints")
-    code, _, err = in_process(capsys, "eval", run)
-    assert (code, "has no checkpoint yet" in err) == (2, True)
+    (run / "model_best").unlink()
     code, _, err = in_process(capsys, "eval", run, "--checkpoint", "best")
     assert (code, "has no model_best" in err) == (2, True)
+    shutil.rmtree(run / "checkpoints")
+    for name in ("last", "summary.csv"):  # as of a run that has just begun
+        (run / name).unlink()
+    code, _, err = in_process(capsys, "eval", run)
+    assert (code, "has no checkpoint yet" in err) == (2, True)
 
 
 @pytest.fixture(scope="module")

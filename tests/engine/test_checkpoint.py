@@ -15,6 +15,7 @@ from unloaf.engine.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
     point_to,
+    position_text,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -179,7 +180,47 @@ def test_the_newest_is_found_and_nothing_is_no_error(tmp_path: Path):
         save_tiny(tmp_path, step)
     checkpoint, passed_over = newest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
+    assert (checkpoint.step, passed_over) == (10, [])  # what was written last
+    (tmp_path / "last").unlink()
+    checkpoint, passed_over = newest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
     assert (checkpoint.step, passed_over) == (100_000_000, [])
+
+
+def save_at(run: Path, step: int, position: dict, *, named: bool) -> Path:
+    """A checkpoint of a run, with the metadata of today or as unloaf 0.1 wrote it."""
+    metadata = position_text(position) if named else {}
+    kept = position if named else {name: position[name] for name in ("epoch", "step")}
+    return save_checkpoint(run / "checkpoints", step, weights=WEIGHTS, state={"position": kept}, metadata=metadata)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("last", ["missing", "damaged", "elsewhere"])
+def test_the_newest_is_the_one_after_the_most_epochs_whatever_its_number_is(tmp_path: Path, named: bool, last: str):
+    """10 steps an epoch up to the middle of epoch 3, then 4: step 25 is older than step 11."""
+    save_at(tmp_path, 25, {"epoch": 3, "step": 5, "steps_per_epoch": 10}, named=named)
+    save_at(tmp_path, 11, {"epoch": 3, "step": 3, "steps_per_epoch": 4}, named=named)
+    save_at(tmp_path, 20, {"epoch": 3, "step": 0, "steps_per_epoch": 10}, named=named)
+    if last == "damaged":
+        save_at(tmp_path, 12, {"epoch": 4, "step": 0, "steps_per_epoch": 4}, named=named)
+        (tmp_path / "last" / "state.pt").write_bytes(b"?")
+    elif last == "missing":
+        (tmp_path / "last").unlink()
+    else:
+        elsewhere = save_tiny(tmp_path / "other", 20)
+        point_to(tmp_path / "last", elsewhere)
+    checkpoint, passed_over = newest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    assert (checkpoint.step, len(passed_over)) == (11, last == "damaged")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_pruning_keeps_those_after_the_most_epochs(tmp_path: Path, named: bool):
+    for step, epoch in ((10, 2), (20, 3), (12, 4)):  # 10, 10 and 4 steps an epoch
+        position = {"epoch": epoch, "step": 0, "steps_per_epoch": 4 if step == 12 else 10}
+        path = save_at(tmp_path, step, position, named=named)
+    prune_checkpoints(tmp_path / "checkpoints", keep=2, newest=path)
+    assert names(tmp_path / "checkpoints") == ["step-00000012", "step-00000020"]
 
 
 def test_pruning_keeps_the_newest_the_protected_and_what_is_not_ours(tmp_path: Path):

@@ -18,7 +18,8 @@ from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, load_strictly,
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.display import show_progress
 from unloaf.engine.errors import CheckpointError
-from unloaf.engine.run_folder import run_of
+from unloaf.engine.resuming import check_settings
+from unloaf.engine.run_folder import checkpoints_in_sight, run_of
 from unloaf.engine.training import Evaluation, Training, prepare
 from unloaf.evaluation import Accuracy, choose_subnets, evaluate_subnets
 from unloaf.stages import Stage, inner_module
@@ -119,14 +120,11 @@ def judge_run(
         console: shows a progress bar where it is a terminal.
 
     Raises:
-        ValueError: the folder is no run, has no such checkpoint or images, or the network has no subnets.
+        ValueError: the folder is no run, has no such checkpoint or images, its args.yaml was changed, or the network
+            has no subnets.
         CheckpointError: no checkpoint is intact.
     """
-    config = load_config(run_of(run) / "args.yaml")
-    found, notes = checkpoint_of(run, checkpoint)
-    weights = "model_ema" if ema else "model"
-    if weights not in found.weights:
-        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
+    config, found, weights, notes = open_checkpoint(run, checkpoint, ema=ema)
     training = prepare_for_one_process(
         config, recalibrate=recalibrate, workers=workers, data_dir=data_dir, device=device
     )
@@ -164,14 +162,36 @@ def _left_out(judged: Mapping[str, Evaluation]) -> list[str]:
 
 def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
     """The newest good checkpoint of a run ("last") or its best one, and what is to be said of damaged ones."""
+    if not checkpoints_in_sight(run):
+        raise ValueError(f"{run} has no checkpoint yet; the first is written at the end of an epoch")
+    best = run / "model_best"
     if which == "best":
-        if not (run / "model_best").exists():
+        if best.is_symlink() and not best.exists():
+            raise ValueError(f"{best} leads to {best.readlink()}, which is not there; leave --checkpoint out")
+        if not best.exists():
             raise ValueError(f"{run} has no model_best: no epoch was validated yet; leave --checkpoint out")
-        return _patiently(lambda: load_checkpoint(run / "model_best")), []
+        return _patiently(lambda: load_checkpoint(best)), []
     found, notes = _patiently(lambda: newest_checkpoint(run / "checkpoints"))
     if found is None:
-        raise ValueError(f"{run} has no checkpoint yet; the first is written at the end of an epoch")
+        raise ValueError(f"{run} has no checkpoint any more; look at {run / 'checkpoints'}")
     return found, notes
+
+
+def open_checkpoint(run: Path, which: str, *, ema: bool) -> tuple[Config, Checkpoint, str, list[str]]:
+    """The settings of a run, one of its checkpoints, the name of the weights to take, and notes on what was found.
+
+    Raises:
+        ValueError: the folder is no run, it has no such checkpoint or weights, or the checkpoint was trained with other
+            settings than args.yaml has.
+        CheckpointError: no checkpoint is intact.
+    """
+    config = load_config(run_of(run) / "args.yaml")
+    found, notes = checkpoint_of(run, which)
+    check_settings(config, found)
+    weights = "model_ema" if ema else "model"
+    if weights not in found.weights:
+        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
+    return config, found, weights, notes
 
 
 def _patiently(read: Any) -> Any:

@@ -146,6 +146,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> StepRow:
         made = _update(training)
     loss = sum(terms.values())
     position.step += 1
+    position.steps += 1
     position.skipped += not made
     position.made += made
     position.loss_sum += loss if made else 0.0

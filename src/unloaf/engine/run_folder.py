@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 from collections.abc import Mapping
 from datetime import datetime
@@ -22,6 +23,7 @@ FREE_SETTINGS = frozenset({
     "log_interval", "name", "on_nan", "output", "trackers", "workers",
 })  # fmt: skip
 _UNFINISHED = ".args.yaml"
+_STEP = re.compile(r"step-\d{8,}")
 _BEFORE_BEGINNING = ("run.lock", "env.json", _UNFINISHED)  # what a run that was killed at once leaves behind
 _GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt tells all
 
@@ -84,11 +86,24 @@ class RunFolder:
         """How far the growing files have come, in bytes."""
         return {name: (self.path / name).stat().st_size for name in _GROWING if (self.path / name).exists()}
 
-    def cut_back(self, sizes: Mapping[str, int]) -> None:
-        """Takes away what was written after a checkpoint: the resumed run writes it again."""
-        for name in _GROWING:
-            if (self.path / name).exists():
-                os.truncate(self.path / name, min(sizes.get(name, 0), (self.path / name).stat().st_size))
+    def cut_back(self, sizes: Mapping[str, int] | None) -> list[str]:
+        """Takes away what was written after a checkpoint: the resumed run writes it again.
+
+        Args:
+            sizes: of the growing files when the checkpoint was written. None without a checkpoint, when the run begins
+                anew: what it wrote before is kept under another name.
+
+        Returns:
+            lines on what is kept elsewhere, and on what is missing.
+        """
+        there = [self.path / name for name in _GROWING if (self.path / name).exists()]
+        if sizes is None:
+            return [_set_aside(path) for path in there if path.stat().st_size]
+        short = [path.name for path in there if path.stat().st_size < sizes.get(path.name, 0)]
+        short += [name for name in sizes if not (self.path / name).exists()]
+        for path in there:
+            os.truncate(path, _end_of_line(path, sizes.get(path.name, 0)))
+        return [f"{name} is shorter than when the checkpoint was written: lines of it are lost" for name in short]
 
     def discard(self) -> None:
         """Closes the folder, and removes one in which nothing was begun: its name is free for the corrected call."""
@@ -108,6 +123,21 @@ class RunFolder:
     def _append(self, name: str, text: str) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
+
+
+def _set_aside(path: Path) -> str:
+    """Renames a file to the first free name.2.csv, name.3.csv, ..."""
+    number = 2
+    while os.path.lexists(aside := path.with_suffix(f".{number}{path.suffix}")):
+        number += 1
+    path.rename(aside)
+    return f"there is no checkpoint to go on from: the run begins anew, what it wrote before is kept as {aside.name}"
+
+
+def _end_of_line(path: Path, limit: int) -> int:
+    """The last end of a line up to so many bytes: a file that was copied while it grew may end inside a line."""
+    with path.open("rb") as file:
+        return file.read(limit).rfind(b"\n") + 1
 
 
 def _json(value: Any) -> Any:
@@ -172,6 +202,7 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
     if path.is_dir() and not begun and any(file.name not in _BEFORE_BEGINNING for file in path.iterdir()):
         raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
     if begun:
+        checkpoints_in_sight(path)
         had = load_config(path / "args.yaml")
         _check_same(as_begun(config, had), had, path)
         if resume != "auto":
@@ -190,14 +221,68 @@ def run_of(path: Path) -> Path:
     return path
 
 
+def checkpoints_in_sight(run: Path) -> bool:
+    """Whether a run that was begun has checkpoints.
+
+    Raises:
+        ValueError: none can be seen, though the run wrote some: going on without them would begin anew.
+    """
+    folder = run / "checkpoints"
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        found = f"is a link to {folder.readlink()}, where nothing is" if folder.is_symlink() else "is missing"
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be read ({error.strerror}), and with it the checkpoints of the run; make it a folder "
+            "that you may read, or train anew under another --name"
+        ) from error
+    else:
+        if any(_STEP.fullmatch(name) for name in names):
+            return True
+        found = f"holds {', '.join(names[:3])} and no checkpoint" if names else "is empty"
+    traces = _traces(run)
+    if traces:
+        raise ValueError(
+            f"{folder} {found}, but there were checkpoints: {'; '.join(traces)}; bring it back (mount its disk, undo a "
+            "renaming, copy it from a backup), or train anew under another --name"
+        )
+    return False
+
+
+def _traces(run: Path) -> list[str]:
+    """What says that a run once had a checkpoint. The first one is written after the first line of summary.csv."""
+    found = [
+        f"{name} leads to {(run / name).readlink()}" for name in ("last", "model_best") if (run / name).is_symlink()
+    ]
+    try:
+        with (run / "summary.csv").open("rb") as file:
+            epochs = sum(1 for _ in file) - 1
+    except FileNotFoundError:
+        epochs = 0
+    return found + [f"summary.csv has {epochs} epochs"] * (epochs > 1)
+
+
+def different_settings(config: Config, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, as (before, now).
+
+    Args:
+        config: the settings now.
+        before: the ones before by name; what an older unloaf did not know has its default value. Lists of JSON count as
+            tuples.
+    """
+    had = dataclasses.asdict(Config()) | {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
+    return {name: (had[name], now) for name, now in dataclasses.asdict(config).items() if had[name] != now}
+
+
 def _check_same(config: Config, begun: Config, path: Path) -> None:
-    asked, had = dataclasses.asdict(config), dataclasses.asdict(begun)
     free = set(FREE_SETTINGS)
     if not any(path.glob("checkpoints/step-*")):
         free.remove("initial_checkpoint")  # it is where this run will start from
-    other = [name for name in asked if name not in free and asked[name] != had[name]]
+    different = different_settings(config, dataclasses.asdict(begun))
+    other = {name: values for name, values in different.items() if name not in free}
     if other:
-        differences = ", ".join(f"{name} {had[name]} (now {asked[name]})" for name in other)
+        differences = ", ".join(f"{name} {had} (now {now})" for name, (had, now) in other.items())
         raise ValueError(
             f"run {path} was begun with {differences}; resume with the same settings (unloaf train --resume {path}), "
             "or give another --name"

@@ -20,7 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from unloaf.engine.checkpoint import Checkpoint, flush, load_strictly, point_to, prune_checkpoints, save_checkpoint
+from unloaf.engine.checkpoint import (
+    Checkpoint,
+    flush,
+    load_strictly,
+    point_to,
+    position_text,
+    prune_checkpoints,
+    save_checkpoint,
+    steps_per_epoch,
+)
 from unloaf.engine.devices import gather_statistics, put_statistics, shared_statistics
 from unloaf.engine.errors import CheckpointError
 from unloaf.engine.optimizer import load_optimizer
@@ -40,7 +49,7 @@ def capture(training: Training) -> tuple[dict[str, dict[str, Any]], dict[str, An
     check_weights(training)
     where, average = training.accelerator, training.average
     state: dict[str, Any] = {
-        "position": asdict(training.position),
+        "position": asdict(training.position) | {"steps_per_epoch": training.steps_per_epoch},
         "method": training.method.state_dict(),
         "statistics": gather_statistics(where, training.model),
         "average_statistics": gather_statistics(where, average.module) if average else None,
@@ -95,15 +104,25 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
         training.method.load_state_dict(state["method"])
         if training.accelerator.scaler is not None:
             training.accelerator.scaler.load_state_dict(state["scaler"])
-        for name in asdict(training.position):
-            setattr(training.position, name, state["position"][name])
-        # Equal to what was saved, unless another number of processes makes another number of batches a step.
+        _restore_position(training, checkpoint)
+        # Equal to what was saved, unless an epoch has other steps now, or a step another number of batches.
         world = training.accelerator.num_processes
-        training.method.step = training.steps_done * config.accumulation(world)
+        training.method.step = training.steps_by_epochs * config.accumulation(world)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{checkpoint.path} does not fit this run: {reason}") from error
     training.schedule.step_update(training.position.updates)
+
+
+def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
+    saved = {"steps": checkpoint.step, **checkpoint.state["position"]}  # unloaf 0.1 kept the sum in the number alone
+    for name in asdict(training.position):
+        setattr(training.position, name, saved[name])
+    before, now = steps_per_epoch(saved, checkpoint.step), training.steps_per_epoch
+    if before is None:
+        training.position.step = min(training.position.step, now)
+    elif before != now:
+        training.position.change_steps_per_epoch(before, now)
 
 
 class Saver:
@@ -148,7 +167,8 @@ class Saver:
     def _write(self, step: int, weights: Mapping[str, Any], state: Mapping[str, Any], best: bool) -> None:
         for name in state["files"]:
             flush(self._folder.path / name)
-        path = save_checkpoint(self._folder.checkpoints, step, weights=weights, state=state, metadata=self._metadata)
+        metadata = self._metadata | position_text(state["position"])
+        path = save_checkpoint(self._folder.checkpoints, step, weights=weights, state=state, metadata=metadata)
         link = self._folder.path / "model_best"
         if best:
             point_to(link, path)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch import nn
 
-from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, point_to
+from unloaf.engine.checkpoint import Checkpoint, point_to
 from unloaf.engine.config import Config, as_begun, load_config
 from unloaf.engine.data import Data, explain_worker_death
 from unloaf.engine.devices import find_devices, total
@@ -26,6 +25,7 @@ from unloaf.engine.environment import bits_depend_on, environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
 from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
 from unloaf.engine.preprocessing import HEADER, as_text
+from unloaf.engine.resuming import check_settings, find_checkpoint, on_all, opening_lines
 from unloaf.engine.run_folder import RunFolder, open_run
 from unloaf.engine.saving import Saver, capture, restore
 from unloaf.engine.signals import StopRequest, stop_requests
@@ -74,11 +74,13 @@ def train(
         folder = open_run(config, resume=resume)
     try:
         accelerator = find_devices(config, folder=folder.path if folder else None)
-        path = Path(_first(accelerator, str(folder.path) if folder else None))
+        path = Path(on_all(accelerator, str(folder.path) if folder else None))
         if (path / "args.yaml").is_file():
             config = as_begun(config, load_config(path / "args.yaml"))
-        found = _find_checkpoint(accelerator, folder)
-        training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found[0] is not None)
+        found, notes = find_checkpoint(accelerator, folder)
+        if found is not None:
+            notes += check_settings(config, found)
+        training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found is not None)
     except BaseException:
         if folder is not None:
             folder.discard()
@@ -88,26 +90,9 @@ def train(
         if folder is not None:
             stack.callback(folder.close)
         run = Run(training, folder, stop, stack, console)
-        run.begin(found)
+        run.begin(found, notes)
         run.train()
         return run.result(path)
-
-
-def _first(accelerator: Accelerator, value: Any) -> Any:
-    """What the first process says, on every process."""
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
-
-
-def _find_checkpoint(accelerator: Accelerator, folder: RunFolder | None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint of a run that goes on, and what is to be said of the damaged ones."""
-    found: tuple[Checkpoint | None, list[str]] = (None, [])
-    if folder is not None and folder.checkpoints.is_dir():
-        found = newest_checkpoint(folder.checkpoints)
-    checkpoint, notes = found
-    path = _first(accelerator, str(checkpoint.path) if checkpoint else None)
-    if checkpoint is None and path is not None:
-        checkpoint = load_checkpoint(Path(path))
-    return checkpoint, notes
 
 
 class Run:
@@ -135,9 +120,8 @@ class Run:
         self.judged_batches = 0
         self.told_bad: set[str] = set()
 
-    def begin(self, found: tuple[Checkpoint | None, list[str]]) -> None:
+    def begin(self, checkpoint: Checkpoint | None, notes: Sequence[str]) -> None:
         """Says what is run, and puts a resumed run where it was."""
-        checkpoint, notes = found
         training, config = self.training, self.config
         if checkpoint is not None:
             restore(training, checkpoint)
@@ -145,9 +129,11 @@ class Run:
         if self.folder is not None:
             if checkpoint is None:
                 self.folder.begin(config, self.environment)
-            self.folder.cut_back(checkpoint.state["files"] if checkpoint else {})
+            notes = [*notes, *self.folder.cut_back(checkpoint.state["files"] if checkpoint else None)]
             total_steps = config.epochs * training.steps_per_epoch
-            progress = show_progress(self.console, total=total_steps, done=training.steps_done, label=config.method)
+            progress = show_progress(
+                self.console, total=total_steps, done=training.steps_by_epochs, label=config.method
+            )
             self.display = self.stack.enter_context(progress)
         for line in notes:
             self.say(line)
@@ -179,7 +165,7 @@ class Run:
             *training.opening,
         ]
         if checkpoint is not None:
-            lines.append(f"resumed at step {training.steps_done} (epoch {training.position.epoch})")
+            lines += opening_lines(training, checkpoint)
             lines += self._differences(checkpoint.state["bits_depend_on"])
         return lines
 

@@ -47,13 +47,17 @@ class Evaluation:
 class Position:
     """How far a run is, in numbers alone: what a checkpoint keeps beside weights and optimizer.
 
-    `epoch` is the one being trained, counted from 1, `step` the optimizer steps of it that were tried, `updates` those
-    of the whole run that were made, `skipped` those that were left out; `made`, `loss_sum` and `seconds` are over this
-    epoch. `whole` is False in the middle of a step, of which nothing may be saved.
+    `epoch` is the one being trained, counted from 1, `step` the optimizer steps of it that were tried, `steps` those of
+    the whole run, `updates` those that were made, `skipped` those that were left out; `made`, `loss_sum` and `seconds`
+    are over this epoch. `whole` is False in the middle of a step, of which nothing may be saved.
+
+    The schedule follows `updates`. Where a run goes on with other steps per epoch, `step` and `updates` are what they
+    were in shares of an epoch; `steps` only grows, and with it the numbers of the checkpoints.
     """
 
     epoch: int = 1
     step: int = 0
+    steps: int = 0
     updates: int = 0
     skipped: int = 0
     made: int = 0
@@ -67,6 +71,11 @@ class Position:
     def mean_loss(self) -> float:
         """Of the steps that were made in this epoch; 0 before the first."""
         return self.loss_sum / max(1, self.made)
+
+    def change_steps_per_epoch(self, before: int, now: int) -> None:
+        """To the same share of the same epoch, where an epoch has other steps than before."""
+        self.step = self.step * now // before
+        self.updates = round(self.updates * now / before)
 
     def next_epoch(self) -> None:
         """To the beginning of the next epoch."""
@@ -116,6 +125,11 @@ class Training:
     @property
     def steps_done(self) -> int:
         """Optimizer steps that were tried since the run began."""
+        return self.position.steps
+
+    @property
+    def steps_by_epochs(self) -> int:
+        """The same if each epoch had had the steps that it has now."""
         return (self.position.epoch - 1) * self.steps_per_epoch + self.position.step
 
     def evaluate(

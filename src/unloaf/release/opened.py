@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from unloaf.analysis import runs
 from unloaf.analysis.costs import gmacs
-from unloaf.engine.config import Config, load_config
-from unloaf.engine.run_folder import run_of
+from unloaf.engine.config import Config
 from unloaf.engine.training import Training
 from unloaf.evaluation import Accuracy, accuracy
 from unloaf.release.libraries import transformers_config
@@ -121,11 +120,7 @@ def open_trained(
     """
     if recalibrate is not None and recalibrate != 0 and recalibrate < 2:
         raise ValueError(f"recalibrate {recalibrate}: give at least 2 images, or 0 to leave the statistics as they are")
-    config = load_config(run_of(run) / "args.yaml")
-    found, notes = runs.checkpoint_of(run, checkpoint)
-    weights = "model_ema" if ema else "model"
-    if weights not in found.weights:
-        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
+    config, found, weights, notes = runs.open_checkpoint(run, checkpoint, ema=ema)
     training = runs.prepare_for_one_process(config, recalibrate=recalibrate or None, data_dir=data_dir, device=device)
     runs.load_weights(inner_module(training.model), found, weights)
     if not training.stages:

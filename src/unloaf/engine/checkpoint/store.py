@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from unloaf.engine.checkpoint.manifest import FILE_NAME, checked_texts, flush, read_manifest, seal, verified
+from unloaf.engine.checkpoint.progress import progress
 from unloaf.engine.checkpoint.tensorfiles import (
     plain_state,
     read_state,
@@ -135,24 +136,27 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint of the highest step that verifies, and a line for each damaged one above it.
+    """The checkpoint that `last` points to, or if that is none the latest one that verifies, and notes on the others.
+
+    The latest is the one after the most epochs of training. Its number may be the lower one: in a run that went on with
+    fewer images, unloaf 0.1 counted its steps anew.
 
     Returns:
-        (None, []) when there is none.
+        the checkpoint, and a line for each damaged one before which it was taken; (None, []) when there is none.
 
     Raises:
         CheckpointError: there are some and all of them are damaged.
     """
     passed_over: list[str] = []
-    for path in _step_folders(folder):
+    for path in _latest_first(folder):
         try:
             return load_checkpoint(path), passed_over
         except CheckpointError as error:
             passed_over.append(f"passed over {path.name}: {error}")
     if passed_over:
         raise CheckpointError(
-            f"{folder}: none of {len(passed_over)} checkpoints can be used; copy one from a backup, or move the folder "
-            "away to start anew\n" + "\n".join(passed_over)
+            f"{folder}: none of {len(passed_over)} checkpoints can be used; copy one from a backup, or train anew "
+            "under another --name\n" + "\n".join(passed_over)
         )
     return None, []
 
@@ -166,15 +170,15 @@ def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[Path] = ()
         folder: RUN/checkpoints.
         keep: >= 1; complete folders, protected ones included.
         protect: folders, or links to them, that stay in any case.
-        newest: the folder that was just written; default: that of the highest step. Those of higher steps stay and do
-            not count: a resumed run passed them over because they are damaged.
+        newest: the folder that was just written; default: the latest. Later ones stay and do not count: a resumed run
+            passed them over because they are damaged.
 
     Raises:
         CheckpointError: the newest is damaged (then nothing was deleted), or the disk refuses.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least 1 checkpoint has to stay")
-    folders = _step_folders(folder)
+    folders = sorted(_step_folders(folder), key=progress, reverse=True)
     if newest is not None:
         folders = folders[[path.name for path in folders].index(newest.name) :]
     complete = [path for path in folders if _is_complete(path)]
@@ -317,7 +321,14 @@ def _is_complete(folder: Path) -> bool:
     return not folder.is_symlink() and folder.name == f"step-{manifest.step:08d}" and sizes == listed
 
 
+def _latest_first(folder: Path) -> Iterator[Path]:
+    """What `last` points to, then the others by their progress, which is only looked at when it is asked for."""
+    folders = _step_folders(folder)
+    last = (Path(folder).parent / "last").resolve()
+    first = [path for path in folders if path.resolve() == last]
+    yield from first
+    yield from sorted((path for path in folders if path not in first), key=progress, reverse=True)
+
+
 def _step_folders(folder: Path) -> list[Path]:
-    """Newest first."""
-    found = {path: match for path in Path(folder).glob("step-*") if (match := _STEP.fullmatch(path.name))}
-    return sorted(found, key=lambda path: int(found[path][1]), reverse=True)
+    return [path for path in Path(folder).glob("step-*") if _STEP.fullmatch(path.name)]
