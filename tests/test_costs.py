@@ -200,6 +200,7 @@ def test_picked_subnet_by_hand(limits, picked):
         (ROWS, {"min_top1": 92, "max_params": 700}, "at least 92 % with at most 700 parameters; the nearest: 2-3"),
         ([], {}, "no rows"),
         ([CostRow("3", 1, 1.0)], {}, "subnet 3 has no accuracy"),
+        ([CostRow("3", 1, 1.0, top1=math.nan)], {}, "accuracy of all subnets is NaN"),
         ([CostRow("3", 1, 1.0, top1=3.0)], {"max_latency": 1.0}, "was not timed"),
     ],
 )
@@ -221,6 +222,14 @@ def test_pareto_front_is_what_no_other_beats(figures, cost):
         row.subnet for row in rows if not any(beats(other, row) for other in rows)
     )
     assert all(getattr(a, cost) <= getattr(b, cost) for a, b in pairwise(front))
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_a_subnet_that_predicts_nothing_is_neither_picked_nor_in_front(position):
+    rows = [*ROWS[:position], CostRow("0-0", 1, 0.01, top1=math.nan), *ROWS[position:]]
+    assert pareto_front(rows) == pareto_front(ROWS)
+    assert unloaf.pick_subnet(rows) == unloaf.pick_subnet(ROWS)
+    assert unloaf.pick_subnet(rows, min_top1=0) == unloaf.pick_subnet(ROWS, min_top1=0)
 
 
 def test_front_by_latency_differs_from_that_by_gmacs():

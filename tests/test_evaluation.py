@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import unloaf
-from toy_networks import ToyNetwork
+from toy_networks import Block, ToyNetwork
 from unloaf import Stage
 from unloaf.evaluation import _to_device, accuracy, choose_subnets
 
@@ -181,3 +181,135 @@ def test_few_of_very_many_subnets_are_drawn_without_listing_all(monkeypatch):
 def test_most_of_very_many_subnets_are_drawn_too():
     chosen = choose_subnets(stages_of(17, 17, 17), 4913 - 1)
     assert (str(chosen[0]), len(set(chosen))) == ("17-17-17", 4912)
+
+
+# --- what cannot be judged by accuracy, or not as it is
+
+
+@pytest.mark.parametrize("spoiled", [SCORES * math.nan, SCORES.clone().index_fill_(1, torch.tensor([5]), math.nan)])
+def test_nan_is_no_prediction(spoiled):
+    result = accuracy(nn.Identity(), [(SCORES, LABELS), (spoiled, LABELS)])
+    assert all(map(math.isnan, (result.loss, result.top1, result.top5)))
+
+
+def test_nan_where_nothing_is_judged_does_not_matter():
+    scores = torch.cat([SCORES, torch.full((1, 6), math.nan)])
+    labels = torch.cat([LABELS, torch.tensor([-100])])
+    assert accuracy(nn.Identity(), [(scores, labels)]) == accuracy(nn.Identity(), [(SCORES, LABELS)])
+
+
+def test_another_label_may_stand_for_what_is_not_judged():
+    scores, labels = torch.cat([SCORES, SCORES[:1]]), torch.cat([LABELS, torch.tensor([255])])
+    found = accuracy(nn.Identity(), [(scores, labels)], ignore_index=255)
+    assert found == accuracy(nn.Identity(), [(SCORES, LABELS)])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_labels_of_any_integer_type(dtype):
+    assert accuracy(nn.Identity(), [(SCORES, LABELS.to(dtype))]) == accuracy(nn.Identity(), [(SCORES, LABELS)])
+
+
+def test_a_readout_says_where_the_classes_are():
+    images = SCORES.view(1, 3, 1, 6).movedim(-1, 1)  # classes second
+    labels = LABELS.view(1, 3, 1)
+    found = accuracy(nn.Identity(), [(images, labels)], readout=lambda output: output.movedim(1, -1))
+    assert found == accuracy(nn.Identity(), [(SCORES, LABELS)])
+
+
+BATCHES = {
+    "classes second": ((torch.zeros(2, 6, 3, 4), torch.zeros(2, 3, 4).long()), r"readout=.*movedim\(1, -1\)"),
+    "other rows": ((SCORES, LABELS[:2]), r"y has shape \(2,\), the logits \(3, 6\); .*one label for each row"),
+    "shares": (
+        (SCORES, SCORES.softmax(-1)),
+        r"float32; accuracy needs class indices: y\.argmax\(-1\), or give a met",
+    ),
+    "one output": ((SCORES[:, :1], LABELS), "at least 2 classes, or give a metric"),
+    "a list": ((SCORES, [0, 0, 1]), "y is list; accuracy needs a tensor of class indices, or give a metric"),
+    "a mapping": (
+        {"image": SCORES, "label": LABELS},
+        r"is dict with the keys image, label; .*\[\(batch\['image'\], batch\['label'\]\) for batch in loader\]",
+    ),
+    "a tensor of two rows": (SCORES[:2], "is Tensor; judging takes pairs"),
+    "three parts": (
+        (SCORES, LABELS, LABELS),
+        r"is 3 parts; judging takes pairs .*\[\(batch\[0\], batch\[1\]\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_batches_that_cannot_be_judged(batch):
+    given, message = BATCHES[batch]
+    with pytest.raises(ValueError, match=message):
+        accuracy(nn.Identity(), [given])
+
+
+def toy_rows(loader, **options):
+    torch.manual_seed(0)
+    model = ToyNetwork()
+    return unloaf.evaluate_subnets(model, unloaf.find_stages(model, torch.randn(2, 4)), loader, **options)
+
+
+def test_a_generator_serves_all_subnets():
+    batches = [(torch.randn(3, 4), torch.tensor([0, 1, 2])), (torch.randn(5, 4), torch.zeros(5).long())]
+    assert toy_rows((batch for batch in batches), subnets=3) == toy_rows(batches, subnets=3)
+
+
+@pytest.mark.parametrize("mean", [True, False], ids=["means of batches", "numbers of examples"])
+def test_a_metric_is_averaged_over_the_examples(mean):
+    def absolute(output, y):
+        error = (output - y).abs().mean(-1)
+        return error.mean() if mean else error
+
+    batches = [(torch.randn(size, 4), torch.randn(size, 3)) for size in (5, 2)]
+    rows = toy_rows(batches, subnets=3, metric=absolute)
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    torch.manual_seed(0)
+    model = ToyNetwork()
+    stages = unloaf.find_stages(model, x)
+    for row in rows:
+        with torch.no_grad(), unloaf.active_subnet(model, stages, row.subnet):
+            expected = float((model(x) - y).abs().mean())
+        assert row.metric == pytest.approx(expected, rel=1e-6)
+        assert all(map(math.isnan, (row.top1, row.top5, row.loss)))
+
+
+def test_a_metric_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"metric returned shape \(3, 3\) for 3 examples; give one number, or 3"):
+        toy_rows([(torch.randn(3, 4), torch.randn(3, 3))], subnets=1, metric=lambda output, y: output - y)
+
+
+class Keeps(Block):
+    """Stores a feature in every pass, with its graph."""
+
+    def __init__(self, kind):
+        super().__init__(4, 4)
+        self.kind = kind
+
+    def forward(self, x):
+        kept = super().forward(x)
+        self.last = self.kind(kept)
+        return kept
+
+
+@pytest.mark.parametrize("kind", [lambda t: t, lambda t: [t], lambda t: {"t": t}], ids=["itself", "list", "dict"])
+def test_a_kept_graph_is_named_where_the_model_cannot_be_copied(kind):
+    model, x = nn.Sequential(Keeps(kind), Keeps(kind), nn.BatchNorm1d(4), nn.Linear(4, 3)), torch.randn(6, 4)
+    stages = unloaf.find_stages(model, x)
+    unloaf.StimulativeTraining(model, stages).backward(x, torch.zeros(6).long())
+    data = [(x, torch.zeros(6).long())]
+    message = r"module '0' \(Keeps\) keeps a tensor .* with its graph, 'last'.*detach it"
+    with pytest.raises(ValueError, match=message):
+        unloaf.evaluate_subnets(model, stages, data, subnets=2, calibration=[x])
+    with pytest.raises(ValueError, match=message):
+        unloaf.export_subnet(model, stages, unloaf.Subnet.full(stages))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_scripted_models_are_refused(whole):
+    part = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)))
+    model = part if whole else nn.Sequential(nn.Linear(6, 6), part)
+    name = "the model" if whole else "module '1'"
+    with pytest.raises(ValueError, match=f"{name} was compiled by torch.jit.*give the model as it was before"):
+        unloaf.find_stages(model, torch.zeros(2, 6))

@@ -13,7 +13,7 @@ from torch import nn
 import unloaf
 from toy_networks import Block
 from unloaf import SmallerInputs
-from unloaf.inputs import resize
+from unloaf.inputs import first_examples, first_tensor, resize
 from unloaf.sampling import draw_generator
 
 # --- the rule
@@ -214,3 +214,53 @@ def test_inputs_that_are_no_images_are_refused():
     stages = unloaf.find_stages(model, torch.randn(2, 4))
     with pytest.raises(ValueError, match=r"need images.*shape \(4,\)"):
         unloaf.StimulativeTraining(model, stages, subnet_inputs=SmallerInputs())
+
+
+# --- mappings, whose order means nothing
+
+
+class Graph(nn.Module):
+    """A class for each node; the edges have two rows, whatever the number of nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.Sequential(Block(6, 6), Block(6, 6)), nn.Linear(6, 3)
+
+    def forward(self, x, edges):
+        return self.head(self.blocks(x + 0 * edges.sum()))
+
+
+@pytest.mark.parametrize("names", [("x", "edges"), ("edges", "x")])
+@pytest.mark.parametrize("method", [unloaf.StimulativeTraining, unloaf.GroupKnowledgeTraining, unloaf.StochasticDepth])
+def test_the_order_of_a_mapping_does_not_matter(method, names):
+    torch.manual_seed(0)
+    given = {"x": torch.randn(7, 6), "edges": torch.randint(7, (2, 12))}
+    batch, model = {name: given[name] for name in names}, Graph()
+    stages = unloaf.find_stages(model, batch)
+    assert method(model, stages).backward(batch, torch.randint(3, (7,))).logits.shape == (7, 3)
+
+
+def test_targets_that_do_not_fit_the_logits_of_a_mapping():
+    model, batch = Graph(), {"edges": torch.randint(7, (2, 12)), "x": torch.randn(7, 6)}
+    method = unloaf.StimulativeTraining(model, unloaf.find_stages(model, batch))
+    with pytest.raises(ValueError, match=r"7.*2"):
+        method.backward(batch, torch.zeros(2).long())
+
+
+def test_a_part_of_a_mapping_is_that_of_most_tensors():
+    table, pixels, mask = torch.zeros(9, 2), torch.zeros(4, 3), torch.zeros(4)
+    for names in (["table", "pixels", "mask"], ["mask", "pixels", "table"]):
+        batch = {name: {"table": table, "pixels": pixels, "mask": mask}[name] for name in names}
+        part = first_examples(batch, 2)
+        assert {name: len(value) for name, value in part.items()} == {"table": 9, "pixels": 2, "mask": 2}
+
+
+def test_a_part_of_a_mapping_that_cannot_be_told_is_refused():
+    model, batch = Graph(), {"edges": torch.randint(7, (2, 12)), "x": torch.randn(7, 6)}
+    method = unloaf.StimulativeTraining(model, unloaf.find_stages(model, batch), subnet_batch_fraction=0.5)
+    with pytest.raises(ValueError, match=r"rows: edges 2, x 7; it cannot be told.*subnet_batch_fraction=1"):
+        method.backward(batch, torch.zeros(7).long())
+
+
+def test_a_number_before_the_tensors_of_a_mapping():
+    assert first_tensor({"scale": torch.tensor(2.0), "pixels": torch.zeros(4, 3)}).shape == (4, 3)

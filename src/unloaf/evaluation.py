@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unloaf.batchnorm import recalibrate_bn, tracking_norms
-from unloaf.passes import logits_of
+from unloaf.passes import Readout, logits_of
 from unloaf.sampling import draw_generator, enumerate_subnets
-from unloaf.stages import Stage, call_model, evaluating, inner_module
+from unloaf.stages import Stage, call_model, copy_of, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_subnet
 
 Reduction = Callable[[Tensor], Tensor]
+Metric = Callable[[Tensor, Any], Tensor | float]
 _IGNORED = -100
 _MOST_LISTED = 4096  # ordered subnets; an EfficientNet-B7 has a million, whose list takes gigabytes
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How well a network does.
+    """How well a network does; NaN throughout where it gives NaN for an example, which is no prediction.
 
     Attributes:
         loss: mean cross-entropy, in nats.
@@ -49,10 +50,11 @@ class SubnetRow:
     Attributes:
         subnet: which one; ``str(row.subnet)`` is its depths, "3-4-6-3".
         depths: kept blocks per stage.
-        top1: accuracy in percent.
+        top1: accuracy in percent; NaN, like top5 and loss, where a metric was given, or the network gives NaN.
         top5: share of examples whose target is among the five highest logits, in percent (100 with up to 5 classes).
         loss: mean cross-entropy, in nats.
         params: parameters of the subnet as a network of its own.
+        metric: mean over the examples of the metric that was given; None without one.
 
     >>> from unloaf import Subnet, SubnetRow
     >>> str(SubnetRow(Subnet(((True, True), (True, False))), (2, 1), 93.2, 99.8, 0.21, 272_474).subnet)
@@ -65,6 +67,7 @@ class SubnetRow:
     top5: float
     loss: float
     params: int
+    metric: float | None = None
 
 
 def evaluate_subnets(
@@ -76,14 +79,17 @@ def evaluate_subnets(
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
     reduce: Reduction | None = None,
+    readout: Readout | None = None,
+    metric: Metric | None = None,
+    ignore_index: int = _IGNORED,
 ) -> list[SubnetRow]:
-    """Accuracy of subnets of a model; the model is left as it was.
+    """Accuracy of subnets of a model, or another measure; the model is left as it was.
 
     Args:
         model: a trained network.
         stages: its stages.
         loader: batches ``(x, y)``, x a tensor or a mapping of keyword arguments, with class indices y, (batch,) or the
-            leading dimensions of the logits; iterated per subnet.
+            leading dimensions of the logits; iterated per subnet (an iterator, used up after one, is kept as a list).
         subnets: which ones; a number draws that many ordered ones, the main network among them; default: all ordered
             subnets (`enumerate_subnets`).
         calibration: batches of training inputs, ``x`` or ``(x, ...)``; before a subnet is judged, its batch-norm
@@ -91,12 +97,18 @@ def evaluate_subnets(
             statistics, which do not fit it. The main network always keeps its own.
         seed: of the sample, if ``subnets`` is a number.
         reduce: see `accuracy`.
+        readout: from the model's output to the logits, (batch, ..., classes); default the output itself, its ``logits``
+            or ``["logits"]``.
+        metric: judge by this instead of accuracy: from (outputs, targets) of a batch to a number for each example, or
+            to their mean. Targets may then be anything.
+        ignore_index: label of positions that are not judged.
 
     Returns:
         One row per subnet, in the order given.
 
     Raises:
-        ValueError: a subnet of another model, a number below 1, an empty loader.
+        ValueError: a subnet of another model, a number below 1, an empty loader, batches that are no pairs or, without
+            a metric, targets that are no class indices of the logits' leading dimensions.
 
     Source: Ye et al. 2022 (ST) judge subnets after re-estimating batch-norm statistics.
 
@@ -113,16 +125,22 @@ def evaluate_subnets(
     batches = None if calibration is None or not tracking_norms(inner) else calibration
     if batches is not None and iter(batches) is batches:
         batches = list(batches)  # a generator would be spent after the first subnet
-    copied = copy.deepcopy(inner) if batches is not None else inner
+    if isinstance(loader, Iterator) and len(chosen) > 1:
+        loader = list(loader)
+    copied = copy_of(inner) if batches is not None else inner
     rows, device = [], next(inner.parameters()).device
     for subnet in chosen:
         judged = inner if subnet == Subnet.full(stages) else copied
         with active_subnet(judged, stages, subnet):
             if judged is not inner and batches is not None:
                 recalibrate_bn(judged, (_to_device(batch, device) for batch in batches))
-            result = accuracy(judged, loader, reduce=reduce)
+            result, value = _UNKNOWN, None
+            if metric is None:
+                result = accuracy(judged, loader, reduce=reduce, readout=readout, ignore_index=ignore_index)
+            else:
+                value = mean_metric(judged, loader, metric, reduce=reduce, readout=readout)
         params = count_params(inner, stages, subnet)
-        rows.append(SubnetRow(subnet, subnet.depths, result.top1, result.top5, result.loss, params))
+        rows.append(SubnetRow(subnet, subnet.depths, result.top1, result.top5, result.loss, params, value))
     return rows
 
 
@@ -184,30 +202,110 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     return inputs.to(device)
 
 
-def accuracy(model: nn.Module, loader: Iterable[tuple[Any, Tensor]], *, reduce: Reduction | None = None) -> Accuracy:
+def accuracy(
+    model: nn.Module,
+    loader: Iterable[tuple[Any, Tensor]],
+    *,
+    reduce: Reduction | None = None,
+    readout: Readout | None = None,
+    ignore_index: int = _IGNORED,
+) -> Accuracy:
     """Loss and accuracy in evaluation mode, without autocast; the modes of the modules are put back.
 
     Args:
         model: gives logits, (batch, ..., classes).
-        loader: batches ``(x, y)``, x a tensor or a mapping of keyword arguments, with class indices y, (batch, ...);
-            entries of -100 (``ignore_index`` of torch's cross-entropy) are not counted.
+        loader: batches ``(x, y)``, x a tensor or a mapping of keyword arguments, with class indices y, (batch, ...).
         reduce: adds a tensor over processes, where each sees a share of the examples; every process gets the whole.
+        readout: from the model's output to the logits; default the output itself, its ``logits`` or ``["logits"]``.
+        ignore_index: label of positions that are not counted.
 
     Raises:
-        ValueError: there was no example.
+        ValueError: there was no example, a batch is no pair, or y are no class indices, one for each row of logits.
     """
     device = next(model.parameters(), torch.empty(0)).device
     # In double precision: sums over processes, or over another batch size, agree to the last digit shown.
     sums = torch.zeros(4, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     with evaluating(model):
-        for x, y in loader:
-            logits = logits_of(call_model(model, _to_device(x, device))).flatten(0, -2).float()
-            targets = y.to(logits.device).flatten()
-            best = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            counted = (targets != _IGNORED).sum()
-            sums += torch.stack([counted, best[:, 0].sum(), best.sum(), loss.double()]).to(sums)
+        for x, y in map(_pair, loader):
+            logits = logits_of(call_model(model, _to_device(x, device)), readout)
+            _check_labels(logits, y)
+            rows, targets = logits.flatten(0, -2).float(), y.to(logits.device).flatten().long()
+            counted = targets != ignore_index
+            best = rows.topk(min(5, rows.shape[-1])).indices == targets[:, None]
+            loss = F.cross_entropy(rows, targets, reduction="sum", ignore_index=ignore_index)
+            hits = torch.stack([best[:, 0].sum(), best.sum()]).double()
+            # NaN counts as highest: such rows would have an accuracy, that of guessing.
+            hits = hits.masked_fill((rows.isnan().any(-1) & counted).any(), math.nan)
+            sums += torch.cat([counted.sum()[None], hits, loss.double()[None]]).to(sums)
     count, first, five, loss = (reduce(sums) if reduce else sums).tolist()
+    _check_count(count)
+    return Accuracy(loss=loss / count, top1=100 * first / count, top5=100 * five / count)
+
+
+def mean_metric(
+    model: nn.Module,
+    loader: Iterable[tuple[Any, Any]],
+    metric: Metric,
+    *,
+    reduce: Reduction | None = None,
+    readout: Readout | None = None,
+) -> float:
+    """A metric's mean over all examples, in evaluation mode, without autocast; arguments as `evaluate_subnets`.
+
+    >>> import torch
+    >>> batches = [(torch.ones(1, 1), torch.zeros(1, 1)), (3 * torch.ones(3, 1), torch.zeros(3, 1))]
+    >>> mean_metric(torch.nn.Identity(), batches, lambda output, y: (output - y).abs().mean())
+    2.5
+    """
+    device = next(model.parameters(), torch.empty(0)).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+    with evaluating(model):
+        for x, y in map(_pair, loader):
+            output = logits_of(call_model(model, _to_device(x, device)), readout)
+            value = torch.as_tensor(metric(output, y.to(output.device) if isinstance(y, Tensor) else y)).double()
+            if value.ndim > 1 or (value.ndim and len(value) != len(output)):
+                raise ValueError(
+                    f"metric returned shape {tuple(value.shape)} for {len(output)} examples; "
+                    f"give one number, or {len(output)}"
+                )
+            total = value.sum() if value.ndim else value * len(output)
+            sums += torch.stack([torch.tensor(len(output), device=value.device), total]).to(sums)
+    count, total = (reduce(sums) if reduce else sums).tolist()
+    _check_count(count)
+    return total / count
+
+
+_UNKNOWN = Accuracy(loss=math.nan, top1=math.nan, top5=math.nan)
+
+
+def _check_count(count: float) -> None:
     if not count:
         raise ValueError("the loader yielded no example to judge on; give at least one batch (x, y)")
-    return Accuracy(loss=loss / count, top1=100 * first / count, top5=100 * five / count)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    """A batch of a loader, if it is a pair."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    found = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
+    x, y = 0, 1
+    if isinstance(batch, Mapping) and batch:
+        x, *_, y = [*batch, *batch]
+        found += f" with the keys {', '.join(map(str, batch))}"
+    advice = f"[(batch[{x!r}], batch[{y!r}]) for batch in loader]"
+    raise ValueError(f"a batch of the loader is {found}; judging takes pairs (x, y): {advice}, for instance")
+
+
+def _check_labels(logits: Tensor, y: Any) -> None:
+    """Raise ValueError unless y holds a class index for each row of the logits."""
+    if not isinstance(y, Tensor):
+        raise ValueError(f"y is {type(y).__name__}; accuracy needs a tensor of class indices, or give a metric")
+    shapes = f"y has shape {tuple(y.shape)}, the logits {tuple(logits.shape)}"
+    if logits.ndim < 2 or logits.shape[-1] < 2:
+        raise ValueError(f"{shapes}; accuracy needs (..., classes) with at least 2 classes, or give a metric")
+    if y.is_floating_point():
+        raise ValueError(f"{shapes} in {y.dtype}; accuracy needs class indices: y.argmax(-1), or give a metric")
+    if y.shape != logits.shape[:-1]:
+        second = y.shape == (*logits.shape[:1], *logits.shape[2:])
+        cure = "readout=lambda output: output.movedim(1, -1)" if second else "one label for each row of logits"
+        raise ValueError(f"{shapes}; the classes must be on the last axis: give {cure}")

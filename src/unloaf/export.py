@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unloaf.stages import Stage, call_model, evaluating, inner_module
+from unloaf.stages import Stage, call_model, copy_of, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_stages, check_subnet, check_whole
 
 _CHECK_SEED = 0xC0FFEE
@@ -113,7 +112,7 @@ def parse_subnet(stages: Sequence[Stage], text: str) -> Subnet:
 
 def _eager_copy(model: nn.Module, stages: Sequence[Stage]) -> nn.Module:
     """A deep copy, its blocks as they were before `compile_blocks` (compiled ones round otherwise) or checkpointing."""
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     for block in check_stages(copied, stages).values():
         function = getattr(block.__dict__.get("forward"), "__func__", None)
         if hasattr(function, "unloaf_compiles") or hasattr(function, "unloaf_recomputes"):
@@ -224,7 +223,7 @@ def _first_equal(
     """The copy with as many blocks deleted as it runs right without, the others replaced by nn.Identity."""
     reason = "its output differs"
     for deleting in _attempts(whole, stages, skipped):
-        small = copy.deepcopy(whole)
+        small = copy_of(whole)
         _take_out(small, skipped, deleting)
         try:
             if same_outputs(_outputs(small, inputs), expected):
@@ -301,7 +300,7 @@ def block_counts(model: nn.Module, kinds: set[type[nn.Module]]) -> list[int]:
 
 def without_stand_ins(model: nn.Module, kinds: set[type[nn.Module]]) -> nn.Module:
     """A copy without the nn.Identity that stand for skipped blocks in containers of such blocks: numbered anew."""
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     for module in copied.modules():
         types = {type(child) for child in module.children()}
         if isinstance(module, (nn.Sequential, nn.ModuleList)) and types & kinds and types - kinds == {nn.Identity}:

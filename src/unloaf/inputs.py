@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -82,6 +83,9 @@ def resize(images: Tensor, side: int) -> Tensor:
 def first_examples(inputs: Any, count: int) -> Any:
     """The first examples of a batch; in a mapping, of each tensor that has a row for each example, nothing else.
 
+    Raises:
+        ValueError: of a mapping it cannot be told which tensors have.
+
     >>> first_examples({"pixels": torch.zeros(4, 3), "scale": 2.0}, 2)["pixels"].shape
     torch.Size([2, 3])
     """
@@ -93,16 +97,30 @@ def first_examples(inputs: Any, count: int) -> Any:
 
 
 def batch_size(inputs: Any) -> int:
-    """How many examples a batch has: rows of the tensor, or of the first tensor in a mapping.
+    """How many examples a batch has: rows of the tensor, or of most tensors in a mapping, whatever their order.
 
-    >>> batch_size({"pixels": torch.zeros(4, 3)})
+    Raises:
+        ValueError: as many tensors of a mapping have another number of rows.
+
+    >>> batch_size({"table": torch.zeros(9, 2), "pixels": torch.zeros(4, 3), "mask": torch.zeros(4)})
     4
     """
-    return len(first_tensor(inputs))
+    if not isinstance(inputs, Mapping):
+        return len(first_tensor(inputs))
+    first_tensor(inputs)
+    rows = {name: len(v) for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim}
+    (size, most), *others = Counter(rows.values()).most_common(2)
+    if others and others[0][1] == most:
+        listed = ", ".join(f"{name} {count}" for name, count in rows.items())
+        raise ValueError(
+            f"the tensors of x have these rows: {listed}; it cannot be told which have one for each example, "
+            "so no part of the batch can be taken: give subnet_batch_fraction=1"
+        )
+    return size
 
 
 def first_tensor(inputs: Any) -> Tensor:
-    """A batch, or the first tensor in a mapping; it has a row for each example.
+    """A batch, or the first tensor with rows in a mapping.
 
     Raises:
         ValueError: there is none.
@@ -110,7 +128,10 @@ def first_tensor(inputs: Any) -> Tensor:
     >>> first_tensor({"scale": 2.0, "pixels": torch.zeros(4, 3)}).shape
     torch.Size([4, 3])
     """
-    batch = next((v for v in inputs.values() if isinstance(v, Tensor)), None) if isinstance(inputs, Mapping) else inputs
+    batch = inputs
+    if isinstance(inputs, Mapping):
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        batch = next((tensor for tensor in tensors if tensor.ndim), tensors[0] if tensors else None)
     if not isinstance(batch, Tensor):
         raise ValueError(f"x is {type(batch).__name__}; give a tensor, or a mapping with tensors")
     if not batch.ndim:

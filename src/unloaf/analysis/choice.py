@@ -12,6 +12,8 @@ Row = TypeVar("Row")
 def pareto_front(rows: Sequence[Row], *, cost: str = "gmacs") -> list[Row]:
     """Those that no other beats: no other is as cheap and as accurate, and better in one of the two; cheapest first.
 
+    Rows whose accuracy is NaN, of networks that predict nothing, are left out.
+
     Args:
         rows: with ``top1`` and the cost as attributes, such as `CostRow`.
         cost: "gmacs", "params" or "latency".
@@ -25,7 +27,7 @@ def pareto_front(rows: Sequence[Row], *, cost: str = "gmacs") -> list[Row]:
     >>> [row.subnet for row in pareto_front(rows)]
     ['b', 'a']
     """
-    ordered = sorted(rows, key=lambda row: (_figure(row, cost), -_figure(row, "top1")))
+    ordered = sorted(_predicting(rows), key=lambda row: (_figure(row, cost), -_figure(row, "top1")))
     front: list[Row] = []
     for row in ordered:
         last = front[-1] if front else None
@@ -48,6 +50,10 @@ def _figure(row: Any, name: str) -> float:
     return value
 
 
+def _predicting(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if not math.isnan(_figure(row, "top1"))]
+
+
 def pick_subnet(
     rows: Sequence[Row],
     *,
@@ -62,7 +68,8 @@ def pick_subnet(
     accurate, is taken.
 
     Args:
-        rows: subnets with accuracy and costs, as `CostRow`; ``unloaf subnets RUN`` makes them.
+        rows: subnets with accuracy and costs, as `CostRow`; ``unloaf subnets RUN`` makes them. Those whose accuracy is
+            NaN are left out.
         max_latency: milliseconds, median of a pass at the smallest batch size that was measured.
         max_gmacs: billions of multiply-adds.
         max_params: parameters.
@@ -83,6 +90,9 @@ def pick_subnet(
     """
     if not rows:
         raise ValueError("there are no rows to pick from; judge some subnets first")
+    rows = _predicting(rows)
+    if not rows:
+        raise ValueError("the accuracy of all subnets is NaN: the network gives NaN, or a metric judged it")
     given = {"latency": max_latency, "gmacs": max_gmacs, "params": max_params}
     limits = {name: limit for name, limit in given.items() if limit is not None}
     within = [row for row in rows if all(_figure(row, name) <= limit for name, limit in limits.items())]

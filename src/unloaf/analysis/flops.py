@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from unloaf.inputs import View, batch_size, first_examples
 from unloaf.methods import TrainingMethod
 from unloaf.passes import SubnetPass, between_blocks, logits_of
-from unloaf.stages import Stage, call_model, evaluating, inner_module
+from unloaf.stages import Stage, call_model, copy_of, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_stages
 
 
@@ -122,7 +121,7 @@ class StepCounter:
     """
 
     def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any) -> None:
-        self.model, self.stages = copy.deepcopy(inner_module(model)), stages
+        self.model, self.stages = copy_of(inner_module(model)), stages
         self.x, self.batch_size = first_examples(x, 1), batch_size(x)
         self.blocks = check_stages(self.model, stages)
         self.between = dict(between_blocks(self.model, self.blocks))

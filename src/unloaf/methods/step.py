@@ -144,7 +144,8 @@ class TrainingMethod(ABC):
         first = next(model.parameters(), None)
         if first is not None and (batch.device != first.device or (isinstance(y, Tensor) and y.device != first.device)):
             _check_devices(model, batch, y)
-        if isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
+        # A mapping may hold anything: there the criterion tells whether y fits the logits.
+        if batch is x and isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
             raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
 
 
@@ -156,7 +157,7 @@ def _advice_on_small_batches(x: Any) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        size = batch_size(x)
+        size = len(first_tensor(x))
         raise ValueError(
             f"batch norm: {error}. The batch has {size} example{'s' if size > 1 else ''}; give at least 2 "
             "(DataLoader(..., drop_last=True) for the last batch), larger inputs, or put the norms in eval mode"
@@ -263,9 +264,11 @@ class SubnetTraining(TrainingMethod):
 
     def _views(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
         """The passes, each on as much of the batch as subnets see."""
+        passes = self._passes(x, subnets, step)
+        if self.subnet_batch_fraction == 1:
+            return passes
         size = batch_size(x)
         examples = max(2, round(self.subnet_batch_fraction * size))
-        passes = self._passes(x, subnets, step)
         return passes if examples >= size else [request._replace(examples=examples) for request in passes]
 
     def losses(self, y: Any) -> StepLosses:

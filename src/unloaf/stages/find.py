@@ -54,6 +54,12 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
     [(('0', '1'), (True, True))]
     """
     model = inner_module(model)
+    scripted = [path for path, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise ValueError(
+            f"{f'module {scripted[0]!r}' if scripted[0] else 'the model'} was compiled by torch.jit, and what it "
+            "computes cannot be looked at or changed; give the model as it was before"
+        )
     with evaluating(model):
         calls = trace(model, example)
         unknown: list[str] = []  # modules that give NaN when their parameters are zero

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -94,6 +95,37 @@ def inner_module(model: nn.Module) -> nn.Module:
             model = compiled
         else:
             return model
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ValueError: a module keeps a tensor with its graph from an earlier pass, which cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "deepcopy protocol" not in str(error):
+            raise
+        path, name = next(_tensors_with_graph(model), ("", "..."))
+        where = f"module {path!r} ({type(model.get_submodule(path)).__name__})" if path else type(model).__name__
+        raise ValueError(
+            f"{where} keeps a tensor of an earlier pass with its graph, {name!r}, so that the model cannot be copied; "
+            "detach it where it is stored, or set it to None before"
+        ) from error
+
+
+def _tensors_with_graph(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Where modules keep results of an earlier pass: the path of the module, and the name of what it keeps."""
+    for path, module in model.named_modules():
+        for name, value in {**module.__dict__, **module._buffers}.items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            items = list(value.values()) if isinstance(value, dict) else value
+            items = items if isinstance(items, (tuple, list)) else [items]
+            if any(isinstance(item, Tensor) and item.grad_fn is not None for item in items):
+                yield path, name
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
