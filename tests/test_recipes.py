@@ -87,7 +87,9 @@ def test_lookup_needs_no_torch():
             "imagenet_resnet50_a1",
             {"epochs": 200, "global_batch_size": 512, "lr": 0.2, "weight_decay": 1e-4, "warmup_epochs": 0,
              "train_img_size": 200, "img_size": 224, "crop_pct": 224 / 240, "color_jitter": 0.4, "lighting": 0.1,
-             "aa": None, "method": "st++", "num_subnets_or_default": 6, "subnet_loss": "kl-", "main_logits": "auto",
+             "lighting_unit": "level", "head_init": 0.01, "aa": None,
+             "method": "st++", "num_subnets_or_default": 6, "subnet_loss": "kl-",
+             "main_logits": "auto",
              "sampler": "inter-stage", "subnet_inputs": "smaller", "subnet_weight": 1.0, "per": "subnet"},
         ),
         (
@@ -104,8 +106,13 @@ def test_lookup_needs_no_torch():
             "cifar10_mobilenetv3_common",
             {"dataset": "cifar10", "epochs": 500, "global_batch_size": 64, "opt": "sgd", "method": "common"},
         ),
+        ("imagenet_resnet101_st", {"head_init": 0.01, "lighting_unit": "level"}),
         ("imagenet_resnet101_st", {"epochs": 100, "global_batch_size": 512, "opt": "sgd", "method": "st"}),
         ("imagenet_vit_st", {"epochs": 100, "global_batch_size": 2048, "opt": "adamw", "method": "st"}),
+        (
+            "imagenet_deit_common",
+            {"head_init": None, "lighting": 0.0},
+        ),
         (
             "imagenet_deit_common",
             {"epochs": 300, "global_batch_size": 1024, "opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "amp": True,

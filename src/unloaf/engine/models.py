@@ -207,3 +207,23 @@ def _replace_head(model: nn.Module, num_classes: int) -> None:
     path, head = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     parent, _, attribute = path.rpartition(".")
     setattr(model.get_submodule(parent), attribute, nn.Linear(head.in_features, num_classes))
+
+
+def draw_head(model: nn.Module, *, num_classes: int, std: float) -> None:
+    """Draws the weights of the classifier from N(0, std), by torch's global generator; its bias becomes 0.
+
+    Raises:
+        ValueError: no layer has an output for each class.
+
+    >>> model = build_model("cifar/resnet8", num_classes=10)
+    >>> draw_head(model, num_classes=10, std=0.01)
+    >>> model.fc.bias.tolist() == [0.0] * 10, 0.009 < model.fc.weight.std().item() < 0.011
+    (True, True)
+    """
+    layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+    heads = [layer for layer in layers if len(layer.weight) == num_classes]
+    if not heads:
+        raise ValueError(f"head_init {std:g}: no linear layer of the model has {num_classes} outputs; leave it out")
+    nn.init.normal_(heads[-1].weight, std=std)
+    if heads[-1].bias is not None:
+        nn.init.zeros_(heads[-1].bias)

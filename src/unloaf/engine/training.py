@@ -21,7 +21,7 @@ from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
 from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
 from unloaf.engine.errors import NonFiniteWeightsError, in_one_line
 from unloaf.engine.methods import build_method, check_classes
-from unloaf.engine.models import build_model, form_comes_with_weights, load_initial_weights
+from unloaf.engine.models import build_model, draw_head, form_comes_with_weights, load_initial_weights
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
 from unloaf.engine.preprocessing import describe, with_preprocessing
 from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
@@ -291,7 +291,7 @@ def _with_weights(
 
 
 def _build(config: Config, data: Data) -> nn.Module:
-    return build_model(
+    model = build_model(
         config.model,
         num_classes=data.num_classes,
         in_chans=data.in_chans,
@@ -302,6 +302,9 @@ def _build(config: Config, data: Data) -> nn.Module:
         drop_path=config.drop_path,
         model_kwargs=config.model_arguments,
     )
+    if config.head_init is not None:
+        draw_head(model, num_classes=data.num_classes, std=config.head_init)
+    return model
 
 
 def _check_logits(model: nn.Module, example: Tensor, name: str, classes: int) -> None:

@@ -15,6 +15,7 @@ from unloaf.engine.data.augment import (
     epoch_order,
     evaluation_transform,
     lighting_shift,
+    lit,
     training_transform,
     windows_of,
 )
@@ -76,20 +77,6 @@ def test_every_automatic_augmentation_works_on_colour_and_grey(folder_config, di
 def test_a_text_that_timm_cannot_read_is_refused(digits):
     with pytest.raises(ValueError, match=r"^aa 'rand-q9': timm cannot read it .*; give rand-m9"):
         TrainBatches(digits, Config(aa="rand-q9"), device="cpu")
-
-
-def test_uniform_draws_magnitudes_over_the_whole_range(digits):
-    # UniformAugment: two operations, each with probability 1/2, magnitude uniform in [0, 10].
-    transform = training_transform(digits, Config(aa="uniform"))
-    policy = _policy(transform)
-    assert policy.num_layers == 2
-    assert {op.prob for op in policy.ops} == {0.5}
-    assert {(op.magnitude, op.magnitude_std) for op in policy.ops} == {(10, float("inf"))}
-
-
-def _policy(transform):
-    [steps] = [c.cell_contents for c in transform.__closure__ if isinstance(c.cell_contents, list)]
-    return steps[0]
 
 
 def test_resized_crops_have_the_area_and_side_asked_for(folder_config):
@@ -155,6 +142,23 @@ def test_lighting_shifts_all_pixels_alike(folder_config):
     shift = (lit.x - plain.x) * torch.tensor(data.std).view(1, 3, 1, 1) / 255
     assert torch.allclose(shift, shift[:, :, :1, :1], atol=1e-6)
     assert 0.001 < float(shift.abs().mean()) < 0.05
+
+
+def test_lighting_in_grey_levels_takes_off_one_at_most():
+    # By hand: of a shift of -0.01 to -0.1 levels the part behind the point is cut off, so is that of a positive one.
+    torch.manual_seed(0)
+    image = Image.new("RGB", (2, 2), (0, 100, 255))
+    seen = {lit(image, strength=0.1, unit="level").getpixel((0, 0)) for _ in range(200)}
+    assert {(0, 100, 255), (0, 99, 254)} <= seen <= {(0, green, blue) for green in (99, 100) for blue in (254, 255)}
+
+
+def test_lighting_of_a_picture_is_the_published_shift_rounded():
+    image = Image.new("RGB", (2, 2), (0, 100, 255))
+    torch.manual_seed(3)
+    expected = (torch.tensor([0, 100, 255]) + 255 * lighting_shift(0.5).flatten()).round().clamp(0, 255)
+    torch.manual_seed(3)
+    assert lit(image, strength=0.5, unit="range").getpixel((1, 1)) == tuple(expected.int().tolist())
+    assert expected[1] != 100
 
 
 def test_lighting_of_grey_images_is_refused(digits):

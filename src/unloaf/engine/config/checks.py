@@ -46,6 +46,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "mixup_off_epoch": (0, 10**9, "an epoch, or 0 for never"),
     "smoothing": (0, _BELOW_ONE, "a number from 0 to below 1"),
     "width": (1, 4096, "from 1 to 4096 channels"),
+    "head_init": _ABOVE_ZERO,
     "drop": (0, _BELOW_ONE, "a rate from 0 to below 1"),
     "drop_path": (0, _BELOW_ONE, "a rate from 0 to below 1"),
     "model_ema_decay": (0, _BELOW_ONE, "a number from 0 to below 1"),
@@ -164,6 +165,8 @@ def check_together(config: Config) -> None:
             f"subnet_inputs smaller: method {config.method} gives its subnets no smaller images; leave it out, or give "
             "--method st or st++"
         )
+    if config.head_init is not None and config.pretrained:
+        raise ValueError("head_init draws the classifier anew, which pretrained has learned; give one of the two")
     if config.fsdp:
         _check_fsdp(config)
     if config.aa is not None:

@@ -86,6 +86,9 @@ class Config:
     """Strength of random brightness, contrast and saturation."""
     lighting: float = 0.0
     """Strength of PCA lighting: a random shift along the principal colours (Krizhevsky et al. 2012)."""
+    lighting_unit: Literal["range", "level"] = "range"
+    """Unit of that shift: shares of the pixel range, as published, or grey levels, as in the script of ST++: one at
+    most."""
     aa: str | None = None
     """Automatic augmentation: rand-m9-mstd0.5 and its kind (timm), original, v0 (AutoAugment), trivial, uniform."""
     aug_repeats: int = 1
@@ -122,6 +125,9 @@ class Config:
     classifier of other classes is left as it is. A run that goes on from a checkpoint does not read it."""
     partial_weights: bool = False
     """Let --initial-checkpoint fill a part of the model, and leave what does not fit random."""
+    head_init: float | None = None
+    """Standard deviation of the classifier's first weights, with biases of 0; default: what the model has. Not with
+    --pretrained."""
     drop: float = 0.0
     """Dropout before the head; timm models."""
     drop_path: float = 0.0

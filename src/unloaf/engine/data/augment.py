@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from unloaf.engine.config import Config
 from unloaf.engine.data.images import as_pixels
 from unloaf.engine.data.sets import Data
+from unloaf.engine.data.uniform import uniform_augment
 from unloaf.engine.seeds import generator_for
 
 if TYPE_CHECKING:
@@ -88,6 +91,33 @@ def lighting_shift(strength: float) -> Tensor:
     return (vectors @ (values * torch.randn(3) * strength)).view(3, 1, 1)
 
 
+def lit(image: Image, *, strength: float, unit: str) -> Image:
+    """PCA lighting of an image whose pixels stay uint8.
+
+    Args:
+        image: in RGB.
+        strength: as in lighting_shift.
+        unit: range, the shift is in shares of the pixel range, rounded; level, it is in grey levels and what is behind
+            the point is cut off, as in the script of ST++, which so changes a pixel by one level at most.
+
+    >>> from PIL import Image
+    >>> black = Image.new("RGB", (1, 1))
+    >>> lit(black, strength=0.1, unit="level").getpixel((0, 0))
+    (0, 0, 0)
+    """
+    from PIL import Image
+
+    shift = lighting_shift(strength).flatten().numpy()
+    pixels = np.asarray(image, dtype=np.float32)
+    pixels = (pixels + 255 * shift).round() if unit == "range" else pixels + shift
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _lights_floats(config: Config) -> bool:
+    """Whether lighting is added to normalised pixels, at the end; else it is added to a picture."""
+    return config.lighting > 0 and config.lighting_unit == "range" and config.aa != "uniform"
+
+
 def cuts_batches(data: Data, config: Config) -> bool:
     """Whether crop_and_flip does the cropping: images of one size, in memory, not randomly resized."""
     return config.dataset not in ("imagefolder", "hf", "webdataset") and data.augment != "resized-crop"
@@ -102,8 +132,8 @@ def training_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
     """What is done to one image, drawing from the global generators of Python, NumPy and torch.
 
     In this order: crop and mirror (unless crop_and_flip does it), automatic augmentation, colour
-    jitter, lighting, erasing. The result is uint8 (C, H, W), or, after lighting or erasing,
-    float32 and normalised.
+    jitter, lighting, erasing; UniformAugment comes after lighting. The result is uint8 (C, H, W), or
+    float32 and normalised, after erasing and where lighting need not be put back into 8 bits.
 
     Raises:
         ValueError: the settings ask for what the images or timm do not have.
@@ -111,12 +141,16 @@ def training_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
     from torchvision.transforms import v2
 
     steps: list[Any] = [] if cuts_batches(data, config) else _geometry(data, config)
-    if config.aa is not None:
+    if config.aa not in (None, "uniform"):
         steps.append(_automatic(config.aa, data, config))
     if config.color_jitter:
         steps.append(v2.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter))
     if config.lighting and data.in_chans != 3:
         raise ValueError(f"lighting {config.lighting} shifts colours, but {data.name} is grey; leave --lighting out")
+    if config.lighting and not _lights_floats(config):
+        steps.append(partial(lit, strength=config.lighting, unit=config.lighting_unit))
+    if config.aa == "uniform":
+        steps.append(uniform_augment)
     finish = _finish(data, config)
 
     def transform(image: Image) -> Tensor:
@@ -172,10 +206,6 @@ def _automatic(aa: str, data: Data, config: Config) -> Callable[[Image], Image]:
 
     if aa == "trivial":
         return v2.TrivialAugmentWide()
-    if aa == "uniform":
-        # UniformAugment (LingChen et al. 2020): two operations, each with probability 1/2, at a magnitude drawn
-        # uniformly from the whole range; a standard deviation above 100 is how timm spells the uniform draw.
-        aa = "rand-m10-n2-p0.5-mstd101"
     mean = data.mean if data.in_chans == 3 else data.mean * 3
     # As timm's create_transform sets them.
     hparams: dict[str, Any] = {
@@ -210,7 +240,8 @@ def _posterize(image: Image, bits: int, **_: Any) -> Image:
 
 def _finish(data: Data, config: Config) -> Callable[[Tensor], Tensor]:
     """From uint8 (C, H, W): lighting and erasing, on normalised pixels, if there are any."""
-    if not (config.lighting or config.reprob):
+    lights = _lights_floats(config)
+    if not (lights or config.reprob):
         return lambda pixels: pixels
     from timm.data.random_erasing import RandomErasing
 
@@ -219,7 +250,7 @@ def _finish(data: Data, config: Config) -> Callable[[Tensor], Tensor]:
 
     def finish(pixels: Tensor) -> Tensor:
         x = data.normalise(pixels[None], size=data.train_img_size)[0]
-        if config.lighting:
+        if lights:
             # Shifting and normalising change places: the shift is divided by the spread.
             x = x + lighting_shift(config.lighting) / std
         return erase(x)
