@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unloaf.inputs import View
 from unloaf.passes.containers import tensors_in
+from unloaf.passes.draws import RandomState
 from unloaf.stages import Stage
 from unloaf.subnet import BlockMode, Subnet
 
@@ -38,18 +39,19 @@ class SubnetPass(NamedTuple):
 
 @dataclass(eq=False)
 class Record:
-    """The output of a module call, and the gradients that later passes returned for it."""
+    """The output of a module call, the random state it left, and the gradients that later passes returned for it."""
 
     value: Any
     tensors: list[Tensor]
     versions: list[int]
     grads: list[Tensor | None]
+    random: RandomState
 
     @classmethod
-    def of(cls, value: Any) -> Record:
+    def of(cls, value: Any, random: RandomState = ()) -> Record:
         """The record of a value, with the tensors in it."""
         tensors = tensors_in(value)
-        return cls(value, tensors, [tensor._version for tensor in tensors], [None] * len(tensors))
+        return cls(value, tensors, [tensor._version for tensor in tensors], [None] * len(tensors), random)
 
     def intact(self) -> bool:
         """False once someone has overwritten the output in place (``bn -> ReLU(inplace=True)``)."""

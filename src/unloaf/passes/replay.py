@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from unloaf.batchnorm import other_buffers
 from unloaf.inputs import View
 from unloaf.passes.containers import with_tensors
+from unloaf.passes.draws import Draws
 from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
 from unloaf.stages import Form, Stage, call_model, inner_module, stand_in
 from unloaf.subnet import branches, check_stages, check_subnet, replaced_forwards
@@ -62,6 +63,7 @@ class Session:
     def open(self) -> Iterator[None]:
         """Shadow the model's modules for the time of the passes."""
         self._start = other_buffers(self.inner)
+        self._draws = Draws(next(self.inner.parameters(), torch.empty(0)).device)
         try:
             with not_compiled(self.model), replaced_forwards(self._replacements):
                 yield
@@ -93,8 +95,11 @@ class Session:
         self.calls.clear()
         self._pack = None
         model = self.model if run is self.plan.main else self.inner
+        if run is self.plan.main:
+            with self._draws.watched():
+                return logits_of(call_model(model, self._input(run)), self.readout)
         # The main pass moves buffers. The others begin as it did, as all that they share was computed, and move none.
-        with nullcontext() if run is self.plan.main else self._start.again():
+        with self._start.again(), self._draws.again():
             return logits_of(call_model(model, self._input(run)), self.readout)
 
     def _input(self, run: Run) -> Any:
@@ -118,14 +123,19 @@ class Session:
         state, run = self.state, self.run
         record = state.records.get(key)
         if record is not None and record.intact():
+            if self._draws.own:
+                self._draws.set(record.random)
             return self._hand_out(record)
+        if run is self.plan.main:
+            self._draws.before_call()
         self.inside += 1
         try:
             value = forward(*args, **kwargs)
         finally:
             self.inside -= 1
+        random = self._draws.after_call()
         if state.visits > 1:
-            record = Record.of(value)
+            record = Record.of(value, random)
             if record.tensors:
                 state.records[key] = record
                 run.records.append(record)

@@ -1,0 +1,72 @@
+"""Random numbers that a model draws in its own forward."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+RandomState = tuple[Tensor, ...]  # of torch's generators: the CPU's, and the device's
+
+
+class Draws:
+    """Lets all passes of a step draw alike what belongs to no module whose calls are shared: masks, noise, an order.
+
+    What a module draws (dropout) comes with its recorded output, and passes that compute it draw for themselves. What
+    the model's own forward draws is drawn by each pass, also in the prefix that it shares. Where the main pass is seen
+    to do so, each other one begins with its random state, and a replayed call leaves the state that the call left: so
+    they draw what separate passes would, each begun with that state.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.own = device, False
+        self._start = self._last = self._end = self._now()
+        self._python = self._python_end = random.getstate()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """The main pass."""
+        yield
+        self.before_call()
+        self._end, self._python_end = self._last, random.getstate()
+        self.own = self.own or self._python_end != self._python
+
+    def before_call(self) -> None:
+        """In the main pass: has the model drawn something since the last shared call?"""
+        now = self._now()
+        self.own = self.own or not all(map(torch.equal, now, self._last))
+        self._last = now
+
+    def after_call(self) -> RandomState:
+        """The state that a call has left."""
+        self._last = self._now()
+        return self._last
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Another pass."""
+        if not self.own:
+            yield
+            return
+        self.set(self._start)
+        random.setstate(self._python)
+        try:
+            yield
+        finally:
+            self.set(self._end)
+            random.setstate(self._python_end)
+
+    def set(self, state: RandomState) -> None:
+        """Draw from here on what was drawn after this state."""
+        torch.default_generator.set_state(state[0])
+        if len(state) > 1:
+            torch.get_device_module(self.device).set_rng_state(state[1])
+
+    def _now(self) -> RandomState:
+        states = [torch.default_generator.get_state()]
+        if self.device.type not in ("cpu", "meta"):
+            states.append(torch.get_device_module(self.device).get_rng_state())
+        return tuple(states)
