@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 from unloaf.engine.cifar_resnet import CifarResNet
 from unloaf.engine.errors import in_one_line
 from unloaf.engine.initial_weights import load_initial_weights as load_initial_weights
+from unloaf.engine.offline import offline
 
 _DEEP_CIFAR = {"resnet18", "resnet50"}
 
@@ -187,7 +189,8 @@ def _timm(name: str, *, img_size: int | None, **arguments: Any) -> nn.Module:
     published = get_pretrained_cfg(name)
     if published is not None and published.fixed_input_size:
         arguments["img_size"] = img_size
-    return timm.create_model(name, **arguments)
+    with nullcontext() if arguments.get("pretrained") else offline():
+        return timm.create_model(name, **arguments)
 
 
 def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool) -> nn.Module:

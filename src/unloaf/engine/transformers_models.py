@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unloaf.engine.errors import in_one_line
+from unloaf.engine.offline import is_of_hub, offline
+
 # A default configuration can be one of many billions of parameters.
 _MOST_PARAMETERS = 2_000_000_000
 
@@ -44,18 +47,32 @@ def build_transformer(
     except ImportError as error:
         raise ValueError("transformers is not installed; pip install transformers") from error
     folder = Path(name)
-    if (folder / "config.json").is_file():
-        config, kind = _read(transformers, folder), None
-    elif os.sep in name or folder.is_dir():
-        raise ValueError(f"{name} has no config.json; give a folder that save_pretrained wrote")
-    else:
-        config, kind = _of_class(transformers, name)
-    _adapt(config, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
-    build = kind or _kind_of(transformers, config, folder)
-    if pretrained:
-        if not folder.is_dir():
-            raise ValueError("a class has no published weights; give a folder with weights, or leave out --pretrained")
-        return build.from_pretrained(folder, config=config, local_files_only=True, ignore_mismatched_sizes=True)
+    with offline():
+        if (folder / "config.json").is_file():
+            config, kind = _read(transformers, folder), None
+        elif os.sep in name or folder.is_dir():
+            raise ValueError(f"{name} has no config.json; give a folder that save_pretrained wrote")
+        else:
+            config, kind = _of_class(transformers, name)
+        _adapt(config, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
+        build = kind or _kind_of(transformers, config, folder)
+        try:
+            return _with_own_weights(build, config, folder) if pretrained else _fresh(build, config)
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # whatever a class raises at settings that it was not made for
+            if is_of_hub(error):
+                raise
+            raise ValueError(f"{build.__name__} cannot be built so ({in_one_line(error)}); see config.json") from error
+
+
+def _with_own_weights(build: Any, config: Any, folder: Path) -> nn.Module:
+    if not folder.is_dir():
+        raise ValueError("a class has no published weights; give a folder with weights, or leave out --pretrained")
+    return build.from_pretrained(folder, config=config, local_files_only=True, ignore_mismatched_sizes=True)
+
+
+def _fresh(build: Any, config: Any) -> nn.Module:
     with torch.device("meta"):
         count = sum(p.numel() for p in build(config).parameters())
     if count > _MOST_PARAMETERS:
@@ -81,6 +98,8 @@ def _read(transformers: Any, folder: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers raises at a file that it does not understand
+        if is_of_hub(error):
+            raise
         raise ValueError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unloaf.engine.offline import offline
 from unloaf.passes import logits_of
 from unloaf.release.libraries import describe_for_transformers, describe_images_for_transformers, quiet, timm_twin
 from unloaf.release.opened import OpenedRun
@@ -90,7 +91,7 @@ def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
 
     twin, name, arguments = _timm_twin(opened, network)
     save_for_hf(twin, str(folder), model_config=timm_config(opened), model_args=arguments, safe_serialization=True)
-    with quiet():
+    with quiet(), offline():
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     difference = _difference("timm", opened, network, again)
     words = "".join(f", {key}={value!r}" for key, value in arguments.items())

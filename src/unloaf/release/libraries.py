@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unloaf.engine.offline import offline
 from unloaf.export import block_counts, without_stand_ins
 
 Comparison = Callable[[nn.Module], Any]  # raises if the network that it is given is another
@@ -53,7 +54,7 @@ def timm_twin(
     reasons = []
     for keyword, depths in {"layers": counts, "depths": counts, "depth": single}.items():
         try:
-            with torch.random.fork_rng(devices=[]), quiet():
+            with torch.random.fork_rng(devices=[]), quiet(), offline():
                 twin: nn.Module = timm.create_model(name, **{**arguments, keyword: depths}).eval()
             twin.load_state_dict(dense.state_dict())
             same(twin)
@@ -79,7 +80,7 @@ def describe_for_transformers(folder: Path, network: Any, same: Comparison) -> b
     file = folder / "config.json"
     file.write_text(json.dumps(transformers_config(network), indent=2) + "\n", encoding="utf-8")
     try:
-        with torch.random.fork_rng(devices=[]), quiet():
+        with torch.random.fork_rng(devices=[]), quiet(), offline():
             again, report = type(network).from_pretrained(folder, output_loading_info=True, local_files_only=True)
         same(aligned(again))
         complete = not any(report.values())
