@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import os
-import select
 import signal
 import sys
 import traceback
@@ -18,14 +15,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unloaf import __version__
 from unloaf.arguments import BenchStep, Demo, Eval, Export, Inspect, Report, Subnets, parse_train
 from unloaf.commands.check_data import check_data
 from unloaf.engine.config import dump_config
 from unloaf.engine.config.names import similar
-from unloaf.engine.errors import CheckpointError, NonFiniteLossError, NonFiniteWeightsError, StoppedError, in_one_line
+from unloaf.engine.errors import (
+    CheckpointError,
+    DiskFullError,
+    NonFiniteLossError,
+    NonFiniteWeightsError,
+    StoppedError,
+    in_one_line,
+)
+from unloaf.engine.files import check_writable, write_whole
+from unloaf.engine.names import printable
 from unloaf.engine.run_folder import open_run
+from unloaf.engine.streams import open_closed_streams, say, send_nowhere, standard_error, stdout_is_closed
 from unloaf.parsing import parse
 
 if TYPE_CHECKING:
@@ -70,12 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     previous = signal.signal(signal.SIGTERM, _terminate)
+    open_closed_streams()
     try:
         code = _run(words)
         sys.stdout.flush()  # here, where a reader that has gone can be met
         return code
     except BrokenPipeError as error:
-        if _stdout_is_closed():
+        if stdout_is_closed():
             return 0
         return _fail(error, code=1, debug=debug, text=f"{error}; --debug shows where")
     except SystemExit as error:
@@ -86,11 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, code=3, debug=debug)
     except StoppedError as error:
         return _fail(error, code=error.code, debug=debug)
-    except CheckpointError as error:
+    except (CheckpointError, DiskFullError) as error:
         return _fail(error, code=1, debug=debug)
     except KeyboardInterrupt as error:
         return _fail(error, code=130, debug=debug, text="stopped by Ctrl-C")
     except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:  # files are written by unloaf.engine.files
+            send_nowhere(sys.stdout)
+            return _fail(error, code=1, debug=debug, text="disk full: the output cannot be written; make room")
         code = 2 if error.errno in _BAD_PATHS else 1
         return _fail(error, code=code, debug=debug, text=str(error) + "; --debug shows where" * (code == 1))
     except Exception as error:
@@ -103,26 +115,13 @@ def _terminate(number: int, frame: Any) -> NoReturn:
     raise SystemExit(143)
 
 
-def _stdout_is_closed() -> bool:
-    """Whether the reader of the output has seen enough (`unloaf train --help | head -1`): no error, nothing to say."""
-    with contextlib.suppress(io.UnsupportedOperation):
-        output = sys.stdout.fileno()
-        poll = select.poll()
-        poll.register(output, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            # Python flushes once more at its end; what is left goes nowhere (docs.python.org, note on SIGPIPE).
-            os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-            return True
-    return False
-
-
 def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = None) -> int:
     if debug:
         traceback.print_exception(error)
     message = " ".join((text or str(error)).split())
     if len(message) > 2_500:  # it repeats what was typed; what to do stands at its end
         message = f"{message[:1_200]} ... {message[-1_200:]}"
-    print(f"unloaf: error: {message}", file=sys.stderr)
+    standard_error().write(f"unloaf: error: {printable(message)}\n")
     return code
 
 
@@ -144,9 +143,11 @@ def _demo(words: list[str]) -> int:
     options = parse(Demo, words, prog="unloaf demo")
     from unloaf.demo import run_demo, table
 
-    result = run_demo(output=options.output, seeds=options.seeds, epochs=options.epochs, console=Console(stderr=True))
+    result = run_demo(
+        output=options.output, seeds=options.seeds, epochs=options.epochs, console=Console(file=standard_error())
+    )
     Console().print(table(result.rows))
-    print(f"report: {result.report}")
+    say(f"report: {result.report}")
     return 0
 
 
@@ -165,7 +166,7 @@ def _train(words: list[str]) -> int:
     if folder is not None:
         test = result.test
         print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")
-        print(f"run: {result.path}")
+        say(f"run: {result.path}")
     return 0
 
 
@@ -173,19 +174,18 @@ def _eval(words: list[str]) -> int:
     options = parse(Eval, words, prog="unloaf eval")
     run, given = Path(options.run), {name: value for name, value in vars(options).items() if name not in _NOT_JUDGING}
     output = Path(options.output) if options.output else run / "subnets.csv"
-    from unloaf.analysis.costs import check_writable
     from unloaf.analysis.runs import judge_run, write_subnets
 
     if options.subnets is not None:
         check_writable(output)
-    judgement = judge_run(run, **given, console=Console(stderr=True))
+    judgement = judge_run(run, **given, console=Console(file=standard_error()))
     for line in _main_lines(judgement):
-        print(line)
+        say(line)
     if judgement.subnets:
         print(f"\nsubnets, on the {judgement.split} images:")
         _show(*_subnet_table(judgement.subnets))
         write_subnets(judgement, output)
-        print(f"all {len(judgement.judged)} that were judged: {output}")
+        say(f"all {len(judgement.judged)} that were judged: {output}")
     return 0
 
 
@@ -215,7 +215,7 @@ def _subnet_table(rows: Sequence[NetworkRow]) -> tuple[list[str], list[list[str]
 def _subnets(words: list[str]) -> int:
     options = parse(Subnets, words, prog="unloaf subnets")
     from unloaf.analysis.choice import pareto_front
-    from unloaf.analysis.costs import check_writable, cost_records, cost_table, write_csv
+    from unloaf.analysis.costs import cost_records, cost_table, write_csv
 
     if options.output is not None:
         check_writable(Path(options.output))
@@ -234,7 +234,7 @@ def _subnets(words: list[str]) -> int:
             record | ({} if front is None else {"pareto": record["subnet"] in front}) for record in cost_records(rows)
         ]
         write_csv(records, Path(options.output))
-        print(f"all {len(rows)}: {options.output}")
+        say(f"all {len(rows)}: {options.output}")
     return 0
 
 
@@ -253,9 +253,9 @@ def _costs_of_run(options: Subnets) -> list[CostRow]:
         name: getattr(options, name)
         for name in ("checkpoint", "split", "ema", "data_dir", "device", "timed", "repeats")
     }
-    judgement = judge_run(Path(options.source), subnets=options.num, **given, console=Console(stderr=True))
+    judgement = judge_run(Path(options.source), subnets=options.num, **given, console=Console(file=standard_error()))
     for line in _main_lines(judgement):
-        print(line)
+        say(line)
     print(f"\nsubnets, on the {judgement.split} images:")
     return list(judgement.costs)
 
@@ -278,7 +278,8 @@ def _inspect(words: list[str]) -> int:
         print(json.dumps(as_plain(found), indent=2))
         return 0
     for section in sections(found):
-        print("\n".join(section.lines))
+        for line in section.lines:
+            say(line)
         if section.rows:
             _show(section.heads, section.rows)
     return 0
@@ -294,9 +295,9 @@ def _export(words: list[str]) -> int:
         written = release.export_elastic(options.run, subnets=options.subnets or None, **given)
     else:
         written = release.export_run(options.run, depths=options.depths, format=options.format, **given)
-    for line in (*written.notes, *(f"{name}: {size:,} bytes" for name, size in written.files.items())):
-        print(line)
-    print(f"export: {written.folder}\n{written.loading}")
+    sizes = (f"{name}: {size:,} bytes" for name, size in written.files.items())
+    for line in (*written.notes, *sizes, f"export: {written.folder}", *written.loading.split("\n")):
+        say(line)
     return 0
 
 
@@ -311,10 +312,10 @@ def _report(words: list[str]) -> int:
         heads = ["settings that differ", *(history.label for history in histories)]
         _show(heads, [[name, *values] for name, values in different.items()])
     if options.output is not None:
-        from unloaf.analysis.runs_page import runs_page, write_page
+        from unloaf.analysis.runs_page import runs_page
 
-        write_page(runs_page(histories), Path(options.output))
-        print(f"report: {options.output}")
+        write_whole(Path(options.output), runs_page(histories))
+        say(f"report: {options.output}")
     return 0
 
 
@@ -326,7 +327,7 @@ def _bench(words: list[str]) -> int:
     options = vars(parse(BenchStep, words[1:], prog="unloaf bench step"))
     from unloaf.bench import bench_step, tables
 
-    for table in tables(bench_step(**options, console=Console(stderr=True))):
+    for table in tables(bench_step(**options, console=Console(file=standard_error()))):
         _print(table)
     return 0
 
@@ -349,9 +350,9 @@ def _show(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for head in heads:
         words = head in (heads[0], "blocks", "cannot be skipped", "class", "note")
-        table.add_column(head, justify="left" if words else "right", overflow="fold")
+        table.add_column(Text(printable(head)), justify="left" if words else "right", overflow="fold")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(Text(printable(cell)) for cell in line))
     _print(table)
 
 

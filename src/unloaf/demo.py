@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shlex
 import statistics
@@ -24,6 +25,7 @@ from unloaf.engine.config import Config
 from unloaf.engine.data import Data, EvalBatches, load_data
 from unloaf.engine.display import show_progress
 from unloaf.engine.environment import environment
+from unloaf.engine.files import check_writable, disk_full, write_whole
 from unloaf.engine.loop import Training, one_thread, prepare, train_epoch
 from unloaf.evaluation import SubnetRow, evaluate_subnets
 from unloaf.recipes import digits
@@ -37,6 +39,7 @@ _RECIPES: dict[str, Callable[[], Config]] = {
 }
 _BASELINE = "common training"
 _COUNTED_STEPS = 200  # the mean over draws is known to about 1 % by then
+_FILES = ("report.html", "results.csv", "results.json")
 _JUDGE_BATCH = 450  # images; few passes for each of the many subnets
 
 
@@ -73,7 +76,7 @@ def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, c
             runs += compare(seeded, data=data, split="test", console=console)
     rows = method_rows(runs)
     _write_results(folder, configs, runs, facts)
-    (folder / "report.html").write_text(_report(configs, runs, rows, data=data, facts=facts), encoding="utf-8")
+    write_whole(folder / "report.html", _report(configs, runs, rows, data=data, facts=facts))
     return DemoResult(tuple(rows), folder / "report.html")
 
 
@@ -90,7 +93,10 @@ def _folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()  # an older report stays until there is a new one
     except OSError as error:
-        raise ValueError(f"cannot write to {path}: {error.strerror}; give another --output") from error
+        full = disk_full(error, path, 0)
+        raise full or ValueError(f"cannot write to {path}: {error.strerror}; give another --output") from error
+    for name in _FILES:
+        check_writable(path / name)
     return path
 
 
@@ -286,11 +292,12 @@ def _write_results(
         for row in run.subnets
     ]
     heads = ("method", "seed", "subnet", "params", "test_top1", "test_loss", "cost", "flops_limit")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([heads, *lines])
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([heads, *lines])
+    write_whole(folder / "results.csv", text.getvalue())
     results = {
         "facts": facts,
         "configs": {label: asdict(config) for label, config in configs.items()},
         "rows": [dict(zip(heads, [*line[:2], str(line[2]), *line[3:]], strict=True)) for line in lines],
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(results, indent=1) + "\n")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from unloaf.engine.checkpoint import load_strictly, read_weights, sha256, untied, write_weights
 from unloaf.engine.errors import CheckpointError
+from unloaf.engine.files import write_whole
 from unloaf.engine.models import build_model
 from unloaf.export import export_subnet
 from unloaf.stages import Form, Stage
@@ -108,7 +106,7 @@ def write_described(
         **fields,
         "weights": {"file": weights, "sha256": sha256(file.parent / weights), "tied": aliases},
     }
-    file.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(described, indent=2) + "\n")
 
 
 def read_described(file: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -211,31 +209,3 @@ def understanding(file: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{file}: is not what `unloaf export` wrote ({type(error).__name__}: {text}); {_REMEDY}"
         ) from error
-
-
-def check_new(output: Path) -> None:
-    """Raises ValueError if there is something at that place already, beyond an empty folder."""
-    if output.is_symlink() or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
-        raise ValueError(f"{output} exists already; give another --output, or remove it")
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `output` at the end, or is gone if anything raises.
-
-    Raises:
-        ValueError: there is something at that place already, or it cannot be written.
-    """
-    check_new(output)
-    temporary = output.parent / f".{output.name}-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error.strerror}; give another --output") from error
-    try:
-        yield temporary
-        os.rename(temporary, output)
-    except OSError as error:
-        raise ValueError(f"cannot write {output}: {error}; give another --output") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # by now renamed, or a torn one

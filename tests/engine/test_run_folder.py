@@ -1,5 +1,7 @@
 """The folder of a run: who may write to it, what is in it, and what a resumed run may change."""
 
+import errno
+import json
 import os
 import resource
 import signal
@@ -14,6 +16,7 @@ import pytest
 import tiny
 
 from unloaf.engine.config import Config, load_config
+from unloaf.engine.errors import DiskFullError
 from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, open_run
 
 
@@ -193,3 +196,111 @@ def test_unwritable_output_is_told_in_a_second_without_torch(tmp_path, kind):
     assert result.stderr.endswith("; give another --output\n")
     assert result.stdout == "heavy set()\n"
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+LINKED = ("args.yaml", "checkpoints", "env.json", "export", "log.txt", "metrics.jsonl", "run.lock", "subnets.csv",
+          "summary.csv", "unloaf")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("target", ["thesis.tex", "folder", "nowhere"])
+def test_link_in_a_run_folder_is_refused_and_not_followed(tmp_path, name, target):
+    (tmp_path / "thesis.tex").write_text("everything")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(Path("..") / target)
+    with pytest.raises(ValueError, match=rf"run/{name} is a link to \.\./{target}; .*: remove the link"):
+        RunFolder(tmp_path / "run")
+    assert (tmp_path / "thesis.tex").read_text() == "everything"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run", "thesis.tex"]
+    assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "run.lock", "summary.csv"])
+@pytest.mark.parametrize("kind", ["hard link", "pipe", "folder"])
+def test_other_things_than_a_file_of_the_run_are_refused(tmp_path, name, kind):
+    (tmp_path / "thesis.tex").write_text("everything")
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    if kind == "hard link":
+        path.hardlink_to(tmp_path / "thesis.tex")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(ValueError, match=rf"{name} (has 2 names \(hard links\)|is no file)"):
+        RunFolder(tmp_path / "run")
+    assert (tmp_path / "thesis.tex").read_text() == "everything"
+
+
+def test_link_that_appears_while_the_run_is_open_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("everything")
+    folder = RunFolder(tmp_path / "run")
+    for name in ("log.txt", "metrics.jsonl", "summary.csv"):
+        (tmp_path / "run" / name).symlink_to("../thesis.tex")
+    for write in (lambda: folder.log("x"), lambda: folder.event("x", {}), lambda: folder.epoch({"epoch": 1})):
+        with pytest.raises(ValueError, match="is a link to"):
+            write()
+    with pytest.raises(ValueError, match="is a link to"):
+        folder.cut_back({})
+    folder.close()
+    assert (tmp_path / "thesis.tex").read_text() == "everything"
+
+
+def test_names_from_outside_keep_to_their_line(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    name = os.fsdecode(b"cat/\xff\n$(touch x)\x1b[2J.jpg")
+    folder.log(f"left out {name}")
+    folder.event("bad_images", {"images": [name]})
+    folder.close()
+    [line] = (tmp_path / "run" / "log.txt").read_text("utf-8").splitlines()
+    assert line.endswith(r" left out cat/\xff\n$(touch x)\x1b[2J.jpg")
+    [event] = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(event)["images"] == [r"cat/\xff\n$(touch x)\x1b[2J.jpg"]
+
+
+def test_lock_is_kept_when_its_owner_reads_the_lock_file(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    (tmp_path / "run" / "run.lock").read_text()  # closing it gave up a lock of the process
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
+        RunFolder(tmp_path / "run")
+    child = tiny.fork(lambda: RunFolder(tmp_path / "run").close(), errors=tmp_path / "errors.txt")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 99
+    assert f"in use by process {os.getpid()} on " in (tmp_path / "errors.txt").read_text()
+    folder.close()
+    RunFolder(tmp_path / "run").close()
+
+
+def test_forked_children_do_not_hold_the_lock_of_a_killed_run(tmp_path):
+    worker = tmp_path / "worker"
+
+    def work() -> None:
+        folder = RunFolder(tmp_path / "run")
+        child = tiny.fork(lambda: time.sleep(60))
+        worker.with_suffix(".new").write_text(str(child))
+        worker.with_suffix(".new").rename(worker)
+        time.sleep(60)
+        folder.close()
+
+    owner, end = tiny.fork(work), time.monotonic() + 20
+    while not worker.exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    kill(owner)
+    try:
+        RunFolder(tmp_path / "run").close()
+    finally:
+        os.kill(int(worker.read_text()), signal.SIGKILL)
+
+
+def test_settings_and_environment_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    config = tiny.config(output=str(tmp_path), name="run")
+    folder = open_run(config)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFullError, match=r"disk full: need \d+ bytes, free"):
+        folder.begin(config, {"hardware": "a"})
+    folder.discard()
+    assert not list(tmp_path.iterdir())

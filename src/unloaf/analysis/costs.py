@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
+import io
 import math
-import os
-import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -18,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.analysis.flops import counting_flops
+from unloaf.engine.files import write_whole
+from unloaf.engine.names import printable
 from unloaf.evaluation import count_params
 from unloaf.stages import Stage, call_model, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_subnet
@@ -297,41 +297,18 @@ def cost_table(rows: Sequence[CostRow], front: Set[str] | None = None) -> tuple[
     ]
 
 
-def check_writable(path: Path) -> None:
-    """Raises ValueError if `write_csv` could not write there; nothing is written.
-
-    What is to be written may take hours to measure: better known before.
-
-    >>> check_writable(Path("folder/that/is/new/costs.csv"))
-    """
-    folder = next(place for place in path.absolute().parents if place.exists())
-    if path.is_dir():
-        reason = "it is a folder"
-    elif not folder.is_dir():
-        reason = f"{folder} is no folder"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        reason = f"you may not write into {folder}"
-    else:
-        return
-    raise ValueError(f"cannot write {path}: {reason}; give another --output")
-
-
 def write_csv(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Writes records with the same names as a CSV file, in one piece; its folder is made, an older file replaced.
 
     Raises:
         ValueError: the file cannot be written.
+        DiskFullError: there is no room for it.
     """
-    temporary = path.parent / f".{path.name}-{secrets.token_hex(4)}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(records)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; give another --output") from error
-    finally:
-        with contextlib.suppress(NotADirectoryError):  # in the place of the folder lies a file
-            temporary.unlink(missing_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {name: printable(value) if isinstance(value, str) else value for name, value in record.items()}
+        for record in records
+    )
+    write_whole(path, text.getvalue())

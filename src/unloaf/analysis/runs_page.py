@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from unloaf.analysis.histories import RunHistory, differences, run_row, table_of
 from unloaf.analysis.plots import curves, key
@@ -55,16 +54,3 @@ def _facts(history: RunHistory) -> str:
         env.get("started", ""),
     ]
     return "; ".join(filter(None, parts))
-
-
-def write_page(page: str, path: Path) -> None:
-    """Writes the page, and makes its folder.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; give another --output") from error

@@ -14,6 +14,7 @@ from unloaf.analysis.costs import write_csv
 from unloaf.analysis.plots import step_time_bars
 from unloaf.analysis.step_time import StepTimeRow, by_setup
 from unloaf.engine.environment import environment
+from unloaf.engine.files import write_whole
 
 _HEADS = ("ms/step", "time", "lowest-highest", "FLOPs limit", "time/limit", "separate", "its FLOPs", "memory")
 _CAPTION = "relative to a step of common training in the same round; separate: a complete pass for each subnet"
@@ -66,11 +67,7 @@ def write_rows(
     """
     records = [row.record() for row in rows]
     document = {"settings": settings, "environment": environment(), "notes": list(notes), "rows": records}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "step_time.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {folder}: {error.strerror}; give another --output") from error
+    write_whole(folder / "step_time.json", json.dumps(document, indent=2) + "\n")
     if records:
         write_csv([_flat(record) for record in records], folder / "step_time.csv")
         write_plot(folder / "step_time.svg", rows)
@@ -88,8 +85,4 @@ def write_plot(file: Path, rows: Sequence[StepTimeRow]) -> None:
     Raises:
         ValueError: the file cannot be written.
     """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(step_time_bars(by_setup(rows)), encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write {file}: {error.strerror}; give another file") from error
+    write_whole(file, step_time_bars(by_setup(rows)), advice="give another file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from unloaf.arguments import CheckData
+from unloaf.engine.streams import say
 from unloaf.parsing import parse
 
 if TYPE_CHECKING:
@@ -23,20 +24,20 @@ def check_data(words: list[str]) -> int:
     report = check_images(config)
     for split, counts in report.counts.items():
         if sum(counts.values()):
-            print(f"{split}: {sum(counts.values())} images, {_classes(counts)}")
+            say(f"{split}: {sum(counts.values())} images, {_classes(counts)}")
     for note in report.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     if report.modes:
-        print("modes: " + ", ".join(f"{mode} {count}" for mode, count in report.modes.items()))
+        say("modes: " + ", ".join(f"{mode} {count}" for mode, count in report.modes.items()))
     if len(report.faults) == 1 and not report.bad:
         raise ValueError(report.faults[0])
     for fault in report.faults:
-        print(f"wrong: {fault}")
+        say(f"wrong: {fault}")
     for name, reason in report.bad:
-        print(f"bad: {name}: {reason}")
+        say(f"bad: {name}: {reason}")
     if report.faults or report.bad:
         raise ValueError(_verdict(report))
-    print("all images can be read")
+    say("all images can be read")
     return 0
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unloaf.engine.names import printable
+from unloaf.engine.streams import send_nowhere, standard_error
 
 
 class RunConsole(Console):
@@ -20,14 +23,12 @@ class RunConsole(Console):
     """
 
     def __init__(self) -> None:
-        super().__init__(stderr=True)
+        super().__init__(file=standard_error())
         self.unread = False
 
     def on_broken_pipe(self) -> None:
         """Sends what is still to be said nowhere, and asks the run to stop; rich would end the process here."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
+        send_nowhere(self.file)
         self.unread = True
         signal.raise_signal(signal.SIGTERM)
 
@@ -53,12 +54,14 @@ def show_progress(console: Console, *, total: int, done: int = 0, label: str) ->
     """Gives the display of something that has so many parts, of which some are done already."""
 
     def line(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     if not console.is_terminal:
         yield Display(advance=SILENT.advance, line=line)
         return
     columns = (TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as progress:
-        task = progress.add_task("", total=total, completed=done, label=label)
-        yield Display(advance=lambda text: progress.update(task, advance=1, description=text), line=line)
+        task = progress.add_task("", total=total, completed=done, label=escape(printable(label)))
+        yield Display(
+            advance=lambda text: progress.update(task, advance=1, description=escape(printable(text))), line=line
+        )

@@ -29,6 +29,10 @@ class CheckpointError(Exception):
     """
 
 
+class DiskFullError(OSError):
+    """There is no room for a file; what was there before is intact."""
+
+
 class StoppedError(Exception):
     """A signal ended the run between two steps; its checkpoint is written.
 

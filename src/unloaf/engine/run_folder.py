@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import fcntl
+import io
 import json
 import math
 import os
 import re
 import socket
+import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from weakref import WeakSet
 
 from unloaf.engine.config import Config, as_begun, dump_config, load_config
+from unloaf.engine.files import check_own, disk_full, own_file, write_whole
+from unloaf.engine.names import printable
 
 # Settings that may change when a run is resumed: they decide where and how it runs, not what it learns.
 FREE_SETTINGS = frozenset({
     "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "initial_checkpoint",
     "log_interval", "name", "on_nan", "output", "trackers", "workers",
 })  # fmt: skip
-_UNFINISHED = ".args.yaml"
 _STEP = re.compile(r"step-\d{8,}")
-_BEFORE_BEGINNING = ("run.lock", "env.json", _UNFINISHED)  # what a run that was killed at once leaves behind
+# What a run that was killed at once leaves behind.
+_BEFORE_BEGINNING = re.compile(r"run\.lock|env\.json|\.(env\.json|args\.yaml)-[0-9a-f]{8}")
+_FILES = ("args.yaml", "env.json", "log.txt", "metrics.jsonl", "run.lock", "subnets.csv", "summary.csv")
+_FOLDERS = ("checkpoints", "export", "unloaf")  # the last is of accelerate's trackers
 _GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt tells all
 
 
@@ -46,9 +55,12 @@ class RunFolder:
         try:
             self.is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
+            for name in (*_FILES, *_FOLDERS):
+                check_own(path / name, folder=name in _FOLDERS)
             self._lock = _lock(path)
         except OSError as error:
-            raise ValueError(
+            full = disk_full(error, path, 0)
+            raise full or ValueError(
                 f"cannot write to the run folder {path}: {error.strerror}; give another --output"
             ) from error
 
@@ -59,18 +71,18 @@ class RunFolder:
 
     def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
         """Writes what was asked for and where it runs."""
-        self._write("env.json", json.dumps(environment, indent=2) + "\n")
-        # Last and whole, or not at all: with it the run counts as begun.
-        self._write(_UNFINISHED, dump_config(config))
-        os.replace(self.path / _UNFINISHED, self.path / "args.yaml")
+        write_whole(self.path / "env.json", json.dumps(_json(environment), indent=2) + "\n")
+        # Last: with it the run counts as begun.
+        write_whole(self.path / "args.yaml", dump_config(config))
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         """Adds an epoch to summary.csv, under the names of the first one, and to metrics.jsonl."""
-        with (self.path / "summary.csv").open("a", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writerow(values)
-            writer.writerow("" if value is None else value for value in values.values())
+        lines = io.StringIO(newline="")
+        writer = csv.writer(lines, lineterminator="\n")
+        if self.sizes().get("summary.csv", 0) == 0:
+            writer.writerow(values)
+        writer.writerow("" if value is None else value for value in values.values())
+        self._append("summary.csv", lines.getvalue())
         self.event("epoch", values)
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
@@ -80,7 +92,7 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Adds a line, with the time, to log.txt."""
-        self._append("log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}\n")
+        self._append("log.txt", f"{datetime.now():%Y-%m-%d %H:%M:%S} {printable(line)}\n")
 
     def sizes(self) -> dict[str, int]:
         """How far the growing files have come, in bytes."""
@@ -102,7 +114,8 @@ class RunFolder:
         short = [path.name for path in there if path.stat().st_size < sizes.get(path.name, 0)]
         short += [name for name in sizes if not (self.path / name).exists()]
         for path in there:
-            os.truncate(path, _end_of_line(path, sizes.get(path.name, 0)))
+            with open(path, "r+b", opener=own_file) as file:
+                file.truncate(_end_of_line(file, sizes.get(path.name, 0)))
         return [f"{name} is shorter than when the checkpoint was written: lines of it are lost" for name in short]
 
     def discard(self) -> None:
@@ -114,15 +127,17 @@ class RunFolder:
     def close(self) -> None:
         """Lets other processes in."""
         if not self._lock.closed:
-            (self.path / "run.lock").unlink(missing_ok=True)
+            with suppress(OSError):  # it tells only who held the lock
+                (self.path / "run.lock").unlink(missing_ok=True)
             self._lock.close()
 
-    def _write(self, name: str, text: str) -> None:
-        (self.path / name).write_text(text, encoding="utf-8")
-
     def _append(self, name: str, text: str) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with open(self.path / name, "a", encoding="utf-8", newline="", opener=own_file) as file:
+                file.write(text)
+        except OSError as error:
+            full = disk_full(error, self.path, len(text), advice="make room and resume")
+            raise full or error from error
 
 
 def _set_aside(path: Path) -> str:
@@ -134,31 +149,32 @@ def _set_aside(path: Path) -> str:
     return f"there is no checkpoint to go on from: the run begins anew, what it wrote before is kept as {aside.name}"
 
 
-def _end_of_line(path: Path, limit: int) -> int:
+def _end_of_line(file: IO[bytes], limit: int) -> int:
     """The last end of a line up to so many bytes: a file that was copied while it grew may end inside a line."""
-    with path.open("rb") as file:
-        return file.read(limit).rfind(b"\n") + 1
+    return file.read(limit).rfind(b"\n") + 1
 
 
 def _json(value: Any) -> Any:
-    """The value as JSON knows it: NaN and infinity, which it does not, become null."""
+    """The value as JSON knows it: NaN and infinity, which it does not, become null; texts are made printable."""
     if isinstance(value, Mapping):
-        return {key: _json(entry) for key, entry in value.items()}
+        return {_json(key): _json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_json(entry) for entry in value]
+    if isinstance(value, str):
+        return printable(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lock(folder: Path) -> Any:
+def _lock(folder: Path) -> IO[str]:
     """An open file that is locked as long as this process lives; children that it forks do not hold the lock."""
     path = folder / "run.lock"
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8", errors="replace", opener=own_file)  # noqa: SIM115
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = printable(file.read(200).strip()) or "another process"
             file.close()
             raise ValueError(
                 f"run folder {folder} is in use by {owner}; wait for it, stop it or give another --name"
@@ -166,13 +182,45 @@ def _lock(folder: Path) -> Any:
         if _is(path, file):
             break
         file.close()  # its owner removed it between our opening and locking it
+    _HELD.add(file)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-    file.flush()
+    with suppress(OSError):  # on a full disk the lock holds as well
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.flush()
     return file
 
 
-def _is(path: Path, file: Any) -> bool:
+def _take(file: IO[str]) -> None:
+    """Locks the open file, not the process.
+
+    A lock of the process is given up when any descriptor of the file is closed, by whatever reads it, and does not
+    keep the process itself out.
+    """
+    if hasattr(fcntl, "F_OFD_SETLK"):
+        whole_file = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, whole_file)
+            return
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # before Linux 3.15
+                raise
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# Locks of open files are inherited: a data worker would hold on to them after the run was killed.
+_HELD: WeakSet[IO[str]] = WeakSet()
+
+
+def _let_go() -> None:
+    for file in list(_HELD):
+        with suppress(OSError):
+            file.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _is(path: Path, file: IO[str]) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -199,7 +247,7 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
     begun = (path / "args.yaml").exists()
     if begun and resume is None:
         raise ValueError(f"run folder {path} exists; give another --name, go on with --resume auto, or remove it")
-    if path.is_dir() and not begun and any(file.name not in _BEFORE_BEGINNING for file in path.iterdir()):
+    if path.is_dir() and not begun and not all(_BEFORE_BEGINNING.fullmatch(file.name) for file in path.iterdir()):
         raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
     if begun:
         checkpoints_in_sight(path)

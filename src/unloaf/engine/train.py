@@ -194,7 +194,8 @@ class Run:
                 self._save_after(error)
             reason = explain_worker_death(error)
             first_line = (reason or str(error)).strip().partition("\n")[0]
-            self.say(f"stopped at step {training.steps_done}: {first_line}")
+            with suppress(OSError):  # the disk that ended the run may have no room for this line either
+                self.say(f"stopped at step {training.steps_done}: {first_line}")
             if reason is not None:
                 raise RuntimeError(reason) from error
             raise

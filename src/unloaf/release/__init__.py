@@ -12,12 +12,12 @@ from torch import nn
 
 from unloaf.batchnorm import recalibrate_bn, tracking_norms
 from unloaf.elastic import ElasticModel, load_elastic, save_elastic
+from unloaf.engine.files import check_new, check_own, new_folder, write_whole
 from unloaf.evaluation import Accuracy, choose_subnets
 from unloaf.export import export_subnet, parse_subnet
 from unloaf.release.card import NetworkFacts, model_card
 from unloaf.release.formats import Format, Written, check_format, timm_config, write_format
 from unloaf.release.opened import OpenedRun, open_trained
-from unloaf.saved import check_new, new_folder
 from unloaf.subnet import Subnet
 
 __all__ = ["ElasticResult", "ExportResult", "Format", "export_elastic", "export_run"]
@@ -130,14 +130,13 @@ def export_run(
     )
     stages = opened.training.stages
     chosen = Subnet.full(stages) if depths is None else parse_subnet(stages, depths)
-    place = Path(run) / "export" / f"{_file_name(chosen)}-{kind}" if output is None else Path(output)
-    check_new(place)
+    place = _place(Path(run), f"{_file_name(chosen)}-{kind}", output)
     network = _subnet_of(opened, chosen)
     facts = _facts(opened, network, str(chosen))
     network.cpu().eval()
-    with new_folder(place) as folder:
+    with new_folder(place, need=_bytes(network)) as folder:
         written = write_format(kind, folder, opened, network, chosen)
-        (folder / "README.md").write_text(_card(opened, chosen, facts, written), encoding="utf-8")
+        write_whole(folder / "README.md", _card(opened, chosen, facts, written))
     pushed = None if push_to_hub is None else _push(place, push_to_hub, opened, written)
     return ExportResult(
         folder=place,
@@ -184,8 +183,7 @@ def export_elastic(
         ValueError: see `export_run`; also ``recalibrate`` of 0 for a network with batch norm.
         CheckpointError: no checkpoint is intact.
     """
-    place = Path(run) / "export" / "elastic" if output is None else Path(output)
-    check_new(place)
+    place = _place(Path(run), "elastic", output)
     opened = open_trained(
         Path(run), checkpoint=checkpoint, ema=ema, recalibrate=recalibrate, data_dir=data_dir, device=device
     )
@@ -201,11 +199,10 @@ def export_elastic(
     model.cpu()
     loading = f'import unloaf\n\nmodel = unloaf.load_elastic("FOLDER")\nlogits = model(images, subnet="{chosen[-1]}")'
     loading += ".logits" if hasattr(opened.network, "save_pretrained") else ""
-    with new_folder(place) as folder:
+    with new_folder(place, need=_bytes(model)) as folder:
         save_elastic(folder, model, opened.architecture, more={"preprocessing": opened.preprocessing})
         load_elastic(folder)
-        card = _elastic_card(opened, networks, loading, notes)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_whole(folder / "README.md", _elastic_card(opened, networks, loading, notes))
     pushed = None if push_to_hub is None else _push(place, push_to_hub, opened, None)
     stored = [model.statistics(subnet) for subnet in chosen]
     return ElasticResult(
@@ -217,6 +214,19 @@ def export_elastic(
         notes=(*opened.notes, *notes),
         pushed=pushed,
     )
+
+
+def _place(run: Path, name: str, output: str | Path | None) -> Path:
+    """The folder that is to be, by default one in the run's own."""
+    place = run / "export" / name if output is None else Path(output)
+    if output is None:
+        check_own(run / "export", folder=True)
+    check_new(place)
+    return place
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def _subnet_of(opened: OpenedRun, subnet: Subnet) -> nn.Module:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unloaf.engine.files import write_whole
 from unloaf.engine.offline import offline
 from unloaf.export import block_counts, without_stand_ins
 
@@ -78,7 +79,7 @@ def describe_for_transformers(folder: Path, network: Any, same: Comparison) -> b
         whether from_pretrained gave the same network; if not, no file is left.
     """
     file = folder / "config.json"
-    file.write_text(json.dumps(transformers_config(network), indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(transformers_config(network), indent=2) + "\n")
     try:
         with torch.random.fork_rng(devices=[]), quiet(), offline():
             again, report = type(network).from_pretrained(folder, output_loading_info=True, local_files_only=True)

@@ -11,13 +11,11 @@ was killed, and writing in timm's order lost `last` in 2 of 25.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import re
 import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,11 +36,11 @@ from unloaf.engine.checkpoint.tensorfiles import (
     write_weights,
 )
 from unloaf.engine.errors import CheckpointError
+from unloaf.engine.files import check_room, disk_full
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}-[0-9a-f]{8}")
 _WEIGHTS_NAME = re.compile(r"[A-Za-z0-9_-]+")
-_FULL = {errno.ENOSPC: "", errno.EDQUOT: " (quota of this user)", errno.EFBIG: " (limit on the size of a file)"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,40 +240,17 @@ def _writing(target: Path, need: int) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         clean_up(folder)
-        if (free := shutil.disk_usage(folder).free) < need:
-            raise OSError(errno.ENOSPC, f"only {free} bytes are free")
+        check_room(folder, need)
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        cause = _full_disk(error, folder, need)
-        if cause is None:
+        advice = "make room and resume: the checkpoints before this one are intact"
+        full = disk_full(error, folder, need, advice=advice)
+        if full is None:
             what = f"cannot be written ({type(error).__name__}: {error}); check the folder's owner and the disk"
             raise CheckpointError(f"{target}: {what}") from error
-        free = shutil.disk_usage(folder).free
-        raise CheckpointError(
-            f"disk full: need {_megabytes(need)}, free {_megabytes(free)} at {folder}{_FULL[cause]}; "
-            "make room and resume: the checkpoints before this one are intact"
-        ) from error
-
-
-def _full_disk(error: Exception, folder: Path, need: int) -> int | None:
-    """The reason why the disk takes no more, as an error number; None where that is not what failed."""
-    if isinstance(error, OSError):
-        return error.errno if error.errno in _FULL else None
-    if not hasattr(os, "posix_fallocate"):
-        return None
-    # torch ("unexpected pos 640 vs 534") and safetensors keep the number to themselves, so the disk is asked.
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            os.posix_fallocate(probe.fileno(), 0, max(need, 1))
-    except OSError as refusal:
-        return refusal.errno if refusal.errno in _FULL else None
-    return None
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+        raise CheckpointError(str(full)) from error
 
 
 def _temporary_name(target: Path) -> Path:
