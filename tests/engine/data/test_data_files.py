@@ -1,6 +1,7 @@
 """Image sets in folders, tables and tar shards: what is found, and each mistake told in one line."""
 
 import json
+import os
 import shutil
 import socket
 
@@ -92,6 +93,32 @@ def test_a_test_folder_without_classes_is_left_alone(folders, folder_config):
     (folders / "test").mkdir()
     (folders / "test" / "000.png").write_bytes(png(1))
     assert len(load_data(folder_config()).test) == 0
+
+
+def test_a_validation_folder_without_classes_is_told(folders, folder_config):
+    for path in (folders / "val").glob("*/*.png"):
+        path.rename(folders / "val" / path.name)
+    for name in ("cat", "dog"):
+        (folders / "val" / name).rmdir()
+    data = load_data(folder_config(val_fraction=0.2))
+    assert data.notes[0] == f"{folders / 'val'} has no class folders; it is left alone"
+    assert len(data.val) == 8
+
+
+@pytest.mark.parametrize(("name", "inner"), [("cifar10", "cifar-10-batches-py"), ("fashion_mnist", "FashionMNIST/raw")])
+def test_a_pipe_among_the_files_of_torchvision_is_refused(tmp_path, name, inner):
+    (tmp_path / inner).mkdir(parents=True)
+    os.mkfifo(tmp_path / inner / "train")
+    refused(Config(dataset=name, data_dir=str(tmp_path)), "train is a pipe, socket or device, not a regular file")
+
+
+def test_damaged_files_of_torchvision_are_told(tmp_path):
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (folder / f"{part}-{kind}-ubyte").write_bytes(b"no numbers at all")
+    refused(Config(dataset="fashion_mnist", data_dir=str(tmp_path)), "fashion_mnist is not complete in ")
 
 
 def test_splits_by_other_names(folders, folder_config):
@@ -292,6 +319,20 @@ def test_wrong_columns_are_told_with_those_there(tables):
 def test_a_folder_without_tables_is_told(tmp_path):
     pytest.importorskip("datasets")
     refused(table_config(tmp_path), "expected what datasets' save_to_disk wrote, with a split train")
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_an_empty_text_is_no_label(tables, text):
+    hub, build, folder = tables
+    part = [(red, "ape" if red else text) for red, _ in TRAIN]
+    build(part, label=hub.Value("string")).save_to_disk(str(folder))
+    refused(table_config(folder), "row 0 of train has an empty label in column 'label'; remove or label it")
+
+
+def test_a_label_of_a_table_that_is_no_class_is_refused(tables):
+    hub, build, folder = tables
+    build([(red, 2**62 + red) for red, _ in TRAIN], label=hub.Value("int64")).save_to_disk(str(folder))
+    refused(table_config(folder), f"label {2**62} of image row 0 of train: numbers of classes are below 1,000,000")
 
 
 def test_a_damaged_table_is_told(tables):

@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import zlib
 
@@ -275,3 +276,33 @@ def test_check_says_what_it_saw(folders, folder_config):
     assert [reason for _, reason in report.bad] == [
         "mode F (TIFF) has no fixed range of values; save it with 8 or 16 bits"
     ]
+
+
+def test_twelve_bits_in_sixteen_are_told(folders, folder_config):
+    (folders / "train" / "cat" / "000.png").write_bytes(encoded(Image.fromarray(np.array([[0, 4095]], np.uint16))))
+    (folders / "train" / "cat" / "001.png").write_bytes(encoded(Image.fromarray(np.array([[0, 4096]], np.uint16))))
+    (folders / "train" / "cat" / "002.tif").write_bytes(tiff([0, 0xFFF], bits=12))
+    notes = check_images(folder_config()).notes
+    assert notes == (
+        "3 image(s): 16 bits, of which the high byte is kept",
+        "1 image(s): of 16 bits 12 or fewer are used, so that little is left in the high byte: scale them before",
+    )
+
+
+def test_very_elongated_images_are_refused():
+    # Its shorter side resized to 256 pixels, the longer would have 256,256.
+    assert pixels(encoded(Image.new("L", (1, 1000)))).shape == (1000, 1, 3)
+    for size in ((1001, 1), (2, 2002)):
+        with pytest.raises(BadImageError, match="pixels: one side is more than 1,000 times the other; cut it up"):
+            decode(encoded(Image.new("L", size)), name="x")
+
+
+def test_a_refused_image_is_told_once():
+    # In a process of its own Pillow's warning, two lines, came before ours.
+    code = (
+        "import io, sys; from PIL import Image; from unloaf.engine.data.images import BadImageError, decode\n"
+        "buffer = io.BytesIO(); Image.new('1', (9500, 9500)).save(buffer, 'PNG')\n"
+        "try: decode(buffer.getvalue(), name='x')\nexcept BadImageError as error: print(error, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "image x cannot be read: 9500 x 9500 pixels are more than 89,478,485, see --max-pixels\n"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import stat
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -123,6 +125,8 @@ def as_pixels(picture: Image, *, channels: int) -> Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1).contiguous()
 
 
+# An image of 10 x 80,000 pixels is small, and 2 GB once its shorter side has 256.
+_MOST_ELONGATED = 1000
 MOST_CLASSES = 1_000_000  # of those that are numbers: one wrong label must not make a network of a billion outputs
 
 # Those of the file names that are read, and GIF. Pillow knows some 40 more, and runs other programs for a few: whatever
@@ -189,12 +193,10 @@ def decode(encoded: bytes, *, name: str, max_pixels: int = Config.max_pixels) ->
     """
     from PIL import Image
 
+    _own_limit()
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-            if picture.width * picture.height > max_pixels:
-                raise BadImageError(
-                    name, f"{picture.width} x {picture.height} pixels are more than {max_pixels:,}, see --max-pixels"
-                )
+            _check_size(*picture.size, name=name, max_pixels=max_pixels)
             picture.load()
             _turn_upright(picture)
             return _as_rgb(picture, name=name)
@@ -207,14 +209,35 @@ def decode(encoded: bytes, *, name: str, max_pixels: int = Config.max_pixels) ->
         raise BadImageError(name, " ".join(text.split())) from error
 
 
+@cache
+def _own_limit() -> None:
+    """Ends Pillow's warning of large images: whether one is too large, max_pixels says."""
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def _check_size(width: int, height: int, *, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImageError(name, f"{width} x {height} pixels are more than {max_pixels:,}, see --max-pixels")
+    if max(width, height) > _MOST_ELONGATED * min(width, height):
+        raise BadImageError(
+            name, f"{width} x {height} pixels: one side is more than {_MOST_ELONGATED:,} times the other; cut it up"
+        )
+
+
 def traits(encoded: bytes) -> tuple[str, tuple[str, ...]]:
     """The mode of an image that decode accepts, in Pillow's words, and what is done to it beside converting that."""
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
         alpha = picture.has_transparency_data
+        deep = picture.mode.startswith("I")
         done = {
-            "16 bits, of which the high byte is kept": picture.mode.startswith("I"),
+            "16 bits, of which the high byte is kept": deep,
+            "of 16 bits 12 or fewer are used, so that little is left in the high byte: scale them before": deep
+            and _bits(picture) == 16
+            and int(np.asarray(picture).max()) < 1 << 12,
             "alpha, which is left out": alpha,
             "turned upright as EXIF says": _orientation(picture) != 1,
             "several frames, of which the first is taken": getattr(picture, "n_frames", 1) > 1,

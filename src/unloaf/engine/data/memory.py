@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from unloaf.engine.data.images import Images, ImageSet
+from unloaf.engine.data.images import Images, ImageSet, check_regular
 
 # Part of every published figure: another seed is another task.
 SPLIT_SEED = 0
@@ -101,9 +101,10 @@ def load_torchvision(name: str, data_dir: str, *, val_fraction: float) -> Memory
 
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion_mnist": datasets.FashionMNIST}[name]
     folder, files, remedy = _FILES[name]
+    check_regular((Path(data_dir) / folder).glob("*"))
     try:
         parts = [reader(data_dir, train=part, download=False) for part in (True, False)]
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # damaged files: torchvision raises RuntimeError, AssertionError, ValueError and more
         raise ValueError(
             f"{name} is not complete in {data_dir}: expected {Path(data_dir) / folder} with {files}; {remedy}"
         ) from error

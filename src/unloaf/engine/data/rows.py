@@ -140,6 +140,9 @@ def _labels(table: Any, column: str, *, split: str) -> tuple[Tensor, tuple[str, 
     if isinstance(feature, datasets.ClassLabel):
         return as_labels(values, name), tuple(feature.names)
     if all(isinstance(value, str) for value in values):
+        blank = next((row for row, value in enumerate(values) if not value.strip()), None)
+        if blank is not None:
+            raise ValueError(f"row {blank} of {split} has an empty label in column {column!r}; remove or label it")
         names = sorted(set(values))
         numbers = {name: number for number, name in enumerate(names)}
         return torch.tensor([numbers[value] for value in values], dtype=torch.int64), tuple(names)

@@ -217,6 +217,8 @@ def find_splits(config: Config) -> FoundSplits:
             return None
         if found is None and needed:
             faults.append(_missing(config, folder, split))
+        if found is None and (folder / split).is_dir() and config.dataset == "imagefolder":
+            notes.append(f"{printable(folder / split)} has no class folders; it is left alone")
         notes.extend(f"{split}: {note}" for note in (found.notes if found else ()))
         return found
 
