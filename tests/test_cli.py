@@ -93,7 +93,8 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
         (["demo", "--seeds", "0"], "seeds 0: give at least 1"),
         (
             ["trian"],
-            "unknown command 'trian'; give demo, train, eval, subnets, inspect, export, report, check-data, bench",
+            "unknown command 'trian'; give demo, train, eval, subnets, inspect, predict, export, report, check-data, "
+            "bench",
         ),
         (["check_data", "d"], "or --help; did you mean check-data?"),
         (["evaluate", "r"], "or --help; did you mean eval?"),

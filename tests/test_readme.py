@@ -17,6 +17,7 @@ import unloaf.demo
 import unloaf.engine.data
 import unloaf.release
 from unloaf import arguments, cli
+from unloaf.commands.predict import Predict
 from unloaf.engine.config import Config, dump_config
 from unloaf.engine.loop import EpochRow
 from unloaf.engine.run_folder import FREE_SETTINGS
@@ -72,6 +73,7 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         (unloaf.analysis.histories, "read_histories"),
         (unloaf.engine.data, "check_images"),
         (unloaf.release, "export_run"),
+        (unloaf.release, "predict_run"),
         (unloaf.release, "export_elastic"),
     ):
         monkeypatch.setattr(module, name, parsed)
@@ -143,6 +145,7 @@ def test_card_states_every_parameter_with_its_default(card: str):
         ("unloaf demo", arguments.Demo),
         ("unloaf train", Config),
         ("unloaf eval", arguments.Eval),
+        ("unloaf predict", Predict),
         ("unloaf report", arguments.Report),
         ("unloaf check-data", arguments.CheckData),
         ("unloaf bench step", arguments.BenchStep),
@@ -155,7 +158,7 @@ def test_options_are_stated_with_their_defaults(heading: str, kind: type):
         return str(value)
 
     section = TEXTS["docs/command-line.md"].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    positional = {"run", "runs", "dir"}
+    positional = {"run", "runs", "images", "dir"}
     known = {f.name: f.default for f in fields(kind) if f.name not in positional}
     assert defaults(section) == {"--" + name.replace("_", "-"): text(value) for name, value in known.items()}
 

@@ -74,7 +74,7 @@ class Eval:
                 f"output {self.output} is for the table of subnets; give --subnets with it, or leave --output out"
             )
         check_device(self.device)
-        _check_least(self, recalibrate=2, batch_size=2, workers=0)
+        check_least(self, recalibrate=2, batch_size=2, workers=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Subnets:
         if not self.batch_size or min(self.batch_size) < 1:
             raise ValueError(f"batch_size {self.batch_size}: give one or more numbers of at least 1")
         check_device(self.device)
-        _check_least(self, repeats=1, img_size=1, num_classes=1)
+        check_least(self, repeats=1, img_size=1, num_classes=1)
 
     @property
     def timed(self) -> tuple[int, ...]:
@@ -136,7 +136,7 @@ class Inspect:
     """Print everything as JSON."""
 
     def __post_init__(self) -> None:
-        _check_least(self, img_size=1, num_classes=1)
+        check_least(self, img_size=1, num_classes=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +171,23 @@ class Export:
     """Also upload it under this name, by the library of timm or Hugging Face; never done unless asked for."""
 
     def __post_init__(self) -> None:
-        if self.depths is not None and not re.fullmatch(f"{_STAGE}([-,]{_STAGE})*", self.depths):
-            raise ValueError(
-                f"depths {self.depths!r}: give a number for each stage, as in 3,3,5,3, or 2:101 for its blocks"
-            )
+        check_depths(self.depths)
         if self.subnets and not self.elastic:
             raise ValueError("subnets are those of an elastic file; give --elastic with them, or --depths for one")
         if self.elastic and (self.depths is not None or self.format != "state_dict"):
             raise ValueError("elastic holds all depths in a format of its own; leave --depths and --format out")
         check_device(self.device)
-        _check_least(self, recalibrate=0)
+        check_least(self, recalibrate=0)
 
 
-def _check_least(options: Any, **least: int) -> None:
+def check_depths(depths: str | None) -> None:
+    """Raises ValueError if this is no list of depths; whether a network has them is found out later."""
+    if depths is not None and not re.fullmatch(f"{_STAGE}([-,]{_STAGE})*", depths):
+        raise ValueError(f"depths {depths!r}: give a number for each stage, as in 3,3,5,3, or 2:101 for its blocks")
+
+
+def check_least(options: Any, **least: int) -> None:
+    """Raises ValueError if an option is given and lower than this."""
     for name, low in least.items():
         value = getattr(options, name)
         if value is not None and value < low:
@@ -284,7 +288,7 @@ class BenchStep:
         if self.minutes is not None and not 0 < self.minutes < 1e6:
             raise ValueError(f"minutes {self.minutes}: give a number above 0")
         check_device(self.device)
-        _check_least(self, input_size=1, batch_size=1, num_classes=2, num_subnets=1, repeats=1)
+        check_least(self, input_size=1, batch_size=1, num_classes=2, num_subnets=1, repeats=1)
 
 
 @dataclass(frozen=True)

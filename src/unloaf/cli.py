@@ -20,6 +20,7 @@ from rich.text import Text
 from unloaf import __version__
 from unloaf.arguments import BenchStep, Demo, Eval, Export, Inspect, Report, Subnets, parse_train
 from unloaf.commands.check_data import check_data
+from unloaf.commands.predict import predict
 from unloaf.engine.config import dump_config
 from unloaf.engine.config.names import similar
 from unloaf.engine.errors import (
@@ -50,6 +51,7 @@ commands:
   eval        judge a trained run and the networks inside it
   subnets     what the networks inside a run or a model cost
   inspect     look a model over: stages, subnets, what a step would cost
+  predict     the classes of images, by a run or a network inside it
   export      write a network inside a run as an ordinary model
   report      compare runs: a table, and a page with their curves
   check-data  open every image of an image set, list the bad ones
@@ -338,6 +340,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "subnets": _subnets,
     "inspect": _inspect,
+    "predict": predict,
     "export": _export,
     "report": _report,
     "check-data": check_data,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unloaf.engine.config import Config
 from unloaf.inputs import SmallerInputs
-from unloaf.losses import check_two_classes, direction_kl_loss, kl_loss
+from unloaf.losses import check_two_classes, direction, direction_kl_loss, kl_loss, resolve_amplitude
 from unloaf.methods import (
     CommonTraining,
     GroupKnowledgeTraining,
@@ -159,6 +159,22 @@ def _criterion(config: Config) -> Criterion:
 def _normalises_main_logits(config: Config) -> bool:
     automatic = config.main_logits == "auto" and config.subnet_loss_or_default == "kl-"
     return config.main_logits == "direction" or automatic
+
+
+def class_probabilities(config: Config, logits: Tensor) -> Tensor:
+    """Probabilities of the classes as the loss of this configuration takes logits, (N, K) both.
+
+    Of the direction of the logits where the loss saw only that; with binary cross-entropy each class has one of its
+    own, and they do not sum to 1.
+
+    >>> import torch
+    >>> class_probabilities(Config(method="common"), torch.tensor([[0.0, 0.0, 1.0986123]]))
+    tensor([[0.2000, 0.2000, 0.6000]])
+    """
+    logits = logits.float()
+    if config.method in ("st", "st++", "gkt") and _normalises_main_logits(config):
+        logits = resolve_amplitude(config.amplitude, logits.shape[-1]) * direction(logits, eps=config.eps)
+    return logits.sigmoid() if config.bce_loss else logits.softmax(-1)
 
 
 def check_classes(config: Config, classes: int) -> None:

@@ -6,21 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from unloaf.batchnorm import recalibrate_bn, tracking_norms
+from unloaf.batchnorm import tracking_norms
 from unloaf.elastic import ElasticModel, load_elastic, save_elastic
 from unloaf.engine.files import check_new, check_own, new_folder, write_whole
 from unloaf.evaluation import Accuracy, choose_subnets
-from unloaf.export import export_subnet, parse_subnet
+from unloaf.export import parse_subnet
 from unloaf.release.card import NetworkFacts, model_card
 from unloaf.release.formats import Format, Written, check_format, timm_config, write_format
 from unloaf.release.opened import OpenedRun, open_trained
+from unloaf.release.predictions import Prediction, Predictions, predict_run
 from unloaf.subnet import Subnet
 
-__all__ = ["ElasticResult", "ExportResult", "Format", "export_elastic", "export_run"]
+__all__ = [
+    "ElasticResult",
+    "ExportResult",
+    "Format",
+    "Prediction",
+    "Predictions",
+    "export_elastic",
+    "export_run",
+    "predict_run",
+]
 
 _MOST_STORED = 64  # subnets of an elastic file that nobody asked to hold more
 
@@ -131,7 +140,7 @@ def export_run(
     stages = opened.training.stages
     chosen = Subnet.full(stages) if depths is None else parse_subnet(stages, depths)
     place = _place(Path(run), f"{_file_name(chosen)}-{kind}", output)
-    network = _subnet_of(opened, chosen)
+    network = opened.subnet(chosen)
     facts = _facts(opened, network, str(chosen))
     network.cpu().eval()
     with new_folder(place, need=_bytes(network)) as folder:
@@ -194,7 +203,7 @@ def export_elastic(
     networks = []
     for subnet in chosen:
         if subnet != Subnet.full(model.stages):
-            model.recalibrate(subnet, _calibration(opened))
+            model.recalibrate(subnet, opened.calibration())
         networks.append(_facts(opened, model.export(subnet), str(subnet)))
     model.cpu()
     loading = f'import unloaf\n\nmodel = unloaf.load_elastic("FOLDER")\nlogits = model(images, subnet="{chosen[-1]}")'
@@ -227,19 +236,6 @@ def _place(run: Path, name: str, output: str | Path | None) -> Path:
 
 def _bytes(network: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in network.state_dict().values())
-
-
-def _subnet_of(opened: OpenedRun, subnet: Subnet) -> nn.Module:
-    stages = opened.training.stages
-    network = export_subnet(opened.network.eval(), stages, subnet)
-    if opened.recalibrate and subnet != Subnet.full(stages):
-        recalibrate_bn(network, _calibration(opened))
-    return network
-
-
-def _calibration(opened: OpenedRun) -> Any:
-    device = opened.training.device
-    return (batch[0].to(device) for batch in opened.training.calibration_batches())
 
 
 def _chosen(opened: OpenedRun, asked: Sequence[str] | int | None) -> tuple[list[Subnet], list[str]]:

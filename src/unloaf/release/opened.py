@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 
 from unloaf.analysis import runs
 from unloaf.analysis.costs import gmacs
+from unloaf.batchnorm import recalibrate_bn
 from unloaf.engine.config import Config
 from unloaf.engine.training import Training
 from unloaf.evaluation import Accuracy, accuracy
+from unloaf.export import export_subnet
 from unloaf.release.libraries import transformers_config
 from unloaf.stages import inner_module
+from unloaf.subnet import Subnet
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,19 @@ class OpenedRun:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(batch, data.in_chans, data.img_size, data.img_size, generator=generator)
 
+    def calibration(self) -> Iterator[Tensor]:
+        """Training images from which the statistics of a subnet are estimated, on the run's device."""
+        device = self.training.device
+        return (batch[0].to(device) for batch in self.training.calibration_batches())
+
+    def subnet(self, subnet: Subnet) -> nn.Module:
+        """A subnet as a network of its own; all but the whole network have their statistics re-estimated."""
+        stages = self.training.stages
+        network = export_subnet(self.network.eval(), stages, subnet)
+        if self.recalibrate and subnet != Subnet.full(stages):
+            recalibrate_bn(network, self.calibration())
+        return network
+
     def measure(self, network: nn.Module) -> dict[str, Accuracy]:
         """Accuracy of a network on the run's validation and test images, as far as there are any."""
         data = self.training.data
@@ -111,11 +128,13 @@ def open_trained(
     recalibrate: int | None = None,
     data_dir: str | None = None,
     device: str = "auto",
+    need_subnets: bool = True,
 ) -> OpenedRun:
     """Opens a run as `judge_run` does; writes nothing, and the run may still be training.
 
     Raises:
-        ValueError: the folder is no run, has no such checkpoint or images, or ``recalibrate`` is out of range.
+        ValueError: the folder is no run, has no such checkpoint or images, ``recalibrate`` is out of range, or the
+            network has no subnets, though they are needed.
         CheckpointError: no checkpoint is intact.
     """
     if recalibrate is not None and recalibrate != 0 and recalibrate < 2:
@@ -123,7 +142,7 @@ def open_trained(
     config, found, weights, notes = runs.open_checkpoint(run, checkpoint, ema=ema)
     training = runs.prepare_for_one_process(config, recalibrate=recalibrate or None, data_dir=data_dir, device=device)
     runs.load_weights(inner_module(training.model), found, weights)
-    if not training.stages:
+    if need_subnets and not training.stages:
         raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")
     position: Any = found.state["position"]
     return OpenedRun(

@@ -1,0 +1,209 @@
+"""What a run's network, or a subnet of it, sees in images: classes and their probabilities."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from unloaf.batchnorm import tracking_norms
+from unloaf.engine.data.augment import evaluation_transform
+from unloaf.engine.data.images import BadImageError, ImageSet, as_pixels, decode, read_image_file
+from unloaf.engine.data.walk import is_hidden, is_image
+from unloaf.engine.display import show_progress
+from unloaf.engine.methods import class_probabilities
+from unloaf.export import parse_subnet
+from unloaf.passes import logits_of
+from unloaf.release.opened import OpenedRun, open_trained
+from unloaf.stages import evaluating
+from unloaf.subnet import Subnet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image, likeliest first, with their probabilities in [0, 1]."""
+
+    image: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Images that were looked at by one network.
+
+    Attributes:
+        run: the run's folder.
+        checkpoint: name of the checkpoint's folder.
+        epoch: whole epochs that were trained by then.
+        weights: "model", or "model_ema" for the moving average.
+        subnet: depths of the network, "3-3-3".
+        whole: whether that is the whole network.
+        images: those that could be read, in the order given.
+        bad: (name, reason) of each that could not.
+        notes: what a reader has to know of the checkpoint, the statistics and the images.
+    """
+
+    run: Path
+    checkpoint: str
+    epoch: int
+    weights: str
+    subnet: str
+    whole: bool
+    images: tuple[Prediction, ...]
+    bad: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def predict_run(
+    run: str | Path,
+    images: Sequence[str | Path],
+    *,
+    depths: str | None = None,
+    top_k: int = 5,
+    checkpoint: str = "last",
+    ema: bool = False,
+    recalibrate: int | None = None,
+    batch_size: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Predictions:
+    """Classes of images, prepared as the run prepares the images that it is validated with; writes nothing.
+
+    Args:
+        run: a folder that `unloaf train` made.
+        images: files, or folders of which every image file below is taken.
+        depths: of a subnet, "3,3,5,3", as for `export_run`; default: the whole network.
+        top_k: how many classes of each image.
+        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
+        ema: with the moving average of the weights.
+        recalibrate: training images that re-estimate a subnet's batch-norm statistics; 0 leaves them as they are;
+            default: as in the run.
+        batch_size: images in a pass; default: as in the run.
+        data_dir: where the image set is now; default: as in the run.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        console: shows a progress bar where it is a terminal.
+
+    Raises:
+        ValueError: no run, no such subnet, or the image set of the run cannot be opened.
+        CheckpointError: no checkpoint is intact.
+    """
+    opened = open_trained(
+        Path(run),
+        checkpoint=checkpoint,
+        ema=ema,
+        recalibrate=recalibrate,
+        data_dir=data_dir,
+        device=device,
+        need_subnets=depths is not None,
+    )
+    stages = opened.training.stages
+    full = Subnet.full(stages)
+    chosen = full if depths is None else parse_subnet(stages, depths)
+    network = opened.subnet(chosen) if stages else opened.network
+    names, notes = _files(images), list(opened.notes)
+    if chosen != full and tracking_norms(network):
+        done = f"re-estimated on {opened.training.calibration_images:,} training images"
+        notes.append(
+            f"the subnet's batch-norm statistics are {done if opened.recalibrate else 'those of the whole network'}"
+        )
+    seen, bad = list[Prediction](), list[tuple[str, str]]()
+    with show_progress(console or Console(quiet=True), total=len(names), label="images") as display:
+        for batch in _batches(opened, names, batch_size or opened.config.batch_size, bad, display.advance):
+            seen += _predict(opened, network, batch, top_k)
+    return Predictions(
+        run=Path(run),
+        checkpoint=opened.checkpoint,
+        epoch=opened.epoch,
+        weights=opened.weights,
+        subnet=str(chosen),
+        whole=chosen == full,
+        images=tuple(seen),
+        bad=tuple(bad),
+        notes=tuple(notes),
+    )
+
+
+def _files(given: Sequence[str | Path]) -> list[str]:
+    """The files, and of folders the image files below them in alphabetical order; a folder without one stands alone."""
+    files: list[str] = []
+    for path in map(Path, given):
+        if not path.is_dir():
+            files.append(str(path))
+            continue
+        below = []
+        for folder, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            below += [os.path.join(folder, name) for name in names if is_image(name)]
+        files += sorted(below) or [str(path)]
+    return files
+
+
+def _batches(
+    opened: OpenedRun,
+    names: Sequence[str],
+    size: int,
+    bad: list[tuple[str, str]],
+    advance: Callable[[str], None],
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Images that can be read as normalised inputs (C, S, S), in batches; the others are added to `bad`."""
+    prepare, batch = _preparation(opened), list[tuple[str, Tensor]]()
+    for name in names:
+        try:
+            batch.append((name, prepare(name)))
+        except BadImageError as error:
+            reason = "there is no image in this folder" if Path(name).is_dir() else error.reason
+            bad.append((name, reason))
+        advance(Path(name).name)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _preparation(opened: OpenedRun) -> Callable[[str], Tensor]:
+    """From a file to an input: what the run does to an image that it is validated with."""
+    data, config = opened.training.data, opened.training.config
+    # A set in memory has a side of its own, at which its images are normalised and then resized.
+    side = data.train.images.shape[-1] if isinstance(data.train, ImageSet) else None
+    transform = evaluation_transform(data, config)
+
+    def prepare(name: str) -> Tensor:
+        picture = decode(read_image_file(name, name=name), name=name, max_pixels=config.max_pixels)
+        pixels = as_pixels(_fitted(picture, side), channels=data.in_chans) if side else transform(picture)
+        return data.normalise(pixels[None])[0]
+
+    return prepare
+
+
+def _fitted(picture: Image, side: int) -> Image:
+    from torchvision.transforms import v2
+
+    if picture.size == (side, side):
+        return picture
+    return v2.CenterCrop(side)(v2.Resize(side)(picture))
+
+
+def _predict(
+    opened: OpenedRun, network: nn.Module, batch: Sequence[tuple[str, Tensor]], top_k: int
+) -> list[Prediction]:
+    inputs = torch.stack([pixels for _, pixels in batch]).to(opened.training.device)
+    with evaluating(network):
+        shares = class_probabilities(opened.training.config, logits_of(network(inputs)))
+    best = shares.topk(min(top_k, shares.shape[-1]))
+    names = opened.training.data.class_names
+    return [
+        Prediction(name, tuple(names[label] for label in labels), tuple(values))
+        for (name, _), labels, values in zip(batch, best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
