@@ -1,6 +1,8 @@
 """What a training step refuses, that it then changes nothing, and the arithmetic around a step."""
 
+from collections import namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -457,3 +459,57 @@ def test_the_weight_multiplies_the_subnet_terms(weight):
     assert [float(weighted[f"subnet{i}"]) for i in range(3)] == pytest.approx(
         [weight * float(plain[f"subnet{i}"]) for i in range(3)], rel=1e-5
     )
+
+
+# --- logits of further heads
+
+
+Outputs = namedtuple("Outputs", ["logits", "aux_logits2", "aux_logits1"])  # as torchvision's GoogLeNet names them
+FURTHER = {
+    "a tuple with names": lambda logits, further: Outputs(logits, further, None),
+    "a mapping": lambda logits, further: {"logits": logits, "aux_logits": further},
+    "an object": lambda logits, further: SimpleNamespace(logits=logits, auxiliary_outputs=further),
+}
+
+
+class WithFurtherHead(ToyNetwork):
+    """Returns what its attribute `form` makes of the logits and of those of a head in the middle."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.middle = nn.Linear(6, 3)
+        self.form = FURTHER["a mapping"]
+
+    def forward(self, x):
+        between = self.first(x)
+        return self.form(self.head(self.second(between)), self.middle(between))
+
+
+@every_method
+@every_call
+@pytest.mark.parametrize("form", FURTHER)
+def test_logits_that_no_loss_reaches(name, call, form):
+    model = WithFurtherHead(norm=True)
+    model.form = FURTHER[form]
+    method = METHODS[name](model, unloaf.find_stages(ToyNetwork(norm=True), torch.randn(2, 4)))
+    model(torch.randn(4, 4))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    message = r"returned aux\w+ beside its logits, and no loss reaches them.*aux_logits=False"
+    assert refuses(method, message, lambda: call(method, *batch()))
+
+
+@every_method
+def test_logits_of_a_further_head_are_left_alone_where_a_readout_says_so(name):
+    model = WithFurtherHead(norm=True)
+    stages = unloaf.find_stages(ToyNetwork(norm=True), torch.randn(2, 4))
+    METHODS[name](model, stages, readout=lambda output: output["logits"]).backward(*batch())
+    assert (model.middle.weight.grad is None, model.head.weight.grad is None) == (True, False)
+
+
+@every_method
+def test_further_logits_that_are_not_there_are_none(name):
+    model = WithFurtherHead(norm=True)
+    model.form = lambda logits, further: Outputs(logits, None, None)
+    stages = unloaf.find_stages(ToyNetwork(norm=True), torch.randn(2, 4))
+    assert METHODS[name](model, stages).backward(*batch()).loss.isfinite()

@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
+import torchvision
 import transformers
 from safetensors.torch import load_file
 
@@ -227,3 +229,32 @@ def test_a_model_without_such_a_layer_is_refused():
 def test_a_learned_classifier_is_not_drawn_anew():
     with pytest.raises(ValueError, match=r"^head_init draws the classifier anew, which pretrained has learned"):
         Config(model="tv/resnet50", pretrained=True, head_init=0.01)
+
+
+# Auxiliary heads
+
+
+@pytest.mark.parametrize(("name", "side"), [("tv/googlenet", 32), ("tv/inception_v3", 80)])
+def test_every_weight_of_networks_with_auxiliary_heads_is_trained(name, side):
+    model = build_model(name, num_classes=5)
+    unloaf.CommonTraining(model).backward(torch.randn(2, 3, side, side), torch.tensor([1, 3]))
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+    assert not any("aux" in name.lower() for name, _ in model.named_modules())
+
+
+def test_published_weights_come_without_auxiliary_heads_too(monkeypatch):
+    given = {}
+
+    def get(name, **settings):
+        given.update(settings)
+        return torch.nn.Sequential(torch.nn.Linear(1, 1000))
+
+    monkeypatch.setattr(torchvision.models, "get_model", get)
+    build_model("tv/googlenet", num_classes=5, pretrained=True)
+    assert given == {"weights": "DEFAULT", "aux_logits": False}
+
+
+def test_run_says_that_heads_are_left_out(monkeypatch):
+    monkeypatch.setattr("unloaf.engine.training.build_model", lambda name, **settings: tiny.network())
+    lines = prepare(tiny.config(model="tv/googlenet", method="common"), data=tiny.data()).opening
+    assert "tv/googlenet is built without its auxiliary heads, which no loss here would train" in lines

@@ -84,9 +84,12 @@ def build_model(
         raise ValueError(f"model {family}/{bare} cannot be built with {given}: {in_one_line(error)}") from error
 
 
-# Of torchvision's networks: vit_h_14 takes its side of 518 pixels from the published weights, inception_v3 a change of
-# its input, googlenet that too and its heads.
+# Of torchvision's networks: vit_h_14 takes its side of 518 pixels from the published weights, inception_v3 and
+# googlenet a change of their input.
 _FORM_OF_WEIGHTS = {("tv", name) for name in ("googlenet", "inception_v3", "vit_h_14")}
+
+
+_WITH_AUXILIARY = ("googlenet", "inception_v3")
 
 
 def form_comes_with_weights(name: str) -> bool:
@@ -96,6 +99,16 @@ def form_comes_with_weights(name: str) -> bool:
     [True, False, False]
     """
     return resolve_name(name) in _FORM_OF_WEIGHTS
+
+
+def leaves_heads_out(name: str) -> bool:
+    """Whether the network is built without the auxiliary heads that its library gives it for training.
+
+    >>> leaves_heads_out("tv/googlenet")
+    True
+    """
+    family, bare = resolve_name(name)
+    return family == "tv" and bare in _WITH_AUXILIARY
 
 
 def resolve_name(name: str) -> tuple[str, str]:
@@ -198,9 +211,12 @@ def _torchvision(name: str, *, num_classes: int, in_chans: int, pretrained: bool
 
     if in_chans != 3:
         raise ValueError(f"takes images of 3 channels, not {in_chans}; give a timm/ or cifar/ model")
+    # Heads in the middle have a loss of their own in torchvision's scripts (weights 0.3 and 0.4), and none here.
+    form: dict[str, Any] = {"aux_logits": False} if name in _WITH_AUXILIARY else {}
     if not pretrained:
-        return torchvision.models.get_model(name, num_classes=num_classes)
-    model = torchvision.models.get_model(name, weights="DEFAULT")
+        form |= {"init_weights": True} if form else {}
+        return torchvision.models.get_model(name, num_classes=num_classes, **form)
+    model = torchvision.models.get_model(name, weights="DEFAULT", **form)
     _replace_head(model, num_classes)
     return model
 

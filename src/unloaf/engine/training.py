@@ -21,7 +21,7 @@ from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
 from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
 from unloaf.engine.errors import NonFiniteWeightsError, in_one_line
 from unloaf.engine.methods import build_method, check_classes
-from unloaf.engine.models import build_model, draw_head, form_comes_with_weights, load_initial_weights
+from unloaf.engine.models import build_model, draw_head, form_comes_with_weights, leaves_heads_out, load_initial_weights
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
 from unloaf.engine.preprocessing import describe, with_preprocessing
 from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
@@ -284,10 +284,15 @@ def _with_weights(
     if resumed:
         pretrained = config.pretrained and form_comes_with_weights(config.model)
         config = replace(config, pretrained=pretrained, initial_checkpoint=None)
-    model = model or _build(config, data)
+    lines: tuple[str, ...] = ()
+    if model is None:
+        model = _build(config, data)
+        if leaves_heads_out(config.model):
+            lines = (f"{config.model} is built without its auxiliary heads, which no loss here would train",)
     if config.initial_checkpoint is None:
-        return model, ()
-    return model, load_initial_weights(model, Path(config.initial_checkpoint), partial=config.partial_weights)
+        return model, lines
+    taken = load_initial_weights(model, Path(config.initial_checkpoint), partial=config.partial_weights)
+    return model, (*lines, *taken)
 
 
 def _build(config: Config, data: Data) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from unloaf.stages import Form, Stage, call_model, inner_module, stand_in
 from unloaf.subnet import branches, check_stages, check_subnet, replaced_forwards
 
 Readout = Callable[[Any], Tensor]
+_AUXILIARY = re.compile(r"aux\w*_(logits|outputs)")
 
 
 class Session:
@@ -303,4 +305,19 @@ def logits_of(output: Any, readout: Readout | None = None) -> Tensor:
             f"the model returned {type(output).__name__}{held}; it must return its logits as a tensor, or an output "
             'with .logits, or give readout, a function from its output to the logits: lambda output: output["out"]'
         )
+    if not isinstance(output, Tensor):
+        _refuse_auxiliary(output)
     return logits
+
+
+def _refuse_auxiliary(output: Any) -> None:
+    """Raises ValueError for logits of further heads, as torchvision's GoogLeNet and Inception return in training."""
+    fields = output._asdict() if hasattr(output, "_asdict") else getattr(output, "__dict__", {})
+    entries = output if isinstance(output, Mapping) else fields
+    found = [str(name) for name, value in entries.items() if value is not None and _AUXILIARY.match(str(name))]
+    if found:
+        raise ValueError(
+            f"the model returned {', '.join(found)} beside its logits, and no loss reaches them: those heads would "
+            "never be trained; build it without them (torchvision: aux_logits=False), or give readout=lambda output: "
+            "output.logits to leave them as they are"
+        )
