@@ -158,3 +158,20 @@ def test_accelerate_is_given_the_numbered_device(two_gpus, monkeypatch):
     monkeypatch.setattr(devices, "Accelerator", lambda **kwargs: SimpleNamespace(device=torch.device("cuda:0")))
     with pytest.raises(ValueError, match="device cuda:1: this process computes on cuda:0 already"):
         find_devices(Config(device="cuda:1"))
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "cpu"), [("auto", False, True), ("auto", True, False), ("cpu", True, True)]
+)
+def test_accelerate_is_told_where_there_is_no_accelerator(monkeypatch, device, there, cpu):
+    """Of several processes without one, accelerate else asks for a GPU for each."""
+    asked = {}
+
+    def accelerator(**settings: Any) -> Any:
+        asked.update(settings)
+        return SimpleNamespace(device=torch.device("cpu"), num_processes=1)
+
+    monkeypatch.setattr(devices, "Accelerator", accelerator)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    find_devices(tiny.config(device=device))
+    assert asked["cpu"] is cpu

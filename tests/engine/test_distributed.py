@@ -280,6 +280,15 @@ def stopped_in_validation(rank, folder):
     return {"code": code, "judged": model.calls if rank == 1 else None, "step": step}
 
 
+def refused(config, **other):
+    """What is said to a run on other images, or with other settings, than that of the other rank."""
+    try:
+        prepare(config, data=replace(data(), **other), model=Small())
+    except ValueError as error:
+        return {"told": str(error)}
+    return {"told": ""}
+
+
 def listening(process):
     """Addresses and ports on which a process waits for others."""
     return [(c.laddr.ip, c.laddr.port) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
@@ -301,6 +310,9 @@ def work(rank, folder, port):
         "stopped in validation": lambda: stopped_in_validation(rank, folder / "validation"),
         **{f"fsdp {method}": lambda method=method: sharded(method) for method in METHODS},
         **{f"captured {fsdp}": lambda fsdp=fsdp: captured(fsdp) for fsdp in (False, True)},
+        "other settings": lambda: refused(replace(CONFIG, lr=CONFIG.lr * (1 + rank))),
+        "other images": lambda: refused(CONFIG, test=images(37 + rank, seed=2)),
+        "other place": lambda: refused(replace(CONFIG, data_dir=f"machine{rank}", output=f"machine{rank}")),
         "fsdp resumed": lambda: stopped_and_resumed(rank, folder / "fsdp", replace(CONFIG, fsdp=True), norm="batch"),
     }
     for name, job in jobs.items():
@@ -444,6 +456,16 @@ def test_sharded_weights_are_those_of_copied_ones(outcome, method):
     assert relative(sharded["weights"], copied["weights"]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("job", "told"),
+    [("other settings", "lr 0.05 (there 0.1)"), ("other images", "test images 37 (there 38)"), ("other place", "")],
+)
+def test_ranks_that_were_started_otherwise_are_refused_and_do_not_wait(outcome, job, told):
+    messages = [rank["told"] for rank in outcome(job)]
+    start = "process 0 was started with other settings or images than process 1: "
+    assert messages == [f"{start}{told}; start all with the same command line on the same images" if told else ""] * 2
+
+
 def test_a_sharded_run_does_not_go_on_in_one_process(outcome, tmp_path):
     outcome("fsdp resumed")
     run = tmp_path / "stopped"
@@ -509,7 +531,7 @@ def torchrun(tmp_path):
 
     def start():
         words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "unloaf", "train"]
-        words += ["--device", "cpu", "--epochs", "10", "--output", ".", "--name", "run", "--resume", "auto"]
+        words += ["--epochs", "10", "--output", ".", "--name", "run", "--resume", "auto"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (tmp_path / "output.txt").open("a") as output:
             process = subprocess.Popen(

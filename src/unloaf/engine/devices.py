@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler
+from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, gather_object
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -65,6 +66,10 @@ def usable_device(name: str) -> torch.device:
     return asked
 
 
+# Where things lie may differ between machines; only the first process writes.
+_OF_ONE_MACHINE = {"data_dir", "initial_checkpoint", "name", "output"}
+
+
 def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
     """The device of this process and its place among the processes of the run.
 
@@ -100,13 +105,32 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
         raise ValueError("fsdp: one process has nobody to share the weights with; start several with torchrun")
     if on_cpu:
         keep_freed_memory()
+    settings = {name: value for name, value in asdict(config).items() if name not in _OF_ONE_MACHINE}
+    check_same_on_all(accelerator, settings)
     return accelerator
+
+
+def check_same_on_all(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
+    """Raises ValueError, on every process, unless all of them have the same values by these names.
+
+    Processes that make other numbers of steps or save at other times would wait for each other for ever.
+    """
+    if accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([dict(values)])
+    for number, other in enumerate(others, start=1):
+        different = [f"{name} {first[name]} (there {other[name]})" for name in first if first[name] != other[name]]
+        if different:
+            raise ValueError(
+                f"process 0 was started with other settings or images than process {number}: {', '.join(different)}; "
+                "start all with the same command line on the same images"
+            )
 
 
 def _accelerator(config: Config, precision: str, kinds: list[KwargsHandler], folder: Path | None) -> Accelerator:
     try:
         accelerator = Accelerator(
-            cpu=config.device == "cpu",
+            cpu=config.device == "cpu" or not torch.accelerator.is_available(),  # else several processes fail there
             mixed_precision=precision,
             kwargs_handlers=kinds,
             log_with=list(config.trackers) or None,

@@ -18,7 +18,14 @@ from unloaf.activation_checkpointing import checkpoint_blocks
 from unloaf.compilation import compile_blocks
 from unloaf.engine.config import Config
 from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
-from unloaf.engine.devices import find_devices, share_model, share_optimizer, shared_statistics, total
+from unloaf.engine.devices import (
+    check_same_on_all,
+    find_devices,
+    share_model,
+    share_optimizer,
+    shared_statistics,
+    total,
+)
 from unloaf.engine.errors import NonFiniteWeightsError, in_one_line
 from unloaf.engine.methods import build_method, check_classes
 from unloaf.engine.models import build_model, draw_head, form_comes_with_weights, leaves_heads_out, load_initial_weights
@@ -236,6 +243,8 @@ def prepare(
         config, source = (config, "") if resumed else with_preprocessing(config)
         data = load_data(config)
     check_classes(config, data.num_classes)
+    counts = {f"{split} images": len(getattr(data, split)) for split in ("train", "val", "test")}
+    check_same_on_all(accelerator, {"classes": data.class_names, **counts})
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
     set_seed(config.seed, deterministic=config.deterministic)
