@@ -306,3 +306,12 @@ def test_a_refused_image_is_told_once():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "image x cannot be read: 9500 x 9500 pixels are more than 89,478,485, see --max-pixels\n"
+
+
+def test_damage_behind_the_first_frame_is_no_fault_of_it(folders, folder_config):
+    content = bytearray(tiff(SIXTEEN[0]))
+    content[-4:] = struct.pack("<I", 9)  # where the next frame is said to be, there is none
+    (folders / "train" / "cat" / "000.tif").write_bytes(content)
+    assert grey(bytes(content)) == HIGH
+    report = check_images(folder_config())
+    assert (report.modes["I;16"], report.bad) == (1, ())

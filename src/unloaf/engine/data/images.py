@@ -240,7 +240,7 @@ def traits(encoded: bytes) -> tuple[str, tuple[str, ...]]:
             and int(np.asarray(picture).max()) < 1 << 12,
             "alpha, which is left out": alpha,
             "turned upright as EXIF says": _orientation(picture) != 1,
-            "several frames, of which the first is taken": getattr(picture, "n_frames", 1) > 1,
+            "several frames, of which the first is taken": _frames(picture) > 1,
         }
         return picture.mode, tuple(what for what, applies in done.items() if applies)
 
@@ -248,6 +248,12 @@ def traits(encoded: bytes) -> tuple[str, tuple[str, ...]]:
 def _orientation(picture: Image) -> int:
     with suppress(Exception):  # as below
         return picture.getexif().get(0x0112, 1)
+    return 1
+
+
+def _frames(picture: Image) -> int:
+    with suppress(Exception):  # what comes after the first may be damaged
+        return getattr(picture, "n_frames", 1)
     return 1
 
 
