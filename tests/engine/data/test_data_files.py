@@ -101,7 +101,7 @@ def test_a_validation_folder_without_classes_is_told(folders, folder_config):
     for name in ("cat", "dog"):
         (folders / "val" / name).rmdir()
     data = load_data(folder_config(val_fraction=0.2))
-    assert data.notes[0] == f"{folders / 'val'} has no class folders; it is left alone"
+    assert data.notes[0] == f"{folders / 'val'} has no class folders but hidden ones, if any; it is left alone"
     assert len(data.val) == 8
 
 

@@ -16,7 +16,7 @@ from unloaf.engine.data.tars import open_tar_split
 def read(folder, members):
     """(member, label) of what is read, and the notes."""
     write_shard(folder / "train-0.tar", members)
-    images, _, notes = open_tar_split(folder, "train")
+    images, _, notes, _ = open_tar_split(folder, "train")
     names = [images.name(at).partition("!")[2] for at in range(len(images))]
     return list(zip(names, images.labels.tolist(), strict=True)), list(notes)
 
@@ -69,7 +69,7 @@ def test_an_image_that_comes_twice_is_named(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    images, _, notes = open_tar_split(tmp_path, "train")
+    images, _, notes, _ = open_tar_split(tmp_path, "train")
     # The last one counts, as it does for tar.
     assert (images.open(0).getpixel((0, 0))[0], images.labels.tolist()) == (9, [1])
     assert notes == ("1 image(s) left out because another of that name follows: train.tar!1.png",)
@@ -98,7 +98,7 @@ def test_members_that_are_links_are_named(tmp_path):
         link = tarfile.TarInfo("2.png")
         link.type, link.linkname = tarfile.LNKTYPE, "1.png"
         archive.addfile(link)
-    images, _, notes = open_tar_split(tmp_path, "train")
+    images, _, notes, _ = open_tar_split(tmp_path, "train")
     assert len(images) == 1
     assert notes[0] == "1 image(s) that are but links left out: train.tar!2.png"
 
@@ -111,7 +111,7 @@ def test_compressed_shards_are_named(tmp_path):
 def test_names_that_are_no_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     write_shard(tmp_path / "train.tar", {f"{name}.png": png(5), f"{name}.cls": b"1"})
-    images, _, _ = open_tar_split(tmp_path, "train")
+    images = open_tar_split(tmp_path, "train").images
     assert images.name(0) == f"{tmp_path / 'train.tar'}!{name}.png"
     assert images.open(0).getpixel((0, 0)) == (5, 100, 200)
 
@@ -200,7 +200,7 @@ def test_joined_and_damaged_shards_are_refused(tmp_path):
 def test_a_shard_without_its_end_is_told(tmp_path):
     write_shard(tmp_path / "a.tar", {"1.png": png(1), "1.cls": b"0"})
     (tmp_path / "train.tar").write_bytes((tmp_path / "a.tar").read_bytes()[: 4 * 512])
-    images, _, notes = open_tar_split(tmp_path, "train")
+    images, _, notes, _ = open_tar_split(tmp_path, "train")
     assert len(images) == 1
     assert notes == ("1 shard(s) without the mark of the end, which may be cut off: train.tar",)
 

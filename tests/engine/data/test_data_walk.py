@@ -15,7 +15,7 @@ from unloaf.engine.train import train
 
 def found(root, split="train"):
     """Counts by class, and the notes."""
-    images, names, notes = open_folder_split(root, split)
+    images, names, notes, _ = open_folder_split(root, split)
     return dict(zip(names, images.labels.bincount(minlength=len(names)).tolist(), strict=True)), list(notes)
 
 
@@ -127,7 +127,7 @@ def test_names_that_are_no_utf8(folders):
     name = os.fsdecode(b"caf\xe9.png")
     (folders / "train" / "dog" / name).write_bytes(png(7))
     (folders / "train" / "dog" / os.fsdecode(b"@eaDir")).mkdir()
-    images, _, _ = open_folder_split(folders, "train")
+    images = open_folder_split(folders, "train").images
     [at] = [at for at in range(len(images)) if images.name(at).endswith(name)]
     assert images.open(at).getpixel((0, 0)) == (7, 100, 200)
     (folders / "train" / os.fsdecode(b"caf\xe9")).mkdir()
@@ -146,9 +146,26 @@ def test_notes_are_told_by_check_and_at_the_start_of_a_run(folders, folder_confi
     assert sum(line.endswith(told) for line in (run / "log.txt").read_text().splitlines()) == 1
 
 
+def shared(split, *folders):
+    return f"{split} images are training images too: {', '.join(map(str, folders))} is read for both"
+
+
 def test_validating_on_the_training_images_is_told(folders, folder_config):
     (folders / "val").rename(folders / "old")
     (folders / "val").symlink_to("train")
+    both = (folders / "train" / "cat", folders / "train" / "dog")
+    assert load_data(folder_config()).notes == (shared("validation", *both),)
+
+
+def test_a_folder_that_two_splits_link_to_is_told(folders, folder_config):
+    # Two class folders that are one, and a linked one inside a class.
+    write_folders(folders / "all", {"eel": 2}, first=50)
+    for split in ("train", "val"):
+        (folders / split / "eel").symlink_to("../all/eel")
+    write_folders(folders / "test", {"cat": 1, "dog": 1, "eel": 1}, first=60)
+    (folders / "train" / "cat" / "more").symlink_to("../../test/cat")
     assert load_data(folder_config()).notes == (
-        f"validation images are training images too: {folders / 'train'} is read for both",
+        f"train: 1 linked folder(s) read: cat/more -> {folders / 'test' / 'cat'}",
+        shared("validation", folders / "all" / "eel"),
+        shared("test", folders / "test" / "cat"),
     )

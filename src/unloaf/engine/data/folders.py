@@ -66,10 +66,10 @@ def open_folder_split(data_dir: Path, split: str, *, max_pixels: int = Config.ma
     root = data_dir / split
     if not class_folders(root):
         return None
-    names, files, notes = find_files(root)
+    names, files, notes, folders = find_files(root)
     labels = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(paths) for paths in files]))
     paths = np.array([path for paths in files for path in paths], dtype=np.bytes_)
-    return Split(ImageFiles(str(root), paths, labels, max_pixels), names, notes)
+    return Split(ImageFiles(str(root), paths, labels, max_pixels), names, notes, folders)
 
 
 # A folder of one of these names beside others is a split, not a class.

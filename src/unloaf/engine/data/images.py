@@ -79,11 +79,15 @@ class EncodedImages(Images, Protocol):
 
 
 class Split(NamedTuple):
-    """A part of an image set; `class_names` is None where labels are bare numbers, `notes` say what is not read."""
+    """A part of an image set; `class_names` is None where labels are bare numbers, `notes` say what is not read.
+
+    `places` are the real paths of the folders or files that hold its images.
+    """
 
     images: Images
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
+    places: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from unloaf.engine.config import Config
 from unloaf.engine.data.agreement import EXPECTED, FoundSplits, class_names_of, disagreements, some, wrong_count
-from unloaf.engine.data.folders import ImageFiles, open_flat_folder, open_folder_split
+from unloaf.engine.data.folders import open_flat_folder, open_folder_split
 from unloaf.engine.data.images import NO_IMAGES, Images, Split
 from unloaf.engine.data.memory import hold_out, load_digits, load_torchvision, take_share
 from unloaf.engine.data.rows import open_row_split
-from unloaf.engine.data.tars import ShardMembers, open_tar_split
+from unloaf.engine.data.tars import open_tar_split
 from unloaf.engine.names import printable
 
 # Of the ImageNet training images, in shares of the pixel range; many published networks expect them.
@@ -210,7 +209,8 @@ def find_splits(config: Config) -> FoundSplits:
         try:
             found = _OPENERS[config.dataset](folder, split, config) if folder.is_dir() else None
         except ValueError as error:
-            faults.append(str(error))
+            if str(error) not in faults:  # of what all splits share
+                faults.append(str(error))
             return None
         except OSError as error:
             faults.append(f"{split} in {folder} cannot be read: {error.strerror or error}; give another --data-dir")
@@ -218,7 +218,7 @@ def find_splits(config: Config) -> FoundSplits:
         if found is None and needed:
             faults.append(_missing(config, folder, split))
         if found is None and (folder / split).is_dir() and config.dataset == "imagefolder":
-            notes.append(f"{printable(folder / split)} has no class folders; it is left alone")
+            notes.append(f"{printable(folder / split)} has no class folders but hidden ones, if any; it is left alone")
         notes.extend(f"{split}: {note}" for note in (found.notes if found else ()))
         return found
 
@@ -239,17 +239,15 @@ def find_splits(config: Config) -> FoundSplits:
             notes.append(f"no image in {folder / 'test'}; it is left alone")
         test = None
     validating = test if val is None and config.val_split is None else val
-    both = _places(train) & _places(validating)
-    if both:
-        notes.append(f"validation images are training images too: {some(sorted(both))} is read for both")
+    notes += _shared(train, validating, "validation")
+    notes += _shared(train, None if test is validating else test, "test")
     return FoundSplits(train, validating, test, tuple(faults), tuple(notes))
 
 
-def _places(split: Split | None) -> set[str]:
-    """The real folder, or files, in which the images of a split lie."""
-    images = split.images if split else None
-    paths = images.shards if isinstance(images, ShardMembers) else ()
-    return {printable(os.path.realpath(path)) for path in ((images.root,) if isinstance(images, ImageFiles) else paths)}
+def _shared(train: Split | None, other: Split | None, name: str) -> list[str]:
+    both = sorted(train.places & other.places) if train and other else []
+    said = f"{name} images are training images too: {printable(some(both, 3))} is read for both"
+    return [said] if both else []
 
 
 def _flat(config: Config, folder: Path) -> Split | None:

@@ -103,9 +103,8 @@ def open_tar_split(data_dir: Path, split: str, *, max_pixels: int = Config.max_p
     members = np.array([os.fsencode(place.member) for _, place, _ in found], dtype=np.bytes_)
     labels = as_labels([label for _, _, label in found], lambda at: f"{shards[found[at][0]]}!{found[at][1].member}")
     images = ShardMembers(tuple(map(str, shards)), places.reshape(-1, 3), members, labels, max_pixels)
-    return Split(
-        images, None, tuple(f"{len(them)} {what}: {printable(some(them, 3))}" for what, them in left_out.items())
-    )
+    notes = tuple(f"{len(them)} {what}: {printable(some(them, 3))}" for what, them in left_out.items())
+    return Split(images, None, notes, frozenset(map(os.path.realpath, shards)))
 
 
 def _entries(shard: Path, left_out: dict[str, list[str]]) -> Iterator[tuple[_Place, int]]:

@@ -18,11 +18,15 @@ _Identity = tuple[int, int]
 
 
 class ClassFiles(NamedTuple):
-    """Names of classes in alphabetical order, for each the sorted paths of its files below the root, and notes."""
+    """Names of classes in alphabetical order, for each the sorted paths of its files below the root, and notes.
+
+    `folders` are the real paths of those that were read.
+    """
 
     names: tuple[str, ...]
     files: tuple[list[bytes], ...]
     notes: tuple[str, ...]
+    folders: frozenset[str]
 
 
 def is_image(name: str) -> bool:
@@ -57,7 +61,8 @@ def find_files(root: Path) -> ClassFiles:
     for number, name in enumerate(names):
         walk.read(number, name)
     walk.follow_links()
-    return ClassFiles(names, tuple(sorted(walk.files[number]) for number in range(len(names))), tuple(walk.notes()))
+    files = tuple(sorted(walk.files[number]) for number in range(len(names)))
+    return ClassFiles(names, files, tuple(walk.notes()), frozenset(walk.folders))
 
 
 class _Walk:
@@ -69,6 +74,7 @@ class _Walk:
         self.hidden_folders, self.hidden_files = list[str](), list[str]()
         self.followed, self.left_out, self.beside = list[str](), list[str](), list[str]()
         self.others: Counter[str] = Counter()
+        self.folders: list[str] = []
         real = root.resolve()
         self.seen = {_identity(folder): str(folder) for folder in (real, *real.parents)}
 
@@ -98,6 +104,7 @@ class _Walk:
         waiting, files = [path], self.files.setdefault(number, [])
         while waiting:
             folder = waiting.pop()
+            self.folders.append(os.path.realpath(self.root / folder))
             for entry in _scan(self.root / folder):
                 inner = os.path.join(folder, entry.name)
                 if not _is_folder(entry):
