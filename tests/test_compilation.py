@@ -1,5 +1,6 @@
 """Blocks compiled one by one: the same gradients, and few graphs."""
 
+import contextlib
 import copy
 import functools
 from types import MethodType
@@ -163,7 +164,10 @@ def test_what_torch_compiled_as_a_whole_trains_to_the_same_gradients(network, co
     eager, subnet = copy.deepcopy(model), unloaf.Subnet.from_depths(stages, (2, 1, 3))
     method(eager, stages).backward(x, y, subnets=[subnet])
     wrapped = compiled(model)
-    method(wrapped, stages).backward(x, y, subnets=[subnet])
+    told = pytest.warns(UserWarning, match=r"not used.*unloaf\.compile_blocks\(model, stages\)")
+    with told if method is unloaf.StimulativeTraining else contextlib.nullcontext():
+        trained = method(wrapped, stages)
+    trained.backward(x, y, subnets=[subnet])
     assert (gradients(model) - gradients(eager)).norm() < 1e-10 * gradients(eager).norm()
     wrapped.eval()
     eager.eval()
@@ -171,8 +175,27 @@ def test_what_torch_compiled_as_a_whole_trains_to_the_same_gradients(network, co
         assert torch.allclose(wrapped(x), eager(x))
 
 
+@pytest.mark.parametrize("build", [unloaf.StimulativeTraining, unloaf.GroupKnowledgeTraining, unloaf.stimulative_plus])
+def test_a_bypassed_compilation_is_told_where_the_method_is_made_and_compiled_blocks_are_none(network, build):
+    model, stages, x, y = network
+    unloaf.compile_blocks(model, stages, backend="eager")
+    method = build(model, stages)  # warnings are errors
+    wrapped = torch.compile(model, backend="eager")
+    with pytest.warns(UserWarning, match="what torch.compile made of the model is not used") as told:
+        build(wrapped, stages)
+    assert len(told) == 1
+    method.backward(x, y)
+
+
+def test_common_training_runs_a_compiled_model_compiled(network, counted):
+    model, _, x, y = network
+    unloaf.CommonTraining(torch.compile(model, backend=counted[0])).backward(x, y)
+    assert len(counted[1]) > 0
+
+
 def test_a_wrapper_around_a_compiled_model_is_refused(network):
     model, stages, x, y = network
-    method = unloaf.StimulativeTraining(torch.nn.DataParallel(torch.compile(model, backend="eager")), stages)
+    with pytest.warns(UserWarning, match="not used"):
+        method = unloaf.StimulativeTraining(torch.nn.DataParallel(torch.compile(model, backend="eager")), stages)
     with pytest.raises(ValueError, match="DataParallel holds a compiled model"):
         method.backward(x, y)

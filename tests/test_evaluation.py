@@ -221,7 +221,7 @@ BATCHES = {
     "other rows": ((SCORES, LABELS[:2]), r"y has shape \(2,\), the logits \(3, 6\); .*one label for each row"),
     "shares": (
         (SCORES, SCORES.softmax(-1)),
-        r"float32; accuracy needs class indices: y\.argmax\(-1\), or give a met",
+        r"float32; accuracy needs class indices \(.* y\.argmax\(-1\)\), or give",
     ),
     "one output": ((SCORES[:, :1], LABELS), "at least 2 classes, or give a metric"),
     "a list": ((SCORES, [0, 0, 1]), "y is list; accuracy needs a tensor of class indices, or give a metric"),

@@ -180,14 +180,14 @@ def test_models_of_fixed_sizes_are_refused_with_the_legal_ones(name):
     with pytest.raises(
         ValueError, match=rf"sides 27 to 64; legal sides up to 64: {legal}\. Give SmallerInputs\(sides="
     ):
-        unloaf.stimulative_plus(model, stages)
+        unloaf.stimulative_plus(model, stages, subnet_inputs=SmallerInputs())
 
 
 def test_a_refused_model_is_left_as_it_was():
     model, stages = build("vit_tiny_patch16_224", **VIT)
     before = [m.training for m in model.modules()], [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="legal sides"):
-        unloaf.stimulative_plus(model, stages)
+        unloaf.stimulative_plus(model, stages, subnet_inputs=SmallerInputs())
     assert [m.training for m in model.modules()] == before[0]
     assert all(map(torch.equal, model.parameters(), before[1]))
 
@@ -214,6 +214,56 @@ def test_inputs_that_are_no_images_are_refused():
     stages = unloaf.find_stages(model, torch.randn(2, 4))
     with pytest.raises(ValueError, match=r"need images.*shape \(4,\)"):
         unloaf.StimulativeTraining(model, stages, subnet_inputs=SmallerInputs())
+
+
+# --- ST++ on any model
+
+
+FIXED = {"ViT": ("vit_tiny_patch16_224", VIT), "Swin": ("swin_tiny_patch4_window7_224", SWIN)}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_without_smaller_sides_subnets_see_the_full_one_and_it_is_said_once(name):
+    architecture, options = FIXED[name]
+    (model, stages), x = build(architecture, **options), torch.randn(2, 3, 64, 64)
+    with pytest.warns(UserWarning, match=r"cannot have a side of 27 to 63 pixels.*subnet_inputs=None") as told:
+        method = unloaf.stimulative_plus(model, stages, num_subnets=3)
+    assert [warning.filename for warning in told] == [__file__]
+    assert {request.side for request in method.draw(x)} == {None}
+    assert method.backward(x, torch.tensor([0, 1])).loss.isfinite()
+
+
+def test_sides_that_the_model_takes_are_drawn_from():
+    model, stages = build("vit_tiny_patch16_224", **VIT, dynamic_img_size=True)
+    method = unloaf.stimulative_plus(model, stages, num_subnets=30)
+    assert method.subnet_inputs == SmallerInputs(sides=(32, 48, 64))
+    assert {request.side for request in method.draw(torch.randn(2, 3, 64, 64))} == {32, 48, None}
+
+
+def test_sides_fit_the_batch_and_not_the_example_of_the_stages():
+    model, stages = build("vit_tiny_patch16_224", **VIT, dynamic_img_size=True)
+    method = unloaf.stimulative_plus(model, stages, num_subnets=60)
+    sides = {request.side for request in method.draw(torch.randn(1, 3, 96, 96))}
+    assert sides == {48, 64, 80, None}  # multiples of 16 from int(0.43 * 96) = 41 up
+    method.subnet_inputs = None
+    assert {request.side for request in method.draw(torch.randn(1, 3, 96, 96))} == {None}
+
+
+@pytest.mark.parametrize("kind", ["features", "mapping"])
+def test_what_is_no_image_is_shown_as_it_is(kind):
+    torch.manual_seed(0)
+    model = Graph() if kind == "mapping" else nn.Sequential(Block(6, 6), Block(6, 6), nn.Linear(6, 3))
+    x = torch.randn(7, 6)
+    batch = {"x": x, "edges": torch.zeros(2, 3)} if kind == "mapping" else x
+    with pytest.warns(UserWarning, match="are no images"):
+        method = unloaf.stimulative_plus(model, unloaf.find_stages(model, batch))
+    assert method.backward(batch, torch.randint(3, (7,))).loss.isfinite()
+
+
+def test_a_rule_that_does_not_exist():
+    model, stages = build("resnet18", layers=(2, 1, 1, 1), channels=(64, 8, 8, 8), num_classes=4)
+    with pytest.raises(ValueError, match=r"subnet_inputs is 'legal'; give SmallerInputs\(\.\.\.\), 'auto' or None"):
+        unloaf.stimulative_plus(model, stages, subnet_inputs="legal")
 
 
 # --- mappings, whose order means nothing

@@ -248,6 +248,77 @@ def test_a_subnet_loss_that_does_not_reduce(name, call, shape):
     assert refuses(method, message, lambda: call(method, *batch()))
 
 
+# --- gradients
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@every_method
+def test_backward_where_nothing_has_a_gradient(name, context):
+    method = METHODS[name](*toy())
+
+    def run():
+        with context():
+            method.backward(*batch())
+
+    assert refuses(method, r"computes no gradient; leave it, or call method\(x, y\)", run)
+
+
+@every_method
+@every_call
+def test_a_frozen_model(name, call):
+    model, stages = toy()
+    model.requires_grad_(False)
+    method = METHODS[name](model, stages)
+    assert refuses(
+        method, "no loss of this step has a gradient: all parameters are frozen", lambda: call(method, *batch())
+    )
+
+
+@every_method
+def test_the_loss_alone_without_gradients(name):
+    method, subnets = METHODS[name](*toy()), pinned(name, toy()[1])
+    expected = METHODS[name](*toy())(*batch(), subnets=subnets).loss
+    with torch.no_grad():
+        out = method(*batch(), subnets=subnets)
+    assert not out.loss.requires_grad
+    assert torch.equal(out.loss, expected.detach())
+
+
+@pytest.mark.parametrize("name", WITH_SUBNETS)
+def test_inference_mode_hides_changes_in_place(name):
+    method = METHODS[name](*toy())
+
+    def run():
+        with torch.inference_mode():
+            method(*batch())
+
+    assert refuses(method, r"inference_mode\(\) hides.*use torch\.no_grad\(\)", run)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_criterion_without_a_gradient_leaves_those_of_the_subnets(call):
+    model, stages = toy()
+    model.zero_grad()
+    method = StimulativeTraining(model, stages, criterion=lambda logits, y: logits.new_zeros(()))
+    out = CALLS[call](method, *batch(), subnets=pinned("st", stages))
+    if call == "forward":
+        out.loss.backward()
+    assert model.head.weight.grad.any()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_frozen_model_below_a_criterion_with_weights(call):
+    model, _ = toy()
+    model.requires_grad_(False)
+    criterion = nn.Module()
+    criterion.scale = nn.Parameter(torch.ones(3))
+    method = CommonTraining(model, criterion=lambda logits, y: F.cross_entropy(logits * criterion.scale, y))
+    out = CALLS[call](method, *batch())
+    if call == "forward":
+        out.loss.backward()
+    assert criterion.scale.grad.any()
+
+
 # --- construction
 
 

@@ -304,7 +304,9 @@ def _check_labels(logits: Tensor, y: Any) -> None:
     if logits.ndim < 2 or logits.shape[-1] < 2:
         raise ValueError(f"{shapes}; accuracy needs (..., classes) with at least 2 classes, or give a metric")
     if y.is_floating_point():
-        raise ValueError(f"{shapes} in {y.dtype}; accuracy needs class indices: y.argmax(-1), or give a metric")
+        raise ValueError(
+            f"{shapes} in {y.dtype}; accuracy needs class indices (of shares of classes y.argmax(-1)), or give a metric"
+        )
     if y.shape != logits.shape[:-1]:
         second = y.shape == (*logits.shape[:1], *logits.shape[2:])
         cure = "readout=lambda output: output.movedim(1, -1)" if second else "one label for each row of logits"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -204,9 +205,7 @@ def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[i
         raise ValueError(
             f"smaller inputs need images (channels, height, width), but an example has shape {tuple(input_shape)}"
         )
-    side = min(input_shape[1:])
-    parameter = next(model.parameters())
-    image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+    side, image = min(input_shape[1:]), _noise(model, input_shape)
     sides = inputs.candidates(side)
     legal = legal_sides(model, image, sides)
     if len(legal) == len(sides):
@@ -217,5 +216,45 @@ def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[i
     raise ValueError(
         f"{type(inner_module(model)).__name__} cannot take all inputs of sides {min(sides)} to {max(sides)}; "
         f"legal sides up to {side}: {listed}. Give SmallerInputs(sides=(...)) out of these, "
-        "or build the model for varying sizes (timm: dynamic_img_size=True)"
+        'subnet_inputs="auto", which draws from them, or subnet_inputs=None for the inputs of the main network'
     )
+
+
+def fitting_inputs(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[int] | None) -> SmallerInputs | None:
+    """The rule, with the sides that the model takes; None, with a warning, where it takes the full one alone.
+
+    Args:
+        model: the network; run in eval mode on noise, one image.
+        inputs: the rule.
+        input_shape: shape of one example, (channels, height, width); None where it is not one tensor.
+
+    >>> from torch import nn
+    >>> fitting_inputs(nn.Conv2d(3, 4, 3), SmallerInputs(), (3, 8, 8))
+    SmallerInputs(min_ratio=0.43, per='subnet', sides=None)
+    >>> fitting_inputs(nn.Conv2d(3, 4, 6), SmallerInputs(), (3, 8, 8)).sides
+    (6, 7, 8)
+    """
+    name = type(inner_module(model)).__name__
+    if input_shape is None or len(input_shape) != 3:
+        found = "are no images in a tensor of their own"
+    else:
+        side = min(input_shape[1:])
+        sides = inputs.candidates(side)
+        legal = legal_sides(model, _noise(model, input_shape), sides)
+        if len(legal) == len(sides):
+            return inputs
+        if any(smaller < side for smaller in legal):
+            return replace(inputs, sides=tuple(legal))
+        found = f"cannot have a side of {min(sides)} to {side - 1} pixels"
+    warnings.warn(
+        f"inputs of {name} {found}, so subnets are not shown smaller ones but those of the main network "
+        "(subnet_inputs=None says so without this warning)",
+        stacklevel=4,
+    )
+    return None
+
+
+def _noise(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """One image, where and of what the model's parameters are."""
+    image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
+    return image.to(next(model.parameters()))

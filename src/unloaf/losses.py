@@ -113,7 +113,7 @@ def all_over_counted(counted: Tensor, dtype: torch.dtype) -> Tensor:
     >>> all_over_counted(torch.tensor([True, True, False]), torch.float32)
     tensor(1.5000)
     """
-    return counted.numel() / counted.sum().clamp(min=1).to(dtype)
+    return counted.numel() / counted.sum(dtype=dtype).clamp(min=1)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
 from unloaf.engine.config import Config
-from unloaf.inputs import SmallerInputs
+from unloaf.inputs import SmallerInputs, fitting_inputs
 from unloaf.losses import check_two_classes, direction, direction_kl_loss, kl_loss, resolve_amplitude
 from unloaf.methods import (
     CommonTraining,
@@ -73,7 +73,7 @@ def build_method(
         model,
         stages,
         num_subnets=config.num_subnets_or_default,
-        subnet_inputs=_subnet_inputs(config),
+        subnet_inputs=_subnet_inputs(config, model, stages),
         **settings,
     )
 
@@ -192,10 +192,10 @@ def _label_loss(config: Config) -> Criterion:
     return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
-def _subnet_inputs(config: Config) -> SmallerInputs | None:
+def _subnet_inputs(config: Config, model: nn.Module, stages: tuple[Stage, ...]) -> SmallerInputs | None:
     rule = config.subnet_inputs
-    if rule == "auto":
-        rule = "smaller" if config.method == "st++" else "same"
-    if rule == "same":
+    if rule == "same" or (rule == "auto" and config.method != "st++"):
         return None
-    return SmallerInputs(min_ratio=config.min_ratio, sides=config.sides or None, per=config.per)
+    inputs = SmallerInputs(min_ratio=config.min_ratio, sides=config.sides or None, per=config.per)
+    shape = stages[0].input_shape if stages else None
+    return fitting_inputs(model, inputs, shape) if rule == "auto" and not config.sides and shape else inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from unloaf.batchnorm import statistics_unless_raised
 from unloaf.inputs import batch_size, first_tensor
 from unloaf.methods.terms import Criterion, Distance, StepLosses
-from unloaf.passes import Readout, StepTerms, SubnetPass, lean_backward, logits_of, one_graph_losses
+from unloaf.passes import Readout, StepTerms, SubnetPass, check_gradient, lean_backward, logits_of, one_graph_losses
 from unloaf.stages import Stage, call_model, inner_module
 from unloaf.subnet import Subnet, check_stages
 
@@ -90,6 +91,7 @@ class TrainingMethod(ABC):
         self._check_batch(x, y)
         with _advice_on_small_batches(x), statistics_unless_raised(inner_module(self.model)):
             out = self._forward(x, y, subnets)
+            check_gradient(out.loss.requires_grad or not torch.is_grad_enabled())
         self.step += 1
         return out
 
@@ -105,6 +107,11 @@ class TrainingMethod(ABC):
             loss_scale: multiplies the gradients of all terms, not the returned losses: ``1 / n`` to accumulate over n
                 batches, ``scaler.get_scale()`` with a gradient scaler.
         """
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "backward inside torch.no_grad() or torch.inference_mode() computes no gradient; leave it, or call "
+                "method(x, y) inside torch.no_grad() for the loss alone"
+            )
         self._check_batch(x, y)
         with _advice_on_small_batches(x), statistics_unless_raised(inner_module(self.model)):
             out = self._backward(x, y, subnets, loss_scale)
@@ -189,6 +196,7 @@ class SinglePassTraining(TrainingMethod):
         # What the model checkpoints itself is computed anew in the backward pass: by the same subnet.
         with self._active(x, subnets) as trained:
             out = self._pass(x, y, trained)
+            check_gradient(out.loss.requires_grad)
             with torch.autocast(out.loss.device.type, enabled=False):
                 (out.loss * scale).backward()
         return out._replace(loss=out.loss.detach())
@@ -224,6 +232,7 @@ class SubnetTraining(TrainingMethod):
     ) -> None:
         super().__init__(model, criterion=criterion, seed=seed, readout=readout)
         self.subnet_loss = subnet_loss
+        _tell_what_is_not_compiled(model)
         check_stages(model, stages)
         self.stages, self._weight = tuple(stages), subnet_weight
         self.weight_at(0)
@@ -304,6 +313,8 @@ class SubnetTraining(TrainingMethod):
         return self._step(partial(lean_backward, scale=scale), x, y, subnets)
 
     def _step(self, run: Callable[..., StepTerms], x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("torch.inference_mode() hides which outputs are changed in place; use torch.no_grad()")
         passes, losses = self._requested(x, subnets), self.losses(y)
         step = run(
             self.model,
@@ -315,10 +326,20 @@ class SubnetTraining(TrainingMethod):
             readout=self.readout,
         )
         total = torch.stack([step.main_loss, *step.subnet_losses]).sum()
-        terms = [step.main_loss.detach(), *(loss.detach() for loss in step.subnet_losses)]
+        terms = [loss.detach() if loss.requires_grad else loss for loss in (step.main_loss, *step.subnet_losses)]
         names = ["main", *map(self._term_name, range(len(passes)))]
         subnets = tuple(request.subnet for request in passes)
         return StepOutput(total, step.logits, dict(zip(names, terms, strict=True)), subnets)
+
+
+def _tell_what_is_not_compiled(model: nn.Module) -> None:
+    """Warn that steps bypass torch.compile of more than a block: such a graph holds the blocks of one subnet."""
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+        warnings.warn(
+            "what torch.compile made of the model is not used: steps run subnets as they are, without compilation; "
+            "compile the blocks of the model itself instead: unloaf.compile_blocks(model, stages)",
+            stacklevel=4,
+        )
 
 
 def _checked_weight(weight: float, found: str) -> float:

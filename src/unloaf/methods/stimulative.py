@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from unloaf.inputs import SmallerInputs, check_sides
+from unloaf.inputs import SmallerInputs, check_sides, fitting_inputs
 from unloaf.losses import Norm, direction_kl_loss, kl_loss, resolve_amplitude
 from unloaf.methods.step import SubnetTraining, Weight, check_count
 from unloaf.methods.terms import Criterion, DirectionCriterion, Distance
@@ -29,7 +29,8 @@ class StimulativeTraining(SubnetTraining):
         sampler: the rule that draws subnets; default `OrderedSampler`.
         num_subnets: subnets per step; their losses are summed.
         subnet_loss: from (student logits, teacher logits) to a loss of shape ().
-        subnet_inputs: `SmallerInputs`, or None for the main network's input.
+        subnet_inputs: `SmallerInputs`, None for the main network's input, or "auto": `SmallerInputs` with the sides
+            that the model takes, and the main network's input, with a warning, where it takes no smaller ones.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
         subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
@@ -61,7 +62,7 @@ class StimulativeTraining(SubnetTraining):
         sampler: Sampler | None = None,
         num_subnets: int = 1,
         subnet_loss: Distance = kl_loss,
-        subnet_inputs: SmallerInputs | None = None,
+        subnet_inputs: SmallerInputs | Literal["auto"] | None = None,
         subnet_weight: Weight = 1.0,
         subnet_batch_fraction: float = 1.0,
         criterion: Criterion | None = None,
@@ -81,8 +82,15 @@ class StimulativeTraining(SubnetTraining):
         self.sampler = sampler if sampler is not None else OrderedSampler()
         self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
         self.num_subnets = check_count("num_subnets", num_subnets)
-        self.subnet_inputs = subnet_inputs
         shape = self.stages[0].input_shape if self.stages else None
+        self._fitting: dict[tuple[int, ...], SmallerInputs | None] = {}
+        if isinstance(subnet_inputs, str):
+            if subnet_inputs != "auto":
+                raise ValueError(f"subnet_inputs is {subnet_inputs!r}; give SmallerInputs(...), 'auto' or None")
+            self.subnet_inputs = fitting_inputs(model, SmallerInputs(), shape)
+            self._fitting = {} if shape is None else {shape: self.subnet_inputs}
+            return
+        self.subnet_inputs = subnet_inputs
         if subnet_inputs is not None and shape is not None:
             check_sides(model, subnet_inputs, shape)
 
@@ -95,14 +103,25 @@ class StimulativeTraining(SubnetTraining):
 
     def _side(self, x: Any, step: int, index: int) -> int | None:
         """The side of one subnet's input; None for the full one, whose prefix is the main network's."""
-        if self.subnet_inputs is None:
+        rule = self._rule(x)
+        if rule is None:
             return None
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise ValueError("smaller inputs need x as images (batch, channels, height, width); set subnet_inputs=None")
         full = min(x.shape[-2:])
-        draw = 0 if self.subnet_inputs.per == "step" else index
-        side = self.subnet_inputs.draw(full, draw_generator(self.seed, step, draw, purpose="side"))
+        draw = 0 if rule.per == "step" else index
+        side = rule.draw(full, draw_generator(self.seed, step, draw, purpose="side"))
         return None if side == full else side
+
+    def _rule(self, x: Any) -> SmallerInputs | None:
+        """What subnets see; of sides that were found to fit one shape of images, those that fit this one."""
+        first = next(iter(self._fitting.values()), None)
+        if not self._fitting or self.subnet_inputs is not first or first == SmallerInputs():
+            return self.subnet_inputs
+        shape = tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
+        if len(shape) == 3 and shape not in self._fitting:
+            self._fitting[shape] = fitting_inputs(self.model, SmallerInputs(), shape)
+        return self._fitting.get(shape, first)
 
     def teacher_of(self, index: int, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
         """The main network."""
@@ -115,7 +134,7 @@ def stimulative_plus(
     *,
     sampler: Sampler | None = None,
     num_subnets: int = 6,
-    subnet_inputs: SmallerInputs | None = SmallerInputs(),
+    subnet_inputs: SmallerInputs | Literal["auto"] | None = "auto",
     amplitude: float | Literal["auto"] = "auto",
     norm: Norm = "layer_norm",
     eps: float = 1e-7,
@@ -133,7 +152,8 @@ def stimulative_plus(
         stages: from `find_stages`.
         sampler: default `InterStageSampler`.
         num_subnets: subnets per step, 6 in the paper.
-        subnet_inputs: default `SmallerInputs()`; None for a model that takes one size only.
+        subnet_inputs: "auto" for `SmallerInputs` with the sides that the model takes, or the main network's input, with
+            a warning, where it takes no smaller ones; `SmallerInputs`, or None for the main network's input.
         amplitude: of the directions, see `direction_kl_loss`; the published runs used 1 on 1,000 classes.
         norm: "layer_norm" (published runs) or "l2" (text of the paper).
         eps: of the norm; two classes under layer_norm need 0.1 at least.

@@ -155,6 +155,8 @@ def positions_that_count(criterion: Criterion, logits: Tensor, y: Any) -> Tensor
     if not y.ndim or y.shape != positions[: y.ndim] or (y.dtype == torch.uint8 and ignored < 0):
         return None
     counted = y != ignored
+    if y.ndim == len(positions):
+        return counted
     return counted.reshape(*y.shape, *[1] * (len(positions) - y.ndim)).expand(positions)
 
 

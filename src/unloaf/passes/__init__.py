@@ -13,13 +13,14 @@ from unloaf.passes.lean import lean_backward
 from unloaf.passes.one_graph import one_graph, one_graph_losses
 from unloaf.passes.plan import SubnetPass
 from unloaf.passes.replay import Readout, between_blocks, logits_of
-from unloaf.passes.terms import StepTerms
+from unloaf.passes.terms import StepTerms, check_gradient
 
 __all__ = [
     "Readout",
     "StepTerms",
     "SubnetPass",
     "between_blocks",
+    "check_gradient",
     "lean_backward",
     "logits_of",
     "one_graph",

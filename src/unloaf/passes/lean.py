@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unloaf.batchnorm import frozen_statistics
 from unloaf.passes.plan import Run, SubnetPass
 from unloaf.passes.replay import Readout, Session
-from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms
+from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms, check_gradient
 from unloaf.stages import Stage
 
 
@@ -65,6 +65,7 @@ class _LeanBackward:
     def __init__(self, session: Session, terms: Terms, scale: float | Tensor) -> None:
         self.session, self.terms, self.scale = session, terms, scale
         self.alive: list[Run] = []
+        self.has_gradient = False
 
     def advance(self, run: Run) -> None:
         """Run one subnet, then finish all that can be finished, the latest first."""
@@ -89,6 +90,7 @@ class _LeanBackward:
         """Backward of a suffix: gradients arrive at its leaves and at the stand-ins of the parameters."""
         roots, root_grads = self._roots(run, losses)
         if roots:
+            self.has_gradient = True
             with _no_autocast(roots[0]), _shared_graphs_explained():
                 torch.autograd.backward(roots, root_grads)
             for record, index, leaf in run.leaves:
@@ -104,6 +106,7 @@ class _LeanBackward:
         losses = self.terms.of(main)
         assert losses is not None
         roots, root_grads = self._roots(main, [self.terms.main_loss, *losses])
+        check_gradient(self.has_gradient or bool(roots))
         with _undone_where_passes_met(standins):
             for standin in standins:
                 parameter, grad = standin.parameter, standin.gradient()

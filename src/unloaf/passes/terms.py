@@ -71,3 +71,12 @@ class Terms:
     def result(self) -> StepTerms:
         """All of them."""
         return StepTerms(self.main_logits, self.main_loss, [loss for loss in self.losses if loss is not None])
+
+
+def check_gradient(has_one: bool) -> None:
+    """Raise ValueError unless a loss of the step has a gradient."""
+    if not has_one:
+        raise ValueError(
+            "no loss of this step has a gradient: all parameters are frozen, or the losses are cut off from them; "
+            "set requires_grad_(True) for those to train"
+        )

@@ -167,7 +167,7 @@ class Config:
     main_logits: Literal["auto", "raw", "direction"] = "auto"
     """What the cross-entropy of st, st++ and gkt sees; auto: the direction with kl-, raw otherwise."""
     subnet_inputs: Literal["auto", "same", "smaller"] = "auto"
-    """st, st++: what subnets see; auto: randomly smaller images for st++, the same images otherwise."""
+    """st, st++: what subnets see; auto: for st++ randomly smaller images, where the network takes them."""
     min_ratio: float = 0.43
     """Smallest side of the smaller images, as a share of the full side."""
     sides: tuple[int, ...] = ()
