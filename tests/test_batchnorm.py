@@ -42,6 +42,49 @@ def test_variances_are_averages_of_unbiased_batch_variances():
     torch.testing.assert_close(norm.running_var, torch.stack([x.var(0, unbiased=True) for x in data]).mean(0))
 
 
+def weighted(values, sizes):
+    return sum(size * value for size, value in zip(sizes, values, strict=True)) / sum(sizes)
+
+
+def of_sizes(*sizes, more=()):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn((size, 2, *more), generator=generator) * (i + 1) + 3 * i for i, size in enumerate(sizes)]
+
+
+RAGGED = {
+    "a short last one": (nn.BatchNorm1d, of_sizes(64, 64, 2), (0,)),
+    "a short first one": (nn.BatchNorm1d, of_sizes(2, 64, 64), (0,)),
+    "images, one alone": (nn.BatchNorm2d, of_sizes(8, 1, 3, more=(3, 3)), (0, 2, 3)),
+    "a norm of timm": (timm.layers.BatchNormAct2d, of_sizes(8, 8, 3, more=(3, 3)), (0, 2, 3)),
+}
+
+
+@pytest.mark.parametrize(("norm", "data", "axes"), RAGGED.values(), ids=RAGGED)
+@pytest.mark.parametrize("kind", ["tensors", "mappings"])
+def test_a_batch_counts_by_its_examples(norm, data, axes, kind):
+    model = Named(norm(2))
+    sizes = [len(x) for x in data]
+    given = data if kind == "tensors" else [{"scale": torch.tensor(1.0), "pixels": x} for x in data]
+    unloaf.recalibrate_bn(model, given)
+    torch.testing.assert_close(model.norm.running_mean, weighted([x.mean(axes) for x in data], sizes))
+    torch.testing.assert_close(model.norm.running_var, weighted([x.var(axes) for x in data], sizes))
+    assert int(model.norm.num_batches_tracked) == len(data)
+
+
+def test_tracking_instance_norms_count_examples_too():
+    norm, data = nn.InstanceNorm1d(2, track_running_stats=True), of_sizes(4, 1, 3, more=(5,))
+    unloaf.recalibrate_bn(nn.Sequential(norm), data)
+    torch.testing.assert_close(norm.running_mean, weighted([x.mean((0, 2)) for x in data], [4, 1, 3]))
+
+
+def test_equal_batches_give_the_bits_of_torchs_cumulative_average():
+    norm, twin = nn.BatchNorm1d(2), nn.BatchNorm1d(2, momentum=None)
+    for x in of_sizes(*[7] * 9):
+        twin(x)
+    unloaf.recalibrate_bn(nn.Sequential(norm), of_sizes(*[7] * 9))
+    assert equal(statistics(norm), statistics(twin))
+
+
 def test_earlier_statistics_are_forgotten():
     norm, data = nn.BatchNorm1d(2), batches()
     norm.running_mean.fill_(1e6)
@@ -84,8 +127,8 @@ class Named(nn.Module):
         super().__init__()
         self.norm = norm
 
-    def forward(self, pixels):
-        return self.norm(pixels)
+    def forward(self, pixels, scale=1.0):
+        return self.norm(pixels * scale)
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])

@@ -177,10 +177,17 @@ def _is_running(item: tuple[str, Tensor | None]) -> bool:
     return item[0].startswith("running_") and item[1] is not None
 
 
-def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Re-estimate the running statistics of all batch norms: the plain average over the given batches.
+def _examples(inputs: Any) -> int:
+    """How many there are: of a mapping, in its first tensor; all alike where no tensor says it."""
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    return next((len(x) for x in tensors if isinstance(x, Tensor) and x.dim()), 1)
 
-    Call it inside `active_subnet`, on a copy, to judge or export a subnet. Only batch norms run in training mode, and
+
+def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Re-estimate the running statistics of all batch norms: the average over the given batches.
+
+    Means and (unbiased) variances of the batches are averaged, each by its number of examples: a batch of two counts as
+    two. Call it inside `active_subnet`, on a copy, to judge or export a subnet. Only batch norms run in training mode, and
     no gradient is computed. Norms of other classes (EvoNorm) count where they have ``running_mean`` or ``running_var``
     and a ``momentum``; running statistics that move by no such momentum are left, with a warning that names them.
 
@@ -205,7 +212,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     if not norms:
         return 0
     momenta = [(norm, norm.momentum) for norm in norms]
-    count = 0
+    count, total, plain = 0, 0, True
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()
@@ -216,9 +223,13 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
                     for norm in norms:
                         _forget(norm)
                         norm.train()
-                count += 1
+                size = _examples(inputs)
+                count, total = count + 1, total + size
+                plain = plain and total == count * size  # all are of the same size so far
                 for norm, usual in momenta:
-                    norm.momentum = None if _averages_without_momentum(norm) else _momentum(usual, 1 / count)
+                    # None where it will do: a momentum that changes makes a compiled block compile again.
+                    as_usual = plain and _averages_without_momentum(norm)
+                    norm.momentum = None if as_usual else _momentum(usual, size / max(1, total))
                 call_model(model, inputs)
     finally:
         for norm, momentum in momenta:
