@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -16,8 +17,9 @@ from torch.nn import functional
 import unloaf
 from unloaf.analysis import costs
 from unloaf.analysis.choice import pareto_front
-from unloaf.analysis.costs import CostRow, Timing, cost_records, count_costs, gmacs, measure_subnets, write_csv
+from unloaf.analysis.costs import Timing, gmacs, measured_rounds, time_subnets, with_latency, write_csv
 from unloaf.analysis.flops import counting_flops
+from unloaf.analysis.subnet_tables import cost_records
 from unloaf.engine.models import build_model
 
 
@@ -97,9 +99,23 @@ def network():
 def test_costs_are_those_of_the_exported_subnet(network):
     model, stages, x = network
     subnet = unloaf.Subnet.from_depths(stages, (2, 1, 3))
-    [row] = count_costs(model, stages, x, [subnet])
+    [row] = unloaf.measure_subnets(model, stages, x, [unloaf.SubnetRow(subnet)])
     small = unloaf.export_subnet(model, stages, subnet)
-    assert row == CostRow("2-1-3", sum(p.numel() for p in small.parameters()), gmacs(small, x))
+    params = sum(p.numel() for p in small.parameters())
+    assert row == unloaf.SubnetRow(subnet, params=params, gmacs=gmacs(small, x))
+
+
+def test_rows_that_were_judged_are_measured_and_picked_from_as_they_are(network):
+    model, stages, x = network
+    rows = unloaf.evaluate_subnets(model, stages, [(torch.randn(4, 3, 32, 32), torch.arange(4))], subnets=3)
+    best = unloaf.pick_subnet(rows)
+    assert best.top1 == max(row.top1 for row in rows)
+    measured = unloaf.measure_subnets(model, stages, x, rows, latency=True, repeats=1)
+    assert [replace(row, gmacs=None, latency_ms=None) for row in measured] == rows
+    assert [row.gmacs for row in measured] == [gmacs(unloaf.export_subnet(model, stages, r.subnet), x) for r in rows]
+    assert min(row.latency_ms for row in measured) > 0
+    cheapest = min(measured, key=lambda row: row.gmacs)
+    assert unloaf.pick_subnet(measured, max_gmacs=cheapest.gmacs) == cheapest
 
 
 def test_measured_rows_are_complete_and_leave_the_model_as_it_was(network):
@@ -108,12 +124,13 @@ def test_measured_rows_are_complete_and_leave_the_model_as_it_was(network):
     model.train()
     model.conv1.eval()
     subnets = unloaf.enumerate_subnets(stages)[:3]
-    rows = measure_subnets(model, stages, x, subnets, batch_sizes=(2, 1), repeats=4)
-    assert [row.subnet for row in rows] == [str(subnet) for subnet in subnets]
-    for row in rows:
-        assert [timing.batch_size for timing in row.timings] == [2, 1]
-        assert row.latency == row.timings[1].median_ms  # of the smallest batch
-        for timing in row.timings:
+    times = time_subnets(model, stages, x, subnets, batch_sizes=(2, 1), repeats=4)
+    rows = with_latency([unloaf.SubnetRow(subnet) for subnet in subnets], times)
+    assert [row.subnet for row in rows] == subnets
+    for row, timings in zip(rows, times, strict=True):
+        assert [timing.batch_size for timing in timings] == [2, 1]
+        assert row.latency_ms == timings[1].median_ms  # of the smallest batch
+        for timing in timings:
             assert 0 < timing.median_ms <= timing.p95_ms
             assert (timing.repeats, timing.device, timing.threads) == (4, "cpu", torch.get_num_threads())
     assert (model.training, model.conv1.training, model.layer1.training) == (True, False, True)
@@ -126,13 +143,12 @@ def test_subnets_take_turns(network, monkeypatch):
     order = []
     monkeypatch.setattr(costs, "_timed", lambda model, batch, device: float(len(order)))
 
-    counted = [CostRow(str(s), 1, 1.0) for s in unloaf.enumerate_subnets(stages)[:4]]
-    monkeypatch.setattr(costs, "count_costs", lambda *args: counted)
-    monkeypatch.setattr(costs, "active_subnet", lambda *args: order.append(str(args[2])) or unloaf.active_subnet(*args))
-    measure_subnets(model, stages, x, unloaf.enumerate_subnets(stages)[:4], batch_sizes=[1], repeats=5)
+    subnets = unloaf.enumerate_subnets(stages)[:4]
+    monkeypatch.setattr(costs, "active_subnet", lambda *args: order.append(args[2]) or unloaf.active_subnet(*args))
+    time_subnets(model, stages, x, subnets, batch_sizes=[1], repeats=5)
     rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
-    assert len(rounds) == costs.measured_rounds(5)
-    assert all(sorted(r) == sorted(row.subnet for row in counted) for r in rounds)
+    assert len(rounds) == measured_rounds(5)
+    assert all(sorted(map(str, r)) == sorted(map(str, subnets)) for r in rounds)
     assert any(a != b for a, b in pairwise(rounds))
 
 
@@ -156,21 +172,23 @@ def test_bad_measurements_are_refused(network, change, message):
     model, stages, x = network
     given_ = {"subnets": [unloaf.Subnet.full(stages)]} | change
     with pytest.raises(ValueError, match=message):
-        measure_subnets(model, stages, x, given_.pop("subnets"), **given_)
+        time_subnets(model, stages, x, given_.pop("subnets"), **given_)
 
 
-def timed(milliseconds):
-    return (
-        Timing(32, 9 * milliseconds, 9 * milliseconds, 3, "cpu", 1),
-        Timing(1, milliseconds, milliseconds, 3, "cpu", 1),
-    )
+def depths(text):
+    """A subnet of stages of three blocks."""
+    return unloaf.Subnet(tuple(tuple(i < int(depth) for i in range(3)) for depth in text.split("-")))
+
+
+def row(text, params=None, gmacs=None, latency_ms=None, **accuracy):
+    return unloaf.SubnetRow(depths(text), params=params, gmacs=gmacs, latency_ms=latency_ms, **accuracy)
 
 
 ROWS = [
-    CostRow("3-3", 900, 0.9, timed(5.0), top1=92.0),
-    CostRow("2-3", 700, 0.7, timed(3.0), top1=91.0),
-    CostRow("3-2", 600, 0.8, timed(2.0), top1=91.0),
-    CostRow("1-1", 300, 0.3, timed(1.0), top1=80.0),
+    row("3-3", 900, 0.9, 5.0, top1=92.0),
+    row("2-3", 700, 0.7, 3.0, top1=91.0),
+    row("3-2", 600, 0.8, 2.0, top1=91.0),
+    row("1-1", 300, 0.3, 1.0, top1=80.0),
 ]
 
 
@@ -188,7 +206,7 @@ ROWS = [
     ],
 )
 def test_picked_subnet_by_hand(limits, picked):
-    assert unloaf.pick_subnet(ROWS, **limits).subnet == picked
+    assert str(unloaf.pick_subnet(ROWS, **limits).subnet) == picked
 
 
 @pytest.mark.parametrize(
@@ -199,9 +217,18 @@ def test_picked_subnet_by_hand(limits, picked):
         (ROWS, {"min_top1": 93}, "top-1 of at least 93 %; the nearest: 3-3 \\(top-1 92.00 %, latency 5 ms\\)"),
         (ROWS, {"min_top1": 92, "max_params": 700}, "at least 92 % with at most 700 parameters; the nearest: 2-3"),
         ([], {}, "no rows"),
-        ([CostRow("3", 1, 1.0)], {}, "subnet 3 has no accuracy"),
-        ([CostRow("3", 1, 1.0, top1=math.nan)], {}, "accuracy of all subnets is NaN"),
-        ([CostRow("3", 1, 1.0, top1=3.0)], {"max_latency": 1.0}, "was not timed"),
+        ([row("3", 1, 1.0)], {}, "subnet 3 has no accuracy"),
+        ([row("3", 1, 1.0, top1=math.nan)], {}, "accuracy of all subnets is NaN"),
+        (
+            [row("3", 1, 1.0, top1=3.0)],
+            {"max_latency": 1.0},
+            "was not timed; .*measure_subnets\\(model, .*latency=True",
+        ),
+        (
+            [row("3", 1, top1=3.0)],
+            {"max_gmacs": 1.0},
+            "subnet 3 has no GMACs; .*unloaf.measure_subnets\\(model, ",
+        ),
     ],
 )
 def test_no_subnet_fits(rows, limits, message):
@@ -211,38 +238,42 @@ def test_no_subnet_fits(rows, limits, message):
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12), st.sampled_from(["gmacs", "params"]))
 def test_pareto_front_is_what_no_other_beats(figures, cost):
-    rows = [CostRow(str(i), price, float(price), top1=float(top1)) for i, (price, top1) in enumerate(figures)]
+    rows = [
+        unloaf.SubnetRow(unloaf.Subnet(((True,) * (i + 1),)), params=price, gmacs=float(price), top1=float(top1))
+        for i, (price, top1) in enumerate(figures)
+    ]
 
     def beats(one, other):
         no_worse = getattr(one, cost) <= getattr(other, cost) and one.top1 >= other.top1
         return no_worse and (getattr(one, cost) < getattr(other, cost) or one.top1 > other.top1)
 
     front = pareto_front(rows, cost=cost)
-    assert sorted(row.subnet for row in front) == sorted(
-        row.subnet for row in rows if not any(beats(other, row) for other in rows)
+    assert sorted(row.subnet.depths for row in front) == sorted(
+        row.subnet.depths for row in rows if not any(beats(other, row) for other in rows)
     )
     assert all(getattr(a, cost) <= getattr(b, cost) for a, b in pairwise(front))
 
 
 @pytest.mark.parametrize("position", range(4))
 def test_a_subnet_that_predicts_nothing_is_neither_picked_nor_in_front(position):
-    rows = [*ROWS[:position], CostRow("0-0", 1, 0.01, top1=math.nan), *ROWS[position:]]
+    rows = [*ROWS[:position], row("1-2", 1, 0.01, top1=math.nan), *ROWS[position:]]
     assert pareto_front(rows) == pareto_front(ROWS)
     assert unloaf.pick_subnet(rows) == unloaf.pick_subnet(ROWS)
     assert unloaf.pick_subnet(rows, min_top1=0) == unloaf.pick_subnet(ROWS, min_top1=0)
 
 
 def test_front_by_latency_differs_from_that_by_gmacs():
-    assert [row.subnet for row in pareto_front(ROWS)] == ["1-1", "2-3", "3-3"]
-    assert [row.subnet for row in pareto_front(ROWS, cost="latency")] == ["1-1", "3-2", "3-3"]
+    assert [str(row.subnet) for row in pareto_front(ROWS)] == ["1-1", "2-3", "3-3"]
+    assert [str(row.subnet) for row in pareto_front(ROWS, cost="latency_ms")] == ["1-1", "3-2", "3-3"]
 
 
 def test_file_has_a_column_for_each_figure(tmp_path):
-    write_csv(cost_records(ROWS[:1]), tmp_path / "costs.csv")
+    timings = [Timing(32, 45.0, 45.0, 3, "cpu", 1), Timing(1, 5.0, 5.0, 3, "cpu", 1)]
+    write_csv(cost_records(ROWS[:1], [timings]), tmp_path / "costs.csv")
     assert (tmp_path / "costs.csv").read_text() == (
-        "subnet,top1,top5,loss,params,gmacs,b32_median_ms,b32_p95_ms,b32_images_per_second,"
+        "subnet,top1,params,gmacs,b32_median_ms,b32_p95_ms,b32_images_per_second,"
         "b1_median_ms,b1_p95_ms,b1_images_per_second,repeats,device,threads\n"
-        f"3-3,92.0,,,900,0.9,45.0,45.0,{32000 / 45.0},5.0,5.0,200.0,3,cpu,1\n"
+        f"3-3,92.0,900,0.9,45.0,45.0,{32000 / 45.0},5.0,5.0,200.0,3,cpu,1\n"
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "costs.csv"]
 
@@ -254,10 +285,9 @@ def test_file_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_file_is_written_into_a_new_folder(tmp_path):
-    write_csv(cost_records([CostRow("1", 1, 0.5)]), tmp_path / "new" / "folder" / "costs.csv")
+    write_csv(cost_records([row("1", 1, 0.5)]), tmp_path / "new" / "folder" / "costs.csv")
     assert (tmp_path / "new" / "folder" / "costs.csv").read_text() == "subnet,params,gmacs\n1,1,0.5\n"
 
 
-def test_unmeasured_rows_have_no_latency():
-    assert CostRow("1", 1, math.pi).latency is None
-    assert list(cost_records([CostRow("1", 1, 0.5)])[0]) == ["subnet", "params", "gmacs"]
+def test_columns_that_no_row_has_are_left_out():
+    assert list(cost_records([row("1", 1, 0.5)])[0]) == ["subnet", "params", "gmacs"]

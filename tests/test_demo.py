@@ -23,7 +23,7 @@ RECIPES = [digits.common, digits.stochastic_depth, digits.stimulative, digits.st
 
 def row(depths, top1):
     keep = tuple(tuple(index < depth for index in range(2)) for depth in depths)
-    return unloaf.SubnetRow(unloaf.Subnet(keep), depths, top1, 100.0, 0.1, 1000)
+    return unloaf.SubnetRow(unloaf.Subnet(keep), top1, 100.0, 0.1, 1000)
 
 
 RUNS = [

@@ -1,5 +1,6 @@
 """Loss and accuracy of a network, by hand, and which subnets are judged."""
 
+import copy
 import math
 from collections import UserDict
 
@@ -136,6 +137,72 @@ def test_rows_of_subnets_are_the_same_for_mappings(kind):
     data = [(kind(pixels=x), y)]
     assert unloaf.evaluate_subnets(named, stages, data, calibration=[kind(pixels=x)]) == expected
     assert unloaf.evaluate_subnets(named, stages, data, calibration=data) == expected
+
+
+def after_a_short_run():
+    """A network whose running statistics lag behind its weights, with data."""
+    torch.manual_seed(0)
+    model, x, y = ToyNetwork(norm=True), torch.randn(32, 4), torch.randint(3, (32,))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.fill_(2.0)
+            module.running_var.fill_(9.0)
+    return model, unloaf.find_stages(model, x), x, y
+
+
+def by_hand(model, x, y, *, refit=False):
+    """Loss and accuracy of an ordinary network by torch alone, its statistics those of the one batch or its own."""
+    model = copy.deepcopy(model).eval()
+    if refit:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.train().momentum = 1.0
+        model(x)
+    with torch.no_grad():
+        logits = model.eval()(x)
+    return nn.functional.cross_entropy(logits, y).item(), 100 * (logits.argmax(1) == y).double().mean().item()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["main network first", "main network last"])
+def test_the_main_network_is_judged_as_its_subnets_are_and_as_it_stands(first):
+    model, stages, x, y = after_a_short_run()
+    full, small = unloaf.Subnet.full(stages), unloaf.Subnet.from_depths(stages, (2, 1))
+    given = [full, small] if first else [small, full]
+    rows = unloaf.evaluate_subnets(model, stages, [(x, y)], subnets=given, calibration=[x])
+    assert [row.subnet for row in rows] == given
+    main, other = rows if first else reversed(rows)
+    assert (main.loss, main.top1) == pytest.approx(by_hand(model, x, y, refit=True), rel=1e-5)
+    assert (main.running.loss, main.running.top1) == pytest.approx(by_hand(model, x, y), rel=1e-5)
+    assert abs(main.loss - main.running.loss) > 0.01
+    exported = unloaf.export_subnet(model, stages, small)
+    assert (other.loss, other.top1) == pytest.approx(by_hand(exported, x, y, refit=True), rel=1e-5)
+    assert (main.statistics, other.statistics, other.running) == ("re-estimated", "re-estimated", None)
+
+
+def test_without_calibration_all_are_judged_with_the_running_statistics():
+    model, stages, x, y = after_a_short_run()
+    rows = unloaf.evaluate_subnets(model, stages, [(x, y)], subnets=3)
+    assert (rows[0].loss, rows[0].top1) == pytest.approx(by_hand(model, x, y), rel=1e-5)
+    assert {(row.statistics, row.running) for row in rows} == {("running", None)}
+
+
+def test_a_network_without_statistics_is_judged_once():
+    model, x, y = ToyNetwork(), torch.randn(8, 4), torch.randint(3, (8,))
+    rows = unloaf.evaluate_subnets(model, unloaf.find_stages(model, x), [(x, y)], subnets=2, calibration=[x])
+    assert {(row.statistics, row.running) for row in rows} == {(None, None)}
+
+
+def test_each_row_is_told_as_soon_as_it_is_known():
+    model, stages, x, y = after_a_short_run()
+    seen = []
+
+    class Loader:
+        def __iter__(self):
+            seen.append("pass")
+            return iter([(x, y)])
+
+    rows = unloaf.evaluate_subnets(model, stages, Loader(), subnets=3, on_row=seen.append)
+    assert seen == ["pass", rows[0], "pass", rows[1], "pass", rows[2]]
 
 
 def test_subnets_given_as_text_are_refused():

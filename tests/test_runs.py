@@ -17,8 +17,10 @@ from rich.console import Console
 
 import unloaf
 from unloaf import cli
+from unloaf.analysis.choice import pareto_front
+from unloaf.analysis.costs import gmacs
 from unloaf.analysis.histories import differences, read_histories, run_row
-from unloaf.analysis.runs import NetworkRow, gmacs, judge_run, pareto_front
+from unloaf.analysis.runs import judge_run
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.models import build_model
@@ -87,8 +89,9 @@ def test_moving_average_has_its_logged_accuracy(trained):
 
 def test_drawn_subnets_are_those_of_the_run_with_their_accuracy(trained):
     main, *rows = judge_run(trained, subnets="3").subnets
-    assert main.subnet == "2-2-2"
-    assert {row.subnet: row.top1 for row in rows} == events(trained, "subnets")[-1]["top1"]
+    assert str(main.subnet) == "2-2-2"
+    assert {str(row.subnet): row.top1 for row in rows} == events(trained, "subnets")[-1]["top1"]
+    assert str(main.top1) == summary(trained)[-1]["main_top1_reestimated"]
 
 
 def test_other_batch_size_gives_the_same_accuracy(trained):
@@ -98,14 +101,17 @@ def test_other_batch_size_gives_the_same_accuracy(trained):
 def test_recalibration_on_other_images_changes_subnets_and_not_the_main_network(trained):
     few, many = judge_run(trained, subnets="all", recalibrate=8), judge_run(trained, subnets="all")
     assert few.main == many.main
-    assert few.subnets[0] == many.subnets[0]
+    assert few.subnets[0].running == many.subnets[0].running == many.main["val"]
     assert few.subnets[1:] != many.subnets[1:]
 
 
 def test_pareto_front_by_hand():
     figures = {"a": (90, 4), "b": (80, 2), "c": (85, 3), "d": (80, 3), "e": (79, 1), "f": (80, 2), "g": (90, 5)}
-    rows = [NetworkRow(name, top1, 100.0, 0.5, 10, cost) for name, (top1, cost) in figures.items()]
-    assert [row.subnet for row in pareto_front(rows)] == ["e", "b", "f", "c", "a"]
+    rows = {
+        name: unloaf.SubnetRow(unloaf.Subnet(((True,) * (index + 1),)), top1=top1, gmacs=cost)
+        for index, (name, (top1, cost)) in enumerate(figures.items())
+    }
+    assert pareto_front(list(rows.values())) == [rows[name] for name in "ebfca"]
 
 
 def test_pareto_is_the_front_of_all(trained):
@@ -148,7 +154,9 @@ def test_command_prints_and_writes_every_subnet_and_nothing_else(run, capsys):
     rows = list(csv.DictReader((run / "subnets.csv").read_text().splitlines()))
     assert len(rows) == 8
     assert rows[0]["subnet"] == "2-2-2"
-    assert float(rows[0]["top1"]) == top1
+    assert float(rows[0]["running_top1"]) == top1
+    assert rows[0]["top1"] == summary(run)[-1]["main_top1_reestimated"]
+    assert {row["statistics"] for row in rows} == {"re-estimated"}
     assert {row["checkpoint"] for row in rows} == {(run / "last").resolve().name}
     after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     del after[run / "subnets.csv"]
@@ -265,9 +273,9 @@ def test_report_states_what_the_folders_say(trained, second, capsys):
     assert line[:4] == ["first", "cifar/resnet14", "st", "3/3"]
     best = max(logged, key=lambda row: float(row["eval_top1"]))
     figures = [f"{float(best['eval_top1']):.2f}", f"({best['epoch']})", f"{float(logged[-1]['eval_top1']):.2f}"]
-    columns = ("ema_top1", "subnets_top1_mean", "subnets_top1_min")
+    columns = ("ema_top1", "subnets_top1_mean", "subnets_top1_min", "main_top1_reestimated")
     figures += [f"{result['test_top1']:.2f}", *(f"{float(logged[-1][name]):.2f}" for name in columns)]
-    assert line[4:11] == figures
+    assert line[4:12] == figures
     [learning_rate] = [line.split() for line in out.splitlines() if line.startswith(" lr ")]
     assert learning_rate == ["lr", "0.1", "0.05"]
 
@@ -279,7 +287,7 @@ def test_page_needs_no_other_file_and_shows_every_curve(trained, second, tmp_pat
     assert out.endswith(f"report: {page}\n")
     html = page.read_text(encoding="utf-8")
     assert re.findall(r'(?:src|href)="(?!#)', html) == []
-    assert html.count("<h3>") == 6
+    assert html.count("<h3>") == 7
     assert "Learning rate" in html
     assert html.count('class="key"') == 2
 

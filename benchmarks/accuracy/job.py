@@ -24,13 +24,12 @@ from rich.console import Console
 
 from unloaf.analysis.flops import method_flops
 from unloaf.analysis.runs import checkpoint_of, load_weights
-from unloaf.batchnorm import recalibrate_bn
 from unloaf.engine.config import Config
 from unloaf.engine.environment import environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
 from unloaf.engine.loop import Training, prepare, train_step
 from unloaf.engine.train import train
-from unloaf.evaluation import accuracy, choose_subnets, evaluate_subnets
+from unloaf.evaluation import SubnetRow, choose_subnets, evaluate_subnets
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
 
@@ -78,16 +77,20 @@ def judge(path: Path, config: Config, order: Mapping[str, Any]) -> dict[str, Any
         subnets=chosen,
         calibration=training.calibration_batches(),
     )
-    recalibrate_bn(model, training.calibration_batches())
-    reestimated = accuracy(model, training.eval_batches(order["split"]))
-    main, *others = sorted(rows, key=lambda row: row.subnet != Subnet.full(stages))
+    both, *others = sorted(rows, key=lambda row: row.subnet != Subnet.full(stages))
+    main: Any = both.running or both
     return {
         "top1": round(main.top1, 3),
-        "top1_reestimated": round(reestimated.top1, 3),
+        "top1_reestimated": round(_top1(both), 3),
         "top5": round(main.top5, 3),
         "loss": round(main.loss, 5),
-        "subnets": {str(row.subnet): round(row.top1, 3) for row in others},
+        "subnets": {str(row.subnet): round(_top1(row), 3) for row in others},
     }
+
+
+def _top1(row: SubnetRow) -> float:
+    assert row.top1 is not None  # it was judged
+    return row.top1
 
 
 def _chosen(stages: Any, asked: int | list[str] | None) -> list[Subnet]:

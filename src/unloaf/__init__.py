@@ -36,6 +36,7 @@ _HOMES = {
     ],
     "evaluation": ["SubnetRow", "evaluate_subnets"],
     "analysis.choice": ["pick_subnet"],
+    "analysis.costs": ["measure_subnets"],
     "engine.errors": ["CheckpointError"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -69,6 +70,7 @@ __all__ = [  # the same names again, for type checkers
     "kl_loss",
     "load_elastic",
     "load_subnet",
+    "measure_subnets",
     "pick_subnet",
     "recalibrate_bn",
     "stimulative_plus",
@@ -77,6 +79,7 @@ __all__ = [  # the same names again, for type checkers
 if TYPE_CHECKING:
     from unloaf.activation_checkpointing import checkpoint_blocks
     from unloaf.analysis.choice import pick_subnet
+    from unloaf.analysis.costs import measure_subnets
     from unloaf.batchnorm import recalibrate_bn
     from unloaf.compilation import compile_blocks
     from unloaf.elastic import load_elastic

@@ -38,8 +38,9 @@ from unloaf.engine.streams import open_closed_streams, say, send_nowhere, standa
 from unloaf.parsing import parse
 
 if TYPE_CHECKING:
-    from unloaf.analysis.costs import CostRow
-    from unloaf.analysis.runs import NetworkRow, RunJudgement
+    from unloaf.analysis.costs import Timing
+    from unloaf.analysis.runs import RunJudgement
+    from unloaf.evaluation import Accuracy, SubnetRow
 
 _HELP = """usage: unloaf COMMAND [OPTIONS]
 
@@ -177,6 +178,7 @@ def _eval(words: list[str]) -> int:
     run, given = Path(options.run), {name: value for name, value in vars(options).items() if name not in _NOT_JUDGING}
     output = Path(options.output) if options.output else run / "subnets.csv"
     from unloaf.analysis.runs import judge_run, write_subnets
+    from unloaf.analysis.subnet_tables import accuracy_table
 
     if options.subnets is not None:
         check_writable(output)
@@ -184,8 +186,8 @@ def _eval(words: list[str]) -> int:
     for line in _main_lines(judgement):
         say(line)
     if judgement.subnets:
-        print(f"\nsubnets, on the {judgement.split} images:")
-        _show(*_subnet_table(judgement.subnets))
+        _say_subnets(judgement)
+        _show(*accuracy_table(judgement.subnets))
         write_subnets(judgement, output)
         say(f"all {len(judgement.judged)} that were judged: {output}")
     return 0
@@ -197,44 +199,53 @@ _NOT_JUDGING = ("run", "output")
 def _main_lines(judgement: RunJudgement) -> list[str]:
     average = ", moving average of the weights" if judgement.weights == "model_ema" else ""
     size = f"{judgement.params:,} parameters, {judgement.gmacs:.4g} GMACs"
-    return [
+    lines = [
         *judgement.notes,
         f"{judgement.run}, {judgement.checkpoint} (after epoch {judgement.epoch}){average}: {size}",
-        *(
-            f"{split} top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}"
-            for split, result in judgement.main.items()
-        ),
+        *(f"{split} {_accuracy(result)}" for split, result in judgement.main.items()),
     ]
+    main = judgement.judged[0] if judgement.judged else None
+    if main is not None and main.running is not None:
+        lines.append(
+            f"{judgement.split} {_accuracy(main)}, with batch-norm statistics re-estimated as the subnets' are"
+        )
+    return lines
 
 
-def _subnet_table(rows: Sequence[NetworkRow]) -> tuple[list[str], list[list[str]]]:
-    heads = ["depths", "top-1 %", "top-5 %", "loss", "parameters", "GMACs"]
-    return heads, [
-        [r.subnet, f"{r.top1:.2f}", f"{r.top5:.2f}", f"{r.loss:.4f}", f"{r.params:,}", f"{r.gmacs:.4g}"] for r in rows
-    ]
+def _accuracy(found: Accuracy | SubnetRow) -> str:
+    return f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
+
+
+def _say_subnets(judgement: RunJudgement) -> None:
+    print(f"\nsubnets, on the {judgement.split} images:")
+    if judgement.judged[0].running is not None:
+        print(
+            "batch-norm statistics re-estimated; (running): the main network as it stands, with those of its training"
+        )
 
 
 def _subnets(words: list[str]) -> int:
     options = parse(Subnets, words, prog="unloaf subnets")
     from unloaf.analysis.choice import pareto_front
-    from unloaf.analysis.costs import cost_records, cost_table, write_csv
+    from unloaf.analysis.costs import write_csv
+    from unloaf.analysis.subnet_tables import cost_records, cost_table
 
     if options.output is not None:
         check_writable(Path(options.output))
-    rows = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
-    cost = "latency" if options.timed else "gmacs"
+    rows, times = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
+    cost = "latency_ms" if options.timed else "gmacs"
     front = {row.subnet for row in pareto_front(rows, cost=cost)} if rows[0].top1 is not None else None
-    shown = [row for row in rows if row.subnet in front] if front and options.num == "pareto" else rows
-    _show(*cost_table(shown, front))
-    for timing in rows[0].timings[:1]:
+    shown = [i for i, row in enumerate(rows) if not front or options.num != "pareto" or row.subnet in front]
+    _show(*cost_table([rows[i] for i in shown], [times[i] for i in shown] if times else [], front))
+    for timing in times[0][:1] if times else []:
         print(f"median and 95th percentile of {timing.repeats} passes, on {timing.device}, {timing.threads} thread(s)")
     if front is not None:
         price = "milliseconds at the smallest batch" if options.timed else "GMACs"
         print(f"* no other subnet is as accurate and as cheap in {price}, and better in one of the two")
     if options.output is not None:
-        records = [
-            record | ({} if front is None else {"pareto": record["subnet"] in front}) for record in cost_records(rows)
-        ]
+        records = cost_records(rows, times)
+        if front is not None:
+            records = [record | {"pareto": row.subnet in front} for record, row in zip(records, rows, strict=True)]
         write_csv(records, Path(options.output))
         say(f"all {len(rows)}: {options.output}")
     return 0
@@ -246,7 +257,7 @@ def _is_run(source: str) -> bool:
     return not is_model or (Path(source) / "args.yaml").is_file()
 
 
-def _costs_of_run(options: Subnets) -> list[CostRow]:
+def _costs_of_run(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Sequence[Timing]]]:
     if options.img_size is not None or options.num_classes is not None:
         raise ValueError("a run has its images and classes; leave --img-size and --num-classes out")
     from unloaf.analysis.runs import judge_run
@@ -258,17 +269,17 @@ def _costs_of_run(options: Subnets) -> list[CostRow]:
     judgement = judge_run(Path(options.source), subnets=options.num, **given, console=Console(file=standard_error()))
     for line in _main_lines(judgement):
         say(line)
-    print(f"\nsubnets, on the {judgement.split} images:")
-    return list(judgement.costs)
+    _say_subnets(judgement)
+    return judgement.judged, judgement.times
 
 
-def _costs_of_model(options: Subnets) -> list[CostRow]:
+def _costs_of_model(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Sequence[Timing]]]:
     if options.num == "pareto":
         raise ValueError("num pareto: a model that is not trained has no accuracy; give a run, or all or a number")
     from unloaf.inspection import cost_of_model
 
     given = {name: getattr(options, name) for name in ("timed", "repeats", "device", "img_size", "num_classes")}
-    return cost_of_model(options.source, number=options.num, **given)
+    return cost_of_model(options.source, number=options.num, **given, console=Console(file=standard_error()))
 
 
 def _inspect(words: list[str]) -> int:

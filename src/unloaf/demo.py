@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shlex
 import statistics
 import tempfile
@@ -17,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from unloaf.analysis.comparison import MethodRow, MethodRun, method_rows, size_rows
+from unloaf.analysis.comparison import MethodRow, MethodRun, Spread, method_rows, size_rows
 from unloaf.analysis.flops import method_flops
 from unloaf.analysis.plots import accuracy_over_size
 from unloaf.analysis.report import comparison_report
@@ -148,7 +149,10 @@ def _flops_limit(training: Training) -> float:
 
 
 def judge(training: Training, *, split: str) -> tuple[SubnetRow, ...]:
-    """Accuracy of all ordered subnets, each with batch-norm statistics re-estimated on the training images."""
+    """Accuracy of all ordered subnets, each with batch-norm statistics re-estimated on the training images.
+
+    The main network is among them, and its row holds its accuracy with its running statistics too.
+    """
     data = training.data
     images, calibration = (
         EvalBatches(split, data, training.config, device=training.device, batch_size=_JUDGE_BATCH)
@@ -159,19 +163,15 @@ def judge(training: Training, *, split: str) -> tuple[SubnetRow, ...]:
 
 def table(rows: Sequence[MethodRow]) -> Table:
     """The result for the terminal: accuracies in percent, costs relative to common training."""
-    result = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    heads = (
-        "method",
-        "main\ntop-1 %",
-        "mean subnet\ntop-1 %",
-        "worst subnet\ntop-1 %",
-        "cost of\na step",
-        "FLOPs\nlimit",
-    )
+    both = any(row.main_reestimated for row in rows)
+    result = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 0) if both else (0, 1))
+    mains = ("main, as\nit stands", "main, re-\nestimated") if both else ("main\ntop-1 %",)
+    heads = ("method", *mains, "mean subnet\ntop-1 %", "worst subnet\ntop-1 %", "cost of\na step", "FLOPs\nlimit")
     for index, head in enumerate(heads):
         result.add_column(head, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        tops = map(str, (row.main_top1, row.mean_top1, row.worst_top1))
+        mains = (row.main_top1, row.main_reestimated or "–") if both else (row.main_top1,)
+        tops = map(str, (*mains, row.mean_top1, row.worst_top1))
         # Without their spread, which is on the page: the table must fit into 80 columns.
         result.add_row(row.label, *tops, f"{row.cost.mean:.2f}x", f"{row.flops.mean:.2f}x")
     return result
@@ -186,21 +186,21 @@ def _report(
     facts: Mapping[str, str],
 ) -> str:
     sizes = size_rows(runs)
-    tops = [row.top1 for run in runs for row in run.subnets]
+    lowest = min(line.lowest_top1 for lines in sizes.values() for line in lines)
     smallest = [lines[0].mean_top1 for lines in sizes.values()]
     return comparison_report(
         title="The networks inside a network",
-        lead=_lead(rows),
+        lead=_lead(rows, images=len(data.test)),
         rows=rows,
         pictures={
-            "All subnets": accuracy_over_size(sizes, runs, lowest=_round_down(min(tops))),
+            "All subnets": accuracy_over_size(sizes, runs, lowest=_round_down(lowest)),
             "The upper part, enlarged": accuracy_over_size(
                 sizes, runs, lowest=_round_down(statistics.median(smallest)), legend=False
             ),
         },
         caption=(
             f"Accuracy on {len(data.test)} test images. A dot is one subnet at one seed; a line joins the means of the "
-            "subnets that keep equally many blocks. The right end is the main network itself."
+            "subnets that keep equally many blocks. The right end is the main network itself, judged as they are."
         ),
         explanation=_explanation(len(runs[0].proper_subnets)),
         settings={label: _settings(config) for label, config in configs.items()},
@@ -212,23 +212,39 @@ def _round_down(top1: float) -> float:
     return min(90.0, 10 * (top1 // 10))
 
 
-def _lead(rows: Sequence[MethodRow]) -> str:
+def _lead(rows: Sequence[MethodRow], *, images: int) -> str:
     common, *others = rows
     best = max(others, key=lambda row: row.mean_top1.mean)
     return (
         f"A residual network contains smaller networks that share its weights. After {common.label} the mean subnet "
         f"reaches {common.mean_top1} % and the worst one {common.worst_top1} %; after {best.label} they reach "
-        f"{best.mean_top1} % and {best.worst_top1} %, and the main network {best.main_top1} % "
-        f"(common: {common.main_top1} %)."
+        f"{best.mean_top1} % and {best.worst_top1} %. The main networks reach {common.main_top1} % and "
+        f"{best.main_top1} %: {_what_it_says(common.main_top1, best.main_top1, images)}"
     )
+
+
+def _what_it_says(common: Spread, best: Spread, images: int) -> str:
+    """Whether two main networks differ by more than chance explains: two standard errors, of the seeds or images."""
+    if common.sd is None or best.sd is None:
+        share = (common.mean + best.mean) / 200
+        error = 100 * math.sqrt(2 * share * (1 - share) / images)
+        judges, more = f"one seed and {images} test images", "; more seeds (--seeds 3) say more."
+    else:
+        error = math.sqrt(common.sd**2 / common.n + best.sd**2 / best.n)
+        judges, more = f"{common.n} seeds", "."
+    apart = abs(best.mean - common.mean) > 2 * error
+    verdict = "further apart than chance explains with" if apart else "too close to be told apart by"
+    return f"{verdict} {judges} (two standard errors are {2 * error:.1f} points){more}"
 
 
 def _explanation(subnets: int) -> list[str]:
     return [
         f"Every method trains the same network, from the same weights, on the same images. Then all {subnets} ordered "
         "subnets are cut out of it, none of them trained further: a subnet keeps the first blocks of each stage. Their "
-        "batch-norm statistics are re-estimated on the training images. Where a line falls to the left, the subnets "
-        "loaf: they lean on the blocks that were removed. A flat line is a network whose every part does its work.",
+        "batch-norm statistics are re-estimated on the training images. The main network is judged both ways: as it "
+        "stands, with the running statistics of its training, and re-estimated, to be compared with its subnets. Where "
+        "a line falls to the left, the subnets loaf: they lean on the blocks that were removed. A flat line is a "
+        "network whose every part does its work.",
         "The measured cost is the time of a training step relative to common training, the median over epochs that "
         "were trained in turn. The FLOPs limit is the arithmetic of the very same steps when no block is computed "
         "twice: what is between the two is overhead.",
@@ -286,12 +302,14 @@ def _facts(environment: Mapping[str, Any], data: Data, *, seeds: int) -> dict[st
 def _write_results(
     folder: Path, configs: Mapping[str, Config], runs: Sequence[MethodRun], facts: Mapping[str, str]
 ) -> None:
+    heads = ("method", "seed", "subnet", "params", "test_top1", "test_loss", "cost", "flops_limit", "statistics",
+             "running_test_top1", "running_test_loss")  # fmt: skip
     lines = [
-        (run.label, run.seed, row.subnet, row.params, row.top1, row.loss, run.cost, run.flops)
+        (run.label, run.seed, row.subnet, row.params, row.top1, row.loss, run.cost, run.flops, row.statistics)
+        + ((None, None) if row.running is None else (row.running.top1, row.running.loss))
         for run in runs
         for row in run.subnets
     ]
-    heads = ("method", "seed", "subnet", "params", "test_top1", "test_loss", "cost", "flops_limit")
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([heads, *lines])
     write_whole(folder / "results.csv", text.getvalue())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class Accuracy:
         loss: mean cross-entropy, in nats.
         top1: accuracy in percent.
         top5: share of examples whose target is among the five highest logits, in percent (100 with up to 5 classes).
+        metric: of another measure that was asked for in place of these, then NaN; see `evaluate_subnets`.
 
     >>> from unloaf.evaluation import Accuracy
     >>> Accuracy(loss=0.21, top1=93.2, top5=99.8).top1
@@ -41,33 +42,48 @@ class Accuracy:
     loss: float
     top1: float
     top5: float
+    metric: float | None = None
 
 
 @dataclass(frozen=True)
 class SubnetRow:
-    """A subnet judged.
+    """A subnet: how good it is and what it costs, None where that is not known.
 
     Attributes:
         subnet: which one; ``str(row.subnet)`` is its depths, "3-4-6-3".
-        depths: kept blocks per stage.
         top1: accuracy in percent; NaN, like top5 and loss, where a metric was given, or the network gives NaN.
         top5: share of examples whose target is among the five highest logits, in percent (100 with up to 5 classes).
         loss: mean cross-entropy, in nats.
         params: parameters of the subnet as a network of its own.
-        metric: mean over the examples of the metric that was given; None without one.
+        gmacs: billions of multiply-adds for one example.
+        latency_ms: median milliseconds of a forward pass.
+        metric: mean over the examples of the metric that was given.
+        statistics: the batch-norm statistics with which it was judged: "running", those that the main network gathered
+            in training, or "re-estimated", from calibration batches; None for a network without any.
+        running: of the main network where it was judged with re-estimated statistics, as its subnets are: how good it
+            is with its running ones, with which it is used as it stands; None of every other row.
 
     >>> from unloaf import Subnet, SubnetRow
-    >>> str(SubnetRow(Subnet(((True, True), (True, False))), (2, 1), 93.2, 99.8, 0.21, 272_474).subnet)
-    '2-1'
+    >>> row = SubnetRow(Subnet(((True, True), (True, False))), top1=93.2, params=272_474)
+    >>> str(row.subnet), row.depths, row.gmacs
+    ('2-1', (2, 1), None)
     """
 
     subnet: Subnet
-    depths: tuple[int, ...]
-    top1: float
-    top5: float
-    loss: float
-    params: int
+    top1: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+    params: int | None = None
+    gmacs: float | None = None
+    latency_ms: float | None = None
     metric: float | None = None
+    statistics: Literal["running", "re-estimated"] | None = None
+    running: Accuracy | None = None
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Kept blocks per stage."""
+        return self.subnet.depths
 
 
 def evaluate_subnets(
@@ -82,6 +98,7 @@ def evaluate_subnets(
     readout: Readout | None = None,
     metric: Metric | None = None,
     ignore_index: int = _IGNORED,
+    on_row: Callable[[SubnetRow], None] | None = None,
 ) -> list[SubnetRow]:
     """Accuracy of subnets of a model, or another measure; the model is left as it was.
 
@@ -92,9 +109,10 @@ def evaluate_subnets(
             leading dimensions of the logits; iterated per subnet (an iterator, used up after one, is kept as a list).
         subnets: which ones; a number draws that many ordered ones, the main network among them; default: all ordered
             subnets (`enumerate_subnets`).
-        calibration: batches of training inputs, ``x`` or ``(x, ...)``; before a subnet is judged, its batch-norm
-            statistics are re-estimated from them on a copy. Without, a subnet is judged with the main network's
-            statistics, which do not fit it. The main network always keeps its own.
+        calibration: batches of training inputs, ``x`` or ``(x, ...)``; before a network is judged, its batch-norm
+            statistics are re-estimated from them on a copy: those of the main network too, so that all rows can be
+            compared; ``row.running`` is the main network as it stands. Without, all are judged with the main network's
+            statistics, which do not fit a subnet.
         seed: of the sample, if ``subnets`` is a number.
         reduce: see `accuracy`.
         readout: from the model's output to the logits, (batch, ..., classes); default the output itself, its ``logits``
@@ -102,9 +120,10 @@ def evaluate_subnets(
         metric: judge by this instead of accuracy: from (outputs, targets) of a batch to a number for each example, or
             to their mean. Targets may then be anything.
         ignore_index: label of positions that are not judged.
+        on_row: is called with each row as soon as it is known, to show how far it is.
 
     Returns:
-        One row per subnet, in the order given.
+        One row per subnet, in the order given, without GMACs and latency: `measure_subnets` fills them in.
 
     Raises:
         ValueError: a subnet of another model, a number below 1, an empty loader, batches that are no pairs or, without
@@ -117,30 +136,46 @@ def evaluate_subnets(
     >>> model, x = resnet18(num_classes=10), torch.randn(4, 3, 32, 32)
     >>> stages = unloaf.find_stages(model, x)
     >>> rows = unloaf.evaluate_subnets(model, stages, [(x, torch.arange(4))], subnets=2, calibration=[x])
-    >>> [row.depths for row in rows][0], rows[0].params > rows[1].params
-    ((2, 2, 2, 2), True)
+    >>> str(rows[0].subnet), rows[0].statistics, rows[0].params > rows[1].params
+    ('2-2-2-2', 're-estimated', True)
     """
     chosen = choose_subnets(stages, subnets, seed=seed)
     inner = inner_module(model)
-    batches = None if calibration is None or not tracking_norms(inner) else calibration
+    tracking = bool(tracking_norms(inner))
+    batches = calibration if tracking else None
     if batches is not None and iter(batches) is batches:
         batches = list(batches)  # a generator would be spent after the first subnet
-    if isinstance(loader, Iterator) and len(chosen) > 1:
+    if isinstance(loader, Iterator) and (len(chosen) > 1 or batches is not None):
         loader = list(loader)
-    copied = copy_of(inner) if batches is not None else inner
+    judged = copy_of(inner) if batches is not None else inner
     rows, device = [], next(inner.parameters()).device
+
+    def measured(network: nn.Module) -> Accuracy:
+        if metric is None:
+            return accuracy(network, loader, reduce=reduce, readout=readout, ignore_index=ignore_index)
+        return replace(_UNKNOWN, metric=mean_metric(network, loader, metric, reduce=reduce, readout=readout))
+
     for subnet in chosen:
-        judged = inner if subnet == Subnet.full(stages) else copied
+        running = None
+        if batches is not None and subnet == Subnet.full(stages):
+            running = measured(inner)
         with active_subnet(judged, stages, subnet):
-            if judged is not inner and batches is not None:
+            if batches is not None:
                 recalibrate_bn(judged, (_to_device(batch, device) for batch in batches))
-            result, value = _UNKNOWN, None
-            if metric is None:
-                result = accuracy(judged, loader, reduce=reduce, readout=readout, ignore_index=ignore_index)
-            else:
-                value = mean_metric(judged, loader, metric, reduce=reduce, readout=readout)
-        params = count_params(inner, stages, subnet)
-        rows.append(SubnetRow(subnet, subnet.depths, result.top1, result.top5, result.loss, params, value))
+            found = measured(judged)
+        row = SubnetRow(
+            subnet,
+            top1=found.top1,
+            top5=found.top5,
+            loss=found.loss,
+            params=count_params(inner, stages, subnet),
+            metric=found.metric,
+            statistics=("running" if batches is None else "re-estimated") if tracking else None,
+            running=running,
+        )
+        rows.append(row)
+        if on_row is not None:
+            on_row(row)
     return rows
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from unloaf.evaluation import SubnetRow
+from unloaf.evaluation import Accuracy, SubnetRow
 
 
 @dataclass(frozen=True)
 class MethodRun:
     """One method at one seed.
 
-    `subnets` are judged on the same images for every method, the main network is among them.
+    `subnets` are judged on the same images for every method, with re-estimated batch-norm statistics; the main network
+    is among them, and its row holds how good it is with its running statistics too.
     `cost` is the measured time of a step, `flops` its least possible arithmetic, both
     relative to common training.
     """
@@ -64,10 +65,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A line of the table: accuracies in percent, costs relative to common training."""
+    """A line of the table: accuracies in percent, costs relative to common training.
+
+    `main_top1` is the main network as it stands, with its running batch-norm statistics; `main_reestimated` the same
+    network with statistics re-estimated as those of its subnets are, to be compared with them, or None.
+    """
 
     label: str
     main_top1: Spread
+    main_reestimated: Spread | None
     mean_top1: Spread
     worst_top1: Spread
     cost: Spread
@@ -76,7 +82,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class SizeRow:
-    """Accuracy in percent of the subnets that keep the same number of blocks, over all seeds."""
+    """Accuracy in percent of the subnets that keep the same number of blocks, over all seeds, judged alike."""
 
     blocks: int
     mean_top1: float
@@ -90,15 +96,22 @@ def method_rows(runs: Sequence[MethodRun]) -> list[MethodRow]:
 
 
 def _method_row(label: str, group: Sequence[MethodRun]) -> MethodRow:
-    tops = [[row.top1 for row in run.proper_subnets] for run in group]
+    tops = [_tops(run.proper_subnets) for run in group]
+    mains = [run.main for run in group]
+    both = [row for row in mains if row.running is not None]
     return MethodRow(
         label=label,
-        main_top1=Spread.of([run.main.top1 for run in group]),
+        main_top1=Spread.of(_tops([row.running or row for row in mains])),
+        main_reestimated=Spread.of(_tops(both)) if both else None,
         mean_top1=Spread.of([statistics.fmean(top) for top in tops]),
         worst_top1=Spread.of([min(top) for top in tops]),
         cost=Spread.of([run.cost for run in group]),
         flops=Spread.of([run.flops for run in group]),
     )
+
+
+def _tops(rows: Iterable[SubnetRow | Accuracy]) -> list[float]:
+    return [row.top1 for row in rows if row.top1 is not None]
 
 
 def size_rows(runs: Sequence[MethodRun]) -> dict[str, list[SizeRow]]:
@@ -110,7 +123,7 @@ def _size_rows(group: Sequence[MethodRun]) -> list[SizeRow]:
     tops: dict[int, list[float]] = {}
     for run in group:
         for row in run.subnets:
-            tops.setdefault(sum(row.depths), []).append(row.top1)
+            tops.setdefault(sum(row.depths), []).extend(_tops([row]))
     return [SizeRow(blocks, statistics.fmean(top), min(top), max(top)) for blocks, top in sorted(tops.items())]
 
 

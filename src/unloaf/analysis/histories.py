@@ -111,6 +111,7 @@ class RunRow:
         ema_top1: of the moving average, the newest on the validation images.
         subnets_mean: mean over the subnets that are judged each epoch, the newest.
         subnets_min: the worst of them.
+        main_reestimated: the main network with batch-norm statistics re-estimated as theirs are, the newest.
         seconds: median time of an epoch, evaluation not included.
     """
 
@@ -126,6 +127,7 @@ class RunRow:
     ema_top1: float | None
     subnets_mean: float | None
     subnets_min: float | None
+    main_reestimated: float | None
     seconds: float | None
 
 
@@ -145,6 +147,7 @@ def run_row(history: RunHistory) -> RunRow:
         last_top1=history.last("eval_top1"),
         test_top1=history.result.get("test_top1"),
         ema_top1=history.last("ema_top1"),
+        main_reestimated=history.last("main_top1_reestimated"),
         subnets_mean=history.last("subnets_top1_mean"),
         subnets_min=history.last("subnets_top1_min"),
         seconds=statistics.median(times) if times else None,
@@ -154,7 +157,7 @@ def run_row(history: RunHistory) -> RunRow:
 def table_of(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the comparison; columns that no run has are left out.
 
-    >>> rows = [RunRow("a", "cifar/resnet20", "st", 2, 30, 91.5, 2, 91.5, None, None, None, None, 3.25)]
+    >>> rows = [RunRow("a", "cifar/resnet20", "st", 2, 30, 91.5, 2, 91.5, None, None, None, None, None, 3.25)]
     >>> table_of(rows)[1]
     [['a', 'cifar/resnet20', 'st', '2/30', '91.50 (2)', '91.50', '3.2']]
     """
@@ -171,6 +174,7 @@ def table_of(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
         "EMA val\n%": [_percent(row.ema_top1) for row in rows],
         "mean\nsubnet %": [_percent(row.subnets_mean) for row in rows],
         "worst\nsubnet %": [_percent(row.subnets_min) for row in rows],
+        "main re-\nestimated %": [_percent(row.main_reestimated) for row in rows],
         "s per\nepoch": ["–" if row.seconds is None else f"{row.seconds:.1f}" for row in rows],
     }
     shown = {head: cells for head, cells in columns.items() if set(cells) != {"–"}}

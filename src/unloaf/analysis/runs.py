@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,16 @@ from rich.console import Console
 from torch import nn
 
 from unloaf.analysis.choice import pareto_front
-from unloaf.analysis.costs import CostRow, gmacs, measure_subnets, measured_rounds, write_csv
+from unloaf.analysis.costs import (
+    Timing,
+    gmacs,
+    measure_subnets,
+    measured_rounds,
+    time_subnets,
+    with_latency,
+    write_csv,
+)
+from unloaf.analysis.subnet_tables import cost_records
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, load_strictly, newest_checkpoint
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.display import show_progress
@@ -21,32 +30,11 @@ from unloaf.engine.errors import CheckpointError
 from unloaf.engine.resuming import check_settings
 from unloaf.engine.run_folder import checkpoints_in_sight, run_of
 from unloaf.engine.training import Evaluation, Training, prepare
-from unloaf.evaluation import Accuracy, choose_subnets, evaluate_subnets
+from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subnets
 from unloaf.stages import Stage, inner_module
-from unloaf.subnet import Subnet, active_subnet
+from unloaf.subnet import Subnet
 
 _MOST_JUDGED = 256  # by pareto, which nobody asked to take a day
-
-
-@dataclass(frozen=True)
-class NetworkRow:
-    """A network inside a run, judged.
-
-    Attributes:
-        subnet: its depths, "3-4-6-3".
-        top1: accuracy in percent.
-        top5: share of images whose class is among the five highest logits, in percent.
-        loss: mean cross-entropy, in nats.
-        params: parameters as a network of its own.
-        gmacs: billions of multiply-adds for one image.
-    """
-
-    subnet: str
-    top1: float
-    top5: float
-    loss: float
-    params: int
-    gmacs: float
 
 
 @dataclass(frozen=True)
@@ -60,12 +48,13 @@ class RunJudgement:
         weights: "model", or "model_ema" for the moving average.
         params: parameters of the main network.
         gmacs: billions of multiply-adds of the main network for one image.
-        main: the main network, by split.
+        main: the main network as it stands, with its running batch-norm statistics, by split.
         split: the images that judged the subnets.
         subnets: those that were asked for, the main network first; of pareto, smallest first.
-        judged: all that were judged.
+        judged: all that were judged, the main network first and among its subnets judged as they are, with re-estimated
+            statistics.
         notes: what a reader has to know of the checkpoint, the images and the choice of the subnets.
-        costs: the same subnets as `judged`, with measured time where that was asked for.
+        times: of each of `judged` the measured time by batch size, where that was asked for; else empty.
     """
 
     run: Path
@@ -76,10 +65,10 @@ class RunJudgement:
     gmacs: float
     main: dict[str, Accuracy]
     split: str
-    subnets: tuple[NetworkRow, ...]
-    judged: tuple[NetworkRow, ...]
+    subnets: tuple[SubnetRow, ...]
+    judged: tuple[SubnetRow, ...]
     notes: tuple[str, ...]
-    costs: tuple[CostRow, ...] = ()
+    times: tuple[tuple[Timing, ...], ...] = ()
 
 
 def judge_run(
@@ -100,8 +89,9 @@ def judge_run(
 ) -> RunJudgement:
     """Judges a run at a checkpoint; writes nothing, and the run may still be training.
 
-    The main network is judged as it was while it trained: the accuracy on the validation images is the one in
-    summary.csv, digit for digit, on the same kind of device.
+    The main network is judged as it was while it trained, with its running batch-norm statistics: the accuracy on the
+    validation images is the one in summary.csv, digit for digit, on the same kind of device. Beside its subnets it is
+    judged as they are too, with statistics that were re-estimated.
 
     Args:
         run: a folder that `unloaf train` made.
@@ -135,7 +125,8 @@ def judge_run(
     judged = {name: training.evaluate(name) for name in splits}
     chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
     rows = _judge(training, chosen, split=splits[0], console=console)
-    costs = _costs(training, chosen, rows, timed=timed, repeats=repeats, console=console)
+    times = _times(training, chosen, timed=timed, repeats=repeats, console=console) if timed and chosen else []
+    rows = with_latency(rows, times) if times else rows
     position: Any = found.state["position"]
     network = inner_module(training.model)
     return RunJudgement(
@@ -150,7 +141,7 @@ def judge_run(
         subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
         judged=tuple(rows),
         notes=(*notes, *_left_out(judged), *more),
-        costs=tuple(costs),
+        times=tuple(times),
     )
 
 
@@ -265,47 +256,40 @@ def _chosen(stages: Sequence[Stage], asked: str | None, *, seed: int, run: Path)
     return chosen, [note] if len(chosen) < count else []
 
 
-def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console: Console | None) -> list[NetworkRow]:
+def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console: Console | None) -> list[SubnetRow]:
     if not chosen:
         return []
-    model, stages, example = inner_module(training.model), training.stages, _example(training)
+    model, stages = inner_module(training.model), training.stages
     batches, calibration = training.eval_batches(split), training.calibration_batches()
-    rows = []
-    with show_progress(console or Console(quiet=True), total=len(chosen), label="subnets") as display:
-        for subnet in chosen:
-            [row] = evaluate_subnets(model, stages, batches, subnets=[subnet], calibration=calibration)
-            with active_subnet(model, stages, subnet):
-                cost = gmacs(model, example)
-            rows.append(NetworkRow(str(subnet), row.top1, row.top5, row.loss, row.params, cost))
-            display.advance(str(subnet))
-    return rows
-
-
-def _costs(
-    training: Training,
-    chosen: Sequence[Subnet],
-    rows: Sequence[NetworkRow],
-    *,
-    timed: Sequence[int],
-    repeats: int,
-    console: Console | None,
-) -> list[CostRow]:
-    """The judged subnets again, with their time if batch sizes are given."""
-    judged = [CostRow(r.subnet, r.params, r.gmacs, top1=r.top1, top5=r.top5, loss=r.loss) for r in rows]
-    if not timed or not chosen:
-        return judged
-    model, example = inner_module(training.model), _example(training)
-    with show_progress(console or Console(quiet=True), total=measured_rounds(repeats), label="time") as display:
-        measured = measure_subnets(
+    console = console or Console(quiet=True)
+    with show_progress(console, total=len(chosen), label="subnets", lines=True) as display:
+        rows = evaluate_subnets(
             model,
+            stages,
+            batches,
+            subnets=chosen,
+            calibration=calibration,
+            on_row=lambda row: display.advance(str(row.subnet)),
+        )
+    with show_progress(console, total=len(chosen), label="GMACs", lines=True) as display:
+        example = _example(training)
+        return measure_subnets(model, stages, example, rows, on_row=lambda row: display.advance(str(row.subnet)))
+
+
+def _times(
+    training: Training, chosen: Sequence[Subnet], *, timed: Sequence[int], repeats: int, console: Console | None
+) -> list[tuple[Timing, ...]]:
+    console = console or Console(quiet=True)
+    with show_progress(console, total=measured_rounds(repeats), label="time", lines=True) as display:
+        return time_subnets(
+            inner_module(training.model),
             training.stages,
-            example,
+            _example(training),
             chosen,
             batch_sizes=timed,
             repeats=repeats,
             on_pass=lambda: display.advance(""),
         )
-    return [replace(row, timings=cost.timings) for row, cost in zip(judged, measured, strict=True)]
 
 
 def _example(training: Training) -> torch.Tensor:
@@ -320,4 +304,4 @@ def write_subnets(judgement: RunJudgement, path: Path) -> None:
         ValueError: the folder cannot be written.
     """
     shared = {"split": judgement.split, "weights": judgement.weights, "checkpoint": judgement.checkpoint}
-    write_csv([asdict(row) | shared for row in judgement.judged], path)
+    write_csv([record | shared for record in cost_records(judgement.judged)], path)

@@ -16,10 +16,13 @@ _PICTURES = {
     "Moving average of the weights": ("ema_top1", "top-1, %"),
     "Mean of the judged subnets": ("subnets_top1_mean", "top-1, %"),
     "Worst of the judged subnets": ("subnets_top1_min", "top-1, %"),
+    "Main network, judged as its subnets are": ("main_top1_reestimated", "top-1, %"),
 }
 _CAPTION = (
     "Each line is a run. Accuracies are on the validation images. The training loss sums all terms of a method, so it "
-    "cannot be compared between methods. The learning rate is that of the last step of an epoch."
+    "cannot be compared between methods. Subnets are judged with re-estimated batch-norm statistics, "
+    "the main network as it stands, with its running ones, unless something else is said. The learning rate is that of "
+    "the last step of an epoch."
 )
 
 

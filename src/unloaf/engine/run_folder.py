@@ -77,11 +77,16 @@ class RunFolder:
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         """Adds an epoch to summary.csv, under the names of the first one, and to metrics.jsonl."""
+        known = ""
+        if self.sizes().get("summary.csv"):
+            with open(self.path / "summary.csv", encoding="utf-8", opener=own_file) as file:
+                known = file.readline().rstrip("\n")
+        names = known.split(",") if known else list(values)  # a run of an older unloaf goes on with its columns
         lines = io.StringIO(newline="")
         writer = csv.writer(lines, lineterminator="\n")
-        if self.sizes().get("summary.csv", 0) == 0:
-            writer.writerow(values)
-        writer.writerow("" if value is None else value for value in values.values())
+        if not known:
+            writer.writerow(names)
+        writer.writerow("" if values.get(name) is None else values[name] for name in names)
         self._append("summary.csv", lines.getvalue())
         self.event("epoch", values)
 

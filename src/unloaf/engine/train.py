@@ -29,6 +29,7 @@ from unloaf.engine.resuming import check_settings, find_checkpoint, on_all, open
 from unloaf.engine.run_folder import RunFolder, open_run
 from unloaf.engine.saving import Saver, capture, restore
 from unloaf.engine.signals import StopRequest, stop_requests
+from unloaf.engine.training import Evaluation
 from unloaf.evaluation import Accuracy
 
 _BATCHES_BETWEEN_QUESTIONS = 10  # of a validation, in which processes have nothing else to wait for each other for
@@ -340,12 +341,17 @@ def summary(row: EpochRow, config: Config) -> dict[str, Any]:
             "ema_top5": average.top5 if average else None,
         }
     if config.eval_subnets:
-        tops = [judged.top1 for judged in row.eval.subnets] if row.eval else []
+        tops = _tops(row.eval) if row.eval else []
         values |= {
             "subnets_top1_mean": sum(tops) / len(tops) if tops else None,
             "subnets_top1_min": min(tops) if tops else None,
+            "main_top1_reestimated": row.eval.reestimated.top1 if row.eval and row.eval.reestimated else None,
         }
     return values
+
+
+def _tops(found: Evaluation) -> list[float]:
+    return [judged.top1 for judged in found.subnets if judged.top1 is not None]
 
 
 def step_line(row: StepRow, training: Training, seconds: float) -> str:
@@ -368,6 +374,8 @@ def epoch_line(row: EpochRow, config: Config) -> str:
         if row.eval.average is not None:
             parts.append(f"EMA top-1 {row.eval.average.top1:.2f} %")
         if row.eval.subnets:
-            tops = [judged.top1 for judged in row.eval.subnets]
+            tops = _tops(row.eval)
             parts.append(f"subnets {min(tops):.2f} to {max(tops):.2f} %")
+        if row.eval.reestimated is not None:
+            parts.append(f"main re-estimated {row.eval.reestimated.top1:.2f} %")
     return "  ".join([*parts, f"lr {row.lr:.2g}", f"{row.seconds:.1f} s"])

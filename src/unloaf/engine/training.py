@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unloaf.activation_checkpointing import checkpoint_blocks
+from unloaf.batchnorm import tracking_norms
 from unloaf.compilation import compile_blocks
 from unloaf.engine.config import Config
 from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
@@ -41,13 +42,15 @@ from unloaf.subnet import Subnet
 class Evaluation:
     """The networks of a run on a split: the main one, its moving average, its subnets.
 
-    `bad_images` are those that this process could not read and left out.
+    `main` has its running batch-norm statistics; beside subnets, whose statistics are re-estimated, `reestimated` is
+    the main network judged as they are. `bad_images` are those that this process could not read and left out.
     """
 
     main: Accuracy
     average: Accuracy | None = None
     subnets: tuple[SubnetRow, ...] = ()
     bad_images: tuple[str, ...] = ()
+    reestimated: SubnetRow | None = None
 
 
 @dataclass
@@ -150,7 +153,8 @@ class Training:
 
         Args:
             split: whose images.
-            subnets: which ones to judge besides, each with batch-norm statistics of its own.
+            subnets: which ones to judge besides, each with batch-norm statistics of its own; then the main network is
+                judged with such statistics too.
             on_batch: is called before every batch.
         """
         add = partial(total, self.accelerator)
@@ -158,24 +162,26 @@ class Training:
         with shared_statistics(self.accelerator, self.config, *models):
             read = self.eval_batches(split)
             batches = _Watched(read, on_batch) if on_batch else read
-            main, *average = (accuracy(inner_module(model), batches, reduce=add) for model in models)
-            rows = self._judge_subnets(batches, subnets, add)
-        return Evaluation(main, average[0] if average else None, rows, read.bad_images)
+            rows = self._judge_subnets(batches, subnets, add) if subnets else []
+            both = rows.pop(0) if rows and rows[0].running else None  # the main network, judged both ways
+            main = both.running if both else None
+            main = main or accuracy(inner_module(self.model), batches, reduce=add)
+            average = self.average and accuracy(self.average.module, batches, reduce=add)
+        return Evaluation(main, average, tuple(rows), read.bad_images, both)
 
     def _judge_subnets(
         self, batches: Iterable[Any], subnets: Sequence[Subnet], add: Callable[[Tensor], Tensor]
-    ) -> tuple[SubnetRow, ...]:
-        if not subnets:
-            return ()
-        rows = evaluate_subnets(
+    ) -> list[SubnetRow]:
+        """Before them the main network, if it has statistics that can be re-estimated."""
+        tracking = bool(tracking_norms(inner_module(self.model)))
+        return evaluate_subnets(
             self.model,
             self.stages,
             batches,
-            subnets=subnets,
+            subnets=[*([Subnet.full(self.stages)] if tracking else []), *subnets],
             calibration=self.calibration_batches(),
             reduce=add,
         )
-        return tuple(rows)
 
     @property
     def calibration_images(self) -> int:

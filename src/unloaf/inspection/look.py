@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unloaf.analysis.costs import count_costs
+from unloaf.analysis.costs import batch_of, subnet_cost
 from unloaf.analysis.quick_flops import QuickCounter
 from unloaf.inputs import SmallerInputs, legal_sides
 from unloaf.inspection.load import load_model, without_data
@@ -55,19 +55,20 @@ def inspect_model(name: str, *, img_size: int | None = None, num_classes: int | 
     listed = {path: flag for stage in stages for path, flag in zip(stage.blocks, stage.skippable, strict=True)}
     reports = {path: _block(model, path, call, skippable=listed.get(path)) for path, call in calls.items()}
     full, smallest = Subnet.full(stages), Subnet.from_depths(stages, [stage.legal_depths[0] for stage in stages])
-    whole, least = count_costs(model, stages, example, [full, smallest])
+    one = batch_of(example, 1)
+    whole, least = (subnet_cost(model, stages, one, subnet) for subnet in (full, smallest))
     legal, sides = _sides(model, example)
     shapes = len({_signature(model, path, calls[path]) for path in listed})
     keyword = _timm_keyword(model, stages)
     return Inspection(
         model=name,
         input=tuple(_first(example).shape[1:]),
-        params=whole.params,
-        gmacs=whole.gmacs,
+        params=whole[0],
+        gmacs=whole[1],
         stages=tuple(StageReport(s.name, s.legal_depths, tuple(reports[path] for path in s.blocks)) for s in stages),
         others=tuple(report for path, report in reports.items() if path not in listed),
         subnets=_counts(stages),
-        smallest={"depths": least.subnet, "params": least.params, "gmacs": least.gmacs},
+        smallest={"depths": str(smallest), "params": least[0], "gmacs": least[1]},
         methods=_step_costs(model, stages, example, legal if sides == "legal" else None, sides),
         sides=sides,
         legal_sides=tuple(legal),
