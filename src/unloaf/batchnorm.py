@@ -189,7 +189,8 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     Means and (unbiased) variances of the batches are averaged, each by its number of examples: a batch of two counts as
     two. Call it inside `active_subnet`, on a copy, to judge or export a subnet. Only batch norms run in training mode,
     and no gradient is computed. Norms of other classes (EvoNorm) count where they have ``running_mean`` or
-    ``running_var`` and a ``momentum``; running statistics that move by no such momentum are left, with a warning that names them.
+    ``running_var`` and a ``momentum``; running statistics that move by no such momentum are left, with a warning that
+    names them.
 
     Args:
         model: changed in place: ``running_mean``, ``running_var``, ``num_batches_tracked``.
