@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import tarfile
 import threading
 
@@ -233,3 +234,26 @@ def test_validating_on_a_shard_that_is_trained_on_is_told(tmp_path):
     config = Config(dataset="webdataset", data_dir=str(tmp_path), train_split="a", val_split="a-val")
     shared = f"validation images are training images too: {tmp_path / 'a-val-0.tar'} is read for both"
     assert load_data(config).notes == (shared,)
+
+
+def test_a_damaged_shard_is_read_or_refused_and_nothing_else(tmp_path):
+    draw = random.Random(0)
+    write_shard(tmp_path / "whole.tar", {f"{i}.{kind}": b"%d" % i for i in range(3) for kind in ("png", "cls")})
+    whole, refusals = (tmp_path / "whole.tar").read_bytes(), []
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            start = 1024 * draw.randrange(6)  # of a header; its fields: name, size, type, prefix
+            field = draw.choice([0, 124, 156, 345, draw.randrange(500)])
+            damaged[start + field + draw.randrange(12)] = draw.choice([0, 255, 128, *b"7xLgS-", draw.randrange(256)])
+            header = damaged[start : start + 512]
+            header[148:156] = b" " * 8
+            if draw.random() < 0.8:  # a right checksum, or tarfile would not look at the rest
+                damaged[start + 148 : start + 156] = b"%06o\0 " % sum(header)
+        (tmp_path / "train.tar").write_bytes(damaged)
+        try:
+            open_tar_split(tmp_path, "train")
+        except ValueError as error:
+            refusals.append(str(error))
+    assert 30 < len(refusals) < 300
+    assert all(line.startswith(("shard ", "image ", "label ")) and "\n" not in line for line in refusals)
