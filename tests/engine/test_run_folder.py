@@ -115,7 +115,7 @@ def test_files_that_the_run_did_not_write_stay(tmp_path):
         ("lr", 0.01, r"lr 0\.05 \(now 0\.01\)"),
         ("batch_size", 32, r"batch_size 16 \(now 32\)"),
         ("method", "gkt", r"method st \(now gkt\)"),
-        ("epochs", 3, r"epochs 2 \(now 3\)"),
+        ("epochs", 1, r"epochs 2 \(now 1\)"),
         ("seed", 1, r"seed 0 \(now 1\)"),
     ],
 )

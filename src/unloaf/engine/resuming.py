@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, steps_per_epoch
 from unloaf.engine.config import Config
 from unloaf.engine.errors import CheckpointError
-from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, different_settings
+from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, different_settings, lengths
 from unloaf.engine.training import Training
 
 
@@ -33,12 +33,13 @@ def find_checkpoint(accelerator: Accelerator, folder: RunFolder | None) -> tuple
     return checkpoint, notes
 
 
-def check_settings(config: Config, checkpoint: Checkpoint) -> list[str]:
+def check_settings(config: Config, checkpoint: Checkpoint, *, longer_than: int | None = None) -> list[str]:
     """Compares the settings of a run with those that its checkpoint was trained with.
 
     Args:
         config: from the run's args.yaml, which nothing else protects.
         checkpoint: of the run.
+        longer_than: the epochs that the run was to have, where more are asked for now.
 
     Returns:
         lines on settings that may differ and do.
@@ -54,9 +55,11 @@ def check_settings(config: Config, checkpoint: Checkpoint) -> list[str]:
         different = different_settings(config, dict(json.loads(text)))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: its settings cannot be read ({error}); take another copy") from error
+    run = checkpoint.path.parent.parent
+    if "epochs" in different and _grew(run, *different["epochs"], longer_than):
+        del different["epochs"]
     bound = [f"{name} {now!r} (there {then!r})" for name, (then, now) in different.items() if name not in FREE_SETTINGS]
     if bound:
-        run = checkpoint.path.parent.parent
         raise ValueError(
             f"{run / 'args.yaml'} has other settings than {checkpoint.path.name} was trained with: {', '.join(bound)}; "
             "it was edited or damaged, or the checkpoint is another run's: put the values back, or train anew under "
@@ -64,6 +67,14 @@ def check_settings(config: Config, checkpoint: Checkpoint) -> list[str]:
         )
     free = [f"{name} {now!r} (was {then!r})" for name, (then, now) in different.items()]
     return [f"not as when {checkpoint.path.name} was written: {', '.join(free)}"] if free else []
+
+
+def _grew(run: Path, then: Any, now: int, longer_than: int | None) -> bool:
+    """Whether the run was made that much longer by --epochs, now or before."""
+    known: list[Any] = lengths(run) or [longer_than]
+    if longer_than in known and longer_than != now:
+        known.append(now)
+    return then in known and now in known[known.index(then) :]
 
 
 def opening_lines(training: Training, checkpoint: Checkpoint) -> list[str]:
@@ -77,4 +88,23 @@ def opening_lines(training: Training, checkpoint: Checkpoint) -> list[str]:
             f"{training.position.epoch}, after {training.position.step} of {now} steps ({position['step']} of {before} "
             f"before), and the numbers of steps only grow"
         )
-    return lines
+    then = json.loads(checkpoint.metadata.get("unloaf_config", "{}")).get("epochs", training.config.epochs)
+    return lines + _longer(training, then) if then < training.config.epochs else lines
+
+
+def _longer(training: Training, before: int) -> list[str]:
+    """What it means for a run that it is to have more epochs than its checkpoint knows of."""
+    config, position = training.config, training.position
+    told = [f"longer: {config.epochs} epochs instead of {before}, from epoch {position.epoch} on"]
+    if config.sched in ("constant", "step", "multistep"):
+        told.append(f"--sched {config.sched} goes on as it was: it does not look at the number of epochs")
+    else:
+        now = training.optimizer.param_groups[0]["lr"]
+        told.append(
+            f"--sched {config.sched} is that of {config.epochs} epochs from here on: the learning rate was "
+            f"{position.lr:.3g} and is {now:.3g} now; a run of {config.epochs} epochs from the beginning would have "
+            "had another until here"
+        )
+    if config.subnet_schedule != "constant":
+        told.append(f"--subnet-schedule {config.subnet_schedule} is that of {config.epochs} epochs from here on, too")
+    return told

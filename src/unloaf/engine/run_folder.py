@@ -32,7 +32,16 @@ FREE_SETTINGS = frozenset({
 _STEP = re.compile(r"step-\d{8,}")
 # What a run that was killed at once leaves behind.
 _BEFORE_BEGINNING = re.compile(r"run\.lock|env\.json|\.(env\.json|args\.yaml)-[0-9a-f]{8}")
-_FILES = ("args.yaml", "env.json", "log.txt", "metrics.jsonl", "run.lock", "subnets.csv", "summary.csv")
+_FILES = (
+    "args.yaml",
+    "changes.jsonl",
+    "env.json",
+    "log.txt",
+    "metrics.jsonl",
+    "run.lock",
+    "subnets.csv",
+    "summary.csv",
+)
 _FOLDERS = ("checkpoints", "export", "unloaf")  # the last is of accelerate's trackers
 _GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt tells all
 
@@ -46,12 +55,16 @@ class RunFolder:
     Args:
         path: the folder, made when it is missing.
 
+    Attributes:
+        epochs_before: of a run that goes on, how many it was to have until now.
+
     Raises:
         ValueError: the folder cannot be made, or another process writes to it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.epochs_before: int | None = None
         try:
             self.is_new = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
@@ -74,6 +87,16 @@ class RunFolder:
         write_whole(self.path / "env.json", json.dumps(_json(environment), indent=2) + "\n")
         # Last: with it the run counts as begun.
         write_whole(self.path / "args.yaml", dump_config(config))
+
+    def grow(self, config: Config, *, before: int, epoch: int) -> None:
+        """Keeps that from this epoch on the run goes to config.epochs instead of to `before`.
+
+        The record comes first: args.yaml alone may not change.
+        """
+        line = {"setting": "epochs", "before": before, "now": config.epochs, "epoch": epoch}
+        self._append("changes.jsonl", json.dumps({**line, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}) + "\n")
+        begun = load_config(self.path / "args.yaml")
+        write_whole(self.path / "args.yaml", dump_config(dataclasses.replace(begun, epochs=config.epochs)))
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         """Adds an epoch to summary.csv, under the names of the first one, and to metrics.jsonl."""
@@ -254,13 +277,32 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
         raise ValueError(f"run folder {path} exists; give another --name, go on with --resume auto, or remove it")
     if path.is_dir() and not begun and not all(_BEFORE_BEGINNING.fullmatch(file.name) for file in path.iterdir()):
         raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
+    had = None
     if begun:
         checkpoints_in_sight(path)
         had = load_config(path / "args.yaml")
         _check_same(as_begun(config, had), had, path)
         if resume != "auto":
             _check_place(config, had, path)
-    return RunFolder(path)
+    folder = RunFolder(path)
+    folder.epochs_before = had.epochs if had else None
+    return folder
+
+
+def lengths(run: Path) -> list[int]:
+    """The numbers of epochs that a run was to have, one after the other; none where it was never made longer.
+
+    Raises:
+        ValueError: the record cannot be read.
+    """
+    try:
+        lines = (run / "changes.jsonl").read_text(encoding="utf-8").splitlines()
+        found = [(int(change["before"]), int(change["now"])) for change in map(json.loads, lines)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run / 'changes.jsonl'} cannot be read ({error}); take it from a backup") from error
+    return [found[0][0], *(now for _, now in found)] if found else []
 
 
 def run_of(path: Path) -> Path:
@@ -334,11 +376,13 @@ def _check_same(config: Config, begun: Config, path: Path) -> None:
         free.remove("initial_checkpoint")  # it is where this run will start from
     different = different_settings(config, dataclasses.asdict(begun))
     other = {name: values for name, values in different.items() if name not in free}
+    if config.epochs > begun.epochs:
+        del other["epochs"]  # a run may be made longer
     if other:
         differences = ", ".join(f"{name} {had} (now {now})" for name, (had, now) in other.items())
         raise ValueError(
-            f"run {path} was begun with {differences}; resume with the same settings (unloaf train --resume {path}), "
-            "or give another --name"
+            f"run {path} was begun with {differences}; resume with the same settings (unloaf train --resume {path}; "
+            "epochs may grow), or give another --name"
         )
 
 

@@ -80,7 +80,8 @@ def train(
             config = as_begun(config, load_config(path / "args.yaml"))
         found, notes = find_checkpoint(accelerator, folder)
         if found is not None:
-            notes += check_settings(config, found)
+            before = on_all(accelerator, folder.epochs_before if folder else None)
+            notes += check_settings(config, found, longer_than=before)
         training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found is not None)
     except BaseException:
         if folder is not None:
@@ -130,6 +131,8 @@ class Run:
         if self.folder is not None:
             if checkpoint is None:
                 self.folder.begin(config, self.environment)
+            elif (before := self.folder.epochs_before) and before < config.epochs:
+                self.folder.grow(config, before=before, epoch=training.position.epoch)
             notes = [*notes, *self.folder.cut_back(checkpoint.state["files"] if checkpoint else None)]
             total_steps = config.epochs * training.steps_per_epoch
             progress = show_progress(
