@@ -14,7 +14,6 @@ from unloaf.engine.names import printable
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Folders that systems and storage put beside the user's, with copies or thumbnails of the images in them.
 _OF_SYSTEMS = ("@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found")
-_Identity = tuple[int, int]
 
 
 class ClassFiles(NamedTuple):
@@ -75,8 +74,8 @@ class _Walk:
         self.followed, self.left_out, self.beside = list[str](), list[str](), list[str]()
         self.others: Counter[str] = Counter()
         self.folders: list[str] = []
-        real = root.resolve()
-        self.seen = {_identity(folder): str(folder) for folder in (real, *real.parents)}
+        # By real path, which no file system gets wrong; some give folders no number of their own.
+        self.seen = {str(folder): str(folder) for folder in (root.resolve(), *root.resolve().parents)}
 
     def classes(self) -> tuple[str, ...]:
         """The class folders; from here on they are no part of another class."""
@@ -84,18 +83,18 @@ class _Walk:
         self.hidden_folders += [e.name for e in _scan(self.root) if _is_folder(e) and is_hidden(e.name)]
         self.beside += [e.name for e in _scan(self.root) if is_image(e.name) and not _is_folder(e)]
         for name in class_folders(self.root):
-            identity = _identity(self.root / name)
-            if identity in above:
+            real = self._real(name)
+            if real in above:
                 self.left_out.append(name)
                 continue
-            if identity in self.seen:
+            if real in self.seen:
                 raise ValueError(
-                    f"classes {printable(self.seen[identity])} and {printable(name)} of {printable(self.root)} are the "
+                    f"classes {printable(self.seen[real])} and {printable(name)} of {printable(self.root)} are the "
                     "same folder; remove one of the two"
                 )
             if _not_unicode(name):
                 raise ValueError(f"class folder {printable(self.root / name)}: its name is no UTF-8; rename it")
-            self.seen[identity] = name
+            self.seen[real] = name
             names.append(name)
         return tuple(names)
 
@@ -104,7 +103,7 @@ class _Walk:
         waiting, files = [path], self.files.setdefault(number, [])
         while waiting:
             folder = waiting.pop()
-            self.folders.append(os.path.realpath(self.root / folder))
+            self.folders.append(self._real(folder))
             for entry in _scan(self.root / folder):
                 inner = os.path.join(folder, entry.name)
                 if not _is_folder(entry):
@@ -125,12 +124,15 @@ class _Walk:
             self.others[os.path.splitext(name)[1].lower() or "without ending"] += 1
 
     def _is_new(self, path: str) -> bool:
-        identity = _identity(self.root / path)
-        if identity in self.seen:
+        real = self._real(path)
+        if real in self.seen:
             self.left_out.append(path)
             return False
-        self.seen[identity] = path
+        self.seen[real] = path
         return True
+
+    def _real(self, path: str) -> str:
+        return os.path.realpath(self.root / path)
 
     def follow_links(self) -> None:
         """Reads the linked folders, once all that are no links have found their class."""
@@ -138,7 +140,7 @@ class _Walk:
         while self.links:
             number, path = self.links.pop(0)
             if self._is_new(path):
-                self.followed.append(f"{path} -> {os.path.realpath(self.root / path)}")
+                self.followed.append(f"{path} -> {self._real(path)}")
                 self.read(number, path)
 
     def notes(self) -> Iterator[str]:
@@ -179,11 +181,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is none of the user's images."""
     return name.startswith(".") or name in _OF_SYSTEMS
-
-
-def _identity(folder: Path) -> _Identity:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
 
 
 def _not_unicode(name: str) -> bool:
