@@ -1,5 +1,6 @@
 """Checkpoints that rotted, were cut off, or were made to harm: all are refused, by name."""
 
+import io
 import json
 import os
 import pickle
@@ -223,6 +224,32 @@ def bomb_long_header(folder: Path) -> None:
     reseal(folder)
 
 
+def bomb_of_two_archives(folder: Path) -> None:
+    """Python finds the list of the small archive at the end; torch the one of the first, whose entry inflates."""
+    large, small, size = io.BytesIO(), io.BytesIO(), 300_000_000
+    with zipfile.ZipFile(large, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", state_of_one_tensor(size))
+        archive.writestr("x/data/0", bytes(size))
+    begin = zipfile.ZipFile(large).start_dir
+    rest = begin - len(state_of_one_tensor(0)) - sum(30 + len(name) for name in ("x/data.pkl", "x/data/0"))
+    with zipfile.ZipFile(small, "w") as archive:
+        archive.writestr("x/data.pkl", state_of_one_tensor(rest))
+        archive.writestr("x/data/0", bytes(rest))
+    assert zipfile.ZipFile(small).start_dir == begin  # where the first has its list as well
+    (folder / "state.pt").write_bytes(large.getvalue() + small.getvalue())
+    assert zipfile.ZipFile(folder / "state.pt").getinfo("x/data/0").file_size == rest
+    reseal(folder)
+
+
+def state_of_one_tensor(size: int) -> bytes:
+    """The pickle of {"x": so many bytes in storage 0}."""
+    number = b"J" + struct.pack("<i", size)
+    return (
+        b"\x80\x02}" + text("x") + b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nByteStorage\n"
+        + text("0") + text("cpu") + number + b"tQK\x00" + number + b"\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtRs."
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("bomb", "message"),
     [
@@ -245,6 +272,7 @@ def bomb_long_header(folder: Path) -> None:
             bomb_shape_in_header,
             "model.safetensors: tensor fc.weight declares 100000x1000000 F32 (400,000,000,000 bytes), but holds 4",
         ),
+        (bomb_of_two_archives, "state.pt: is no single archive: x/data.pkl begins at byte "),
         (bomb_long_header, "model.safetensors: its header declares 1,152,921,504,606,846,976 bytes"),
     ],
 )
@@ -267,6 +295,59 @@ def test_bombs_are_named_and_take_no_memory(tmp_path: Path, bomb: Callable[[Path
     grown, error = told.read_text().split(" ", 1)
     assert message in error
     assert int(grown) < 200_000  # KiB
+
+
+def with_gap(data: bytes) -> bytes:
+    """A byte between two entries; every offset behind it is right."""
+    source = zipfile.ZipFile(io.BytesIO(data))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for entry in source.infolist():
+            archive.writestr(entry.filename, source.read(entry))
+            out.write(b"x")
+            archive.start_dir += 1
+    return out.getvalue()
+
+
+def in_the_list(data: bytes, place: int, value: bytes) -> bytes:
+    """Other bytes in the record at the end."""
+    begin = data.rindex(b"PK\x05\x06") + place
+    return data[:begin] + value + data[begin + len(value) :]
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    {
+        "something in front": lambda data: b"x" + data,
+        "something behind": lambda data: data + b"x",
+        "a comment": lambda data: in_the_list(data, 20, b"\1\0") + b"x",
+        "another end": lambda data: data + data[-22:],
+        "another archive": lambda data: data + data,
+        "a gap": with_gap,
+        "a list elsewhere": lambda data: in_the_list(data, 16, struct.pack("<L", 7)),
+        "a longer list": lambda data: in_the_list(data, 12, struct.pack("<L", 7)),
+        "a list elsewhere in 64 bits": lambda data: data[:-50] + struct.pack("<Q", 7) + data[-42:],
+        "another name in front": lambda data: data.replace(b"data/0", b"data/9", 1),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_bytes_beside_the_archive_are_refused(tmp_path: Path, tamper: tuple[str, Callable[[bytes], bytes]]):
+    folder = save_tiny(tmp_path)
+    data = (folder / "state.pt").read_bytes()
+    changed = tamper[1](data)
+    assert changed != data
+    (folder / "state.pt").write_bytes(changed)
+    reseal(folder)
+    with pytest.raises(CheckpointError, match=r"state\.pt: (is no single archive|cannot be read)"):
+        load_checkpoint(folder)
+
+
+def test_archive_of_python_is_read_where_every_byte_is_its_own(tmp_path: Path):
+    folder = save_tiny(tmp_path)
+    with zipfile.ZipFile(folder / "state.pt") as archive:
+        storages = {n.rpartition("/")[2]: archive.read(n) for n in archive.namelist() if n.startswith("state/data/")}
+        forge_state(folder, archive.read("state/data.pkl"), storages)
+    assert same(load_checkpoint(folder).state, STATE)
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:

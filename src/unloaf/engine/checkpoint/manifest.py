@@ -15,6 +15,7 @@ from unloaf.engine.checkpoint.tensorfiles import damaged, reading
 from unloaf.engine.errors import CheckpointError
 
 FORMAT_VERSION = 1
+_MOST_BYTES = 1 << 26  # some kilobytes are usual; a file may be as long as a stranger likes
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.safetensors|state\.pt")
 
 
@@ -72,7 +73,8 @@ def read_manifest(folder: Path) -> Manifest:
     with reading(path):
         if not path.is_file():
             raise CheckpointError(f"{folder}: holds no manifest.json; give a complete step folder, such as RUN/last")
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES)
         fields = json.loads(raw)
         version = fields["format_version"]
         if type(version) is int and version > FORMAT_VERSION:

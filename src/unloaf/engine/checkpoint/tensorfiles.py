@@ -26,6 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unloaf.engine.checkpoint.archives import unaccounted
 from unloaf.engine.errors import CheckpointError
 
 # dtype: (name in a safetensors header, name of the storage class in a pickle). Both formats write all of these.
@@ -132,8 +133,10 @@ def read_state(path: Path) -> dict[str, Any]:
         CheckpointError: naming the file and, where there is one, the forbidden global or the tensor.
     """
     with reading(path):
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             sizes = _entry_sizes(archive, path)
+            if odd := unaccounted(file, archive):
+                raise damaged(path, f"is no single archive: {odd}")
             program = archive.read(_prefix(sizes) + "data.pkl")
         _refuse_forbidden(program, path)
         _dry_run(program, {name.removeprefix(_prefix(sizes)): size for name, size in sizes.items()}, path)
@@ -247,7 +250,9 @@ def _prefix(names: Mapping[str, int]) -> str:
 def _entry_sizes(archive: zipfile.ZipFile, path: Path) -> dict[str, int]:
     entries = archive.infolist()
     sizes = {entry.filename: entry.file_size for entry in entries}
-    if len(sizes) != len(entries) or not all(name.startswith(_prefix(sizes)) for name in sizes):
+    if len({name.lower() for name in sizes}) != len(entries) or not all(
+        name.startswith(_prefix(sizes)) for name in sizes
+    ):
         raise damaged(path, "its zip has entries of the same name, or outside of one folder")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
