@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import re
 import subprocess
 import sys
@@ -180,3 +181,61 @@ def test_auto_is_what_the_methods_paper_takes(settings, sampler, loss):
 def test_import_loads_no_torch():
     code = "import sys, unloaf.engine.config; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lr: 0.1\nepochs: 3\nlr: 0.2\n", "line 3: 'lr' is given a second time; keep one"),
+        ("{lr: 0.1, 'lr': 0.2}", "line 1: 'lr' is given a second time; keep one"),
+        ("model_kwargs: {a: 1, a: 2}\n", "line 1: 'a' is given a second time; keep one"),
+        ("a: &a {lr: 0.1}\n<<: *a\n", "line 2: entries are taken over by '<<'; write them out"),
+        ("<<: {lr: 0.1}\n", "line 1: entries are taken over by '<<'; write them out"),
+        ("a: &a [1, 2]\nb: *a\n", "line 1: is used at two places by '*'; write it out at both"),
+        ("a: &a [*a]\n", "line 1: is used at two places by '*'; write it out at both"),
+    ],
+)
+def test_entries_that_are_hidden_or_multiplied_are_refused_with_their_line(tmp_path, text, told):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'{file}, {told}')}$"):
+        load_config(file)
+
+
+def test_merged_mappings_do_not_multiply(tmp_path):
+    """415 bytes of this kind took half a minute; a run in a process of its own ends it if it does again."""
+    lines = ["a0: &a0 {lr: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9))]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    code = "import sys; from unloaf.cli import main; sys.exit(main(['train', '-c', sys.argv[1]]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.yaml")], timeout=20, capture_output=True)
+    assert (done.returncode, b"write" in done.stderr) == (2, True)
+
+
+def test_one_value_may_be_used_twice(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: &a 0.25\nweight_decay: *a\n")
+    config = load_config(tmp_path / "a.yaml")
+    assert (config.lr, config.weight_decay) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("pipe", "it is no ordinary file"),
+        ("endless", "it is no ordinary file"),
+        ("folder", "it is no ordinary file"),
+        ("long", "it has more than 65,536 bytes"),
+    ],
+)
+def test_configuration_that_never_ends_is_refused(tmp_path, kind, told):
+    file = tmp_path / "a.yaml"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "endless":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        with file.open("wb") as opened:
+            opened.truncate(1 << 40)
+    with pytest.raises(ValueError, match=rf"^cannot read the configuration {re.escape(str(file))}: {told}$"):
+        load_config(file)

@@ -11,6 +11,9 @@ import yaml
 from unloaf.engine.config.checks import brief
 from unloaf.engine.config.fields import Config
 from unloaf.engine.config.names import similar
+from unloaf.engine.files import read_text
+
+_MOST_BYTES = 1 << 16  # a configuration has 3 kB
 
 
 def load_config(path: str | Path) -> Config:
@@ -23,17 +26,44 @@ def load_config(path: str | Path) -> Config:
         ValueError: the file cannot be read, is no mapping, or holds an unknown or illegal entry.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path), limit=_MOST_BYTES)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     try:
-        entries = yaml.safe_load(text)
+        fault = _fault(yaml.compose(text, Loader=yaml.SafeLoader))
+        entries = None if fault else yaml.safe_load(text)
     except Exception as error:  # not only YAMLError: `!!bool maybe` is a KeyError, `[[[[...` a RecursionError
         reason = " ".join(str(error).split()) if isinstance(error, (yaml.YAMLError, ValueError)) else repr(error)
         raise ValueError(f"{path} is not YAML: {reason[:500]}") from error
+    if fault:
+        raise ValueError(f"{path}, {fault}")
     if not isinstance(entries, dict):
         raise ValueError(f"{path}: give lines of the form 'epochs: 30', not {type(entries).__name__}")
     return _from_entries(entries, source=str(path))
+
+
+def _fault(root: yaml.Node | None) -> str | None:
+    """What a configuration does not need and what hides or multiplies entries; None if there is nothing of it."""
+    pending, met = [root], set()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, yaml.CollectionNode):
+            continue
+        line = node.start_mark.line + 1
+        if id(node) in met:
+            return f"line {line}: is used at two places by '*'; write it out at both"
+        met.add(id(node))
+        for child in node.value:
+            pending += child if isinstance(child, tuple) else [child]
+        names = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            line = key.start_mark.line + 1
+            if key.tag == "tag:yaml.org,2002:merge":
+                return f"line {line}: entries are taken over by '<<'; write them out"
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                return f"line {line}: {brief(key.value)} is given a second time; keep one"
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+    return None
 
 
 def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
