@@ -109,6 +109,16 @@ def test_names_that_begin_like_a_wrapper_stay(tmp_path):
     assert tiny.same(tiny.weights(new), tiny.weights(old))
 
 
+def test_files_of_a_model_of_transformers_without_its_head_are_a_start(file):
+    """Their names lack the word that the model with a head puts before them."""
+    settings: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    old = transformers.ResNetModel(transformers.ResNetConfig(**settings))
+    new = transformers.ResNetForImageClassification(transformers.ResNetConfig(**settings))
+    lines = load_initial_weights(new, saved(old, file))
+    assert tiny.same(tiny.weights(new.resnet), tiny.weights(old))
+    assert lines[-1] == "stay as they are drawn: classifier.1.weight, classifier.1.bias"
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     state = cifar().state_dict()
     torch.save(state | {"module.conv1.weight": state["conv1.weight"]}, tmp_path / "weights.pt")
@@ -265,6 +275,20 @@ def test_whole_pickled_model_is_named(tmp_path):
     torch.save(cifar(), tmp_path / "model.pth")
     with pytest.raises(ValueError, match=r"calls for .*CifarResNet, .*save model.state_dict\(\)"):
         load_initial_weights(cifar(), tmp_path / "model.pth")
+
+
+def test_compressed_archives_are_not_unpacked(tmp_path):
+    """20 MB of zeros in 20 KB; torch.load would take it."""
+    torch.save({"weight": torch.zeros(5_000_000)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    assert (tmp_path / "small.pth").stat().st_size < 40_000
+    with pytest.raises(ValueError, match=r"small.pth: is a compressed archive, which torch.save does not write"):
+        load_initial_weights(cifar(), tmp_path / "small.pth")
 
 
 def archive(path):

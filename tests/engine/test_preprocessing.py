@@ -114,7 +114,7 @@ def test_what_is_given_stays(folders):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"mean": (0.5, 0.5)}, "mean 0.5 0.5: give 1 or 3 numbers, one for each channel"),
+        ({"mean": (0.5, 0.5)}, "mean 0.5 0.5: give one number, or 3, one for each channel"),
         ({"std": (0.0,)}, "std 0.0: give for each channel a number above 0"),
         ({"mean": (123.7,)}, "mean 123.7: give for each channel a share from 0 to 1"),
     ],

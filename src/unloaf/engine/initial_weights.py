@@ -48,7 +48,7 @@ def load_initial_weights(model: nn.Module, path: Path, *, partial: bool = False)
     own = model.state_dict()
     try:
         file, tensors, nests = read_tensors(path)
-        given = _unwrapped(tensors, own, file)
+        given = _unwrapped(tensors, own, file, inside=getattr(model, "base_model_prefix", None))
     except ValueError as error:
         raise ValueError(f"initial_checkpoint {error}") from error
     given, notes = _fitted(model, own, given)
@@ -172,13 +172,20 @@ def _fitted(
     return given, notes
 
 
-def _unwrapped(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors under the names that the model has, without the words of wrappers."""
+def _unwrapped(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], file: Path, *, inside: str | None
+) -> dict[str, Tensor]:
+    """The tensors under the names that the model has, without the words of wrappers.
+
+    `inside` is where transformers keeps the model that a head was put on, whose files lack that word.
+    """
     given: dict[str, Tensor] = {}
     for name, value in tensors.items():
         short = name
         while short not in own and short.startswith(_PREFIXES):
             short = short.partition(".")[2]
+        if short not in own and f"{inside}.{short}" in own:
+            short = f"{inside}.{short}"
         if short in given:
             raise ValueError(f"{file}: {name!r:.120} and another of its tensors are both {short!r:.120}")
         given[short] = value

@@ -83,7 +83,8 @@ def as_text(data: Data) -> str:
 
 def _of_each(name: str, values: Sequence[float], channels: int) -> tuple[float, ...]:
     if len(values) not in (0, 1, channels):
-        raise ValueError(f"{name} {' '.join(map(str, values))}: give 1 or {channels} numbers, one for each channel")
+        each = "" if channels == 1 else f", or {channels}, one for each channel"
+        raise ValueError(f"{name} {' '.join(map(str, values))}: give one number{each}")
     return tuple(values) * (channels if len(values) == 1 else 1)
 
 

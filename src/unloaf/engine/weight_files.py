@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> Any:
     """What torch.save wrote, of tensors and plain values alone; timm's own checkpoints keep their arguments beside."""
+    _check_archive(file)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Explicit, because TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD overrides a default.
@@ -113,6 +115,18 @@ def _read_pickle(file: Path) -> Any:
         raise ValueError(
             f"{file}: is not what torch.save writes, or is damaged ({in_one_line(error)}); give {_KINDS}"
         ) from error
+
+
+def _check_archive(file: Path) -> None:
+    """torch.save compresses nothing, and torch unpacks what is: 160 KB can become gigabytes."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"{file}: is a compressed archive, which torch.save does not write; give {_KINDS}")
+    if sum(entry.file_size for entry in entries) > file.stat().st_size:
+        raise ValueError(f"{file}: its entries are larger than the file, which torch.save does not write")
 
 
 def _foreign_classes(file: Path) -> str:
