@@ -246,7 +246,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path, monkeypatch, kind):
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    thread.join(5)
+    thread.join(20)
     assert told
 
 
