@@ -132,6 +132,9 @@ BLOCKS = {
     "relu behind a branch without biases": lambda: Residual(
         nn.Sequential(depthwise(), nn.ReLU(), depthwise()), relu=True
     ),
+    "relu behind a deep branch that ends in a relu": lambda: Residual(
+        nn.Sequential(*(m for _ in range(4) for m in (convolution(), nn.BatchNorm2d(CHANNELS), nn.ReLU()))), relu=True
+    ),
     "pixel by pixel": lambda: Residual(nn.Conv2d(CHANNELS, CHANNELS, 1)),
     "channel by channel": lambda: Residual(depthwise()),
 }

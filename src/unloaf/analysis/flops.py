@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from unloaf.inputs import View, batch_size, first_examples
 from unloaf.methods import TrainingMethod
-from unloaf.passes import SubnetPass, between_blocks, logits_of
-from unloaf.stages import Stage, call_model, copy_of, evaluating, inner_module
+from unloaf.passes import SubnetPass, logits_of
+from unloaf.stages import Stage, between_blocks, call_model, copy_of, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_stages
 
 

@@ -12,14 +12,13 @@ are handed back, and ends with one backward through the main graph; `one_graph` 
 from unloaf.passes.lean import lean_backward
 from unloaf.passes.one_graph import one_graph, one_graph_losses
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.replay import Readout, between_blocks, logits_of
+from unloaf.passes.replay import Readout, logits_of
 from unloaf.passes.terms import StepTerms, check_gradient
 
 __all__ = [
     "Readout",
     "StepTerms",
     "SubnetPass",
-    "between_blocks",
     "check_gradient",
     "lean_backward",
     "logits_of",

@@ -17,7 +17,7 @@ from unloaf.inputs import View
 from unloaf.passes.containers import with_tensors
 from unloaf.passes.draws import Draws
 from unloaf.passes.plan import Plan, Record, Run, State, SubnetPass
-from unloaf.stages import Form, Stage, call_model, inner_module, stand_in
+from unloaf.stages import Form, Stage, between_blocks, call_model, inner_module, stand_in
 from unloaf.subnet import branches, check_stages, check_subnet, replaced_forwards
 
 Readout = Callable[[Any], Tensor]
@@ -46,6 +46,7 @@ class Session:
             check_subnet(stages, request.subnet)
         blocks = check_stages(self.inner, stages)
         self.plan = Plan(stages, passes)
+        self.sharing = all(stage.replayable for stage in stages)
         self.run = self.plan.main
         self.state = self.plan.roots[View()]
         self.calls: Counter[tuple[State, str]] = Counter()
@@ -136,7 +137,7 @@ class Session:
         finally:
             self.inside -= 1
         random = self._draws.after_call()
-        if state.visits > 1:
+        if state.visits > 1 and self.sharing:
             record = Record.of(value, random)
             if record.tensors:
                 state.records[key] = record
@@ -262,23 +263,6 @@ def not_compiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
-
-
-def between_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that neither are, hold, nor belong to a block."""
-    holders = {"", *(path.rpartition(".")[0] for path in blocks)}
-    holders |= {parent[:i] for parent in holders for i, letter in enumerate(parent) if letter == "."}
-
-    def walk(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
-            inner = f"{path}.{name}" if path else name
-            if inner in holders or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-                if inner not in blocks:
-                    yield from walk(inner, child)
-            elif inner not in blocks and not isinstance(child, nn.Identity):
-                yield inner, child
-
-    return walk("", model)
 
 
 def logits_of(output: Any, readout: Readout | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from unloaf.stages.find import find_stages
 from unloaf.stages.modes import evaluating, modes_kept
+from unloaf.stages.replayable import between_blocks
 from unloaf.stages.stage import (
     Form,
     NoResidualBlocksError,
@@ -17,6 +18,7 @@ __all__ = [
     "Form",
     "NoResidualBlocksError",
     "Stage",
+    "between_blocks",
     "call_model",
     "copy_of",
     "evaluating",

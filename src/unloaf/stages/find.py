@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.stages.modes import evaluating
-from unloaf.stages.probe import Call, NotFiniteError, Residual, form_of, residual, trace
+from unloaf.stages.probe import Call, NotFiniteError, Residual, drawing_alike, form_of, residual, trace
+from unloaf.stages.replayable import is_replayable
 from unloaf.stages.stage import NoResidualBlocksError, Stage, call_model, inner_module, stand_in
+from unloaf.state import Buffers
 
 
 def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str]] | None = None) -> tuple[Stage, ...]:
@@ -60,8 +63,9 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
             f"{f'module {scripted[0]!r}' if scripted[0] else 'the model'} was compiled by torch.jit, and what it "
             "computes cannot be looked at or changed; give the model as it was before"
         )
-    with evaluating(model):
-        calls = trace(model, example)
+    with evaluating(model), drawing_alike(model):
+        start = Buffers(model.modules())
+        calls, output = trace(model, example)
         unknown: list[str] = []  # modules that give NaN when their parameters are zero
         kinds = _probe(model, calls, unknown) if blocks is None else _given(model, calls, blocks)
         runs = _runs(model, calls, kinds) if blocks is None else [tuple(stage) for stage in blocks]
@@ -75,14 +79,28 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
                 'find_stages(model, example, blocks=[["layer1.0", "layer1.1"], ...])'
             )
         _check_runs_when_skipped(model, example, runs, kinds)
+        named = {path: model.get_submodule(path) for run in runs for path in run}
+        replayable = is_replayable(model, example, named, calls, output, start)
+    _warn(model, unknown, replayable)
+    shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else None
+    stages = [_stage(name, run, kinds, shape) for name, run in zip(_names(runs), runs, strict=True)]
+    return tuple(stages if replayable else [replace(stage, replayable=False) for stage in stages])
+
+
+def _warn(model: nn.Module, unknown: Sequence[str], replayable: bool) -> None:
+    if not replayable:
+        warnings.warn(
+            f"{type(model).__name__} hands on more than its modules return (a list they are given, an attribute read "
+            "later, a counter): passes of a training step share nothing, so that each subnet costs a whole pass; let "
+            "modules return what others need",
+            stacklevel=3,
+        )
     if unknown:
         warnings.warn(
             f"blocks of {type(model).__name__} may be missing from its stages{_untold(model, unknown)}; if they are "
             'residual blocks, name all: find_stages(model, example, blocks=[["layer1.0", "layer1.1"], ...])',
-            stacklevel=2,
+            stacklevel=3,
         )
-    shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else None
-    return tuple(_stage(name, run, kinds, shape) for name, run in zip(_names(runs), runs, strict=True))
 
 
 def _untold(model: nn.Module, unknown: Sequence[str]) -> str:

@@ -57,6 +57,8 @@ class Stage:
         input_shape: shape of one example (without the batch) on which the stage was found, or None.
         forms: for each block, None where it returns a tensor, else the form of the tuple it returns; empty stands for
             tensors throughout.
+        replayable: whether recorded outputs can stand for calls of the model's modules; if not, the passes of a
+            training step share nothing.
 
     >>> from unloaf import Stage
     >>> stage = Stage("layer1", ("layer1.0", "layer1.1"), (False, True))
@@ -70,6 +72,7 @@ class Stage:
     additive: tuple[bool, ...] = ()
     input_shape: tuple[int, ...] | None = None
     forms: tuple[Form | None, ...] = ()
+    replayable: bool = True
 
     @property
     def depth(self) -> int:
