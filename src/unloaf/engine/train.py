@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch import nn
 
+from unloaf.engine.advice import learning_rate_advice
 from unloaf.engine.checkpoint import Checkpoint, point_to
 from unloaf.engine.config import Config, as_begun, load_config
 from unloaf.engine.data import Data, explain_worker_death
@@ -31,6 +32,7 @@ from unloaf.engine.saving import Saver, capture, restore
 from unloaf.engine.signals import StopRequest, stop_requests
 from unloaf.engine.training import Evaluation
 from unloaf.evaluation import Accuracy
+from unloaf.stages import inner_module
 
 _BATCHES_BETWEEN_QUESTIONS = 10  # of a validation, in which processes have nothing else to wait for each other for
 
@@ -168,7 +170,9 @@ class Run:
             *training.data.notes,
             *training.opening,
         ]
-        if checkpoint is not None:
+        if checkpoint is None:
+            lines += learning_rate_advice(config, inner_module(training.model))
+        else:
             lines += opening_lines(training, checkpoint)
             lines += self._differences(checkpoint.state["bits_depend_on"])
         return lines
