@@ -21,6 +21,8 @@ KINDS, MODES = ["st", "st++", "gkt"], ["lean", "one graph"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 DTYPES = list(TOLERANCE)
 SECONDS = 180
+# Labels of the second rank: some, or all, of its examples have none.
+UNLABELLED = {"some": [0, -100, 2, -100], "all": [-100] * 4}
 
 
 def build(kind, model, stages, rank):
@@ -41,6 +43,10 @@ def network_and_batch(rank, dtype):
     return model, unloaf.find_stages(model, x), x, torch.tensor([0, 1, 2, 0])
 
 
+def labels_of(rank, unlabelled):
+    return torch.tensor(UNLABELLED[unlabelled] if rank else [0, 1, 2, 0])
+
+
 def step(method, x, y, mode):
     if mode == "lean":
         method.backward(x, y)
@@ -57,6 +63,11 @@ def work(rank, folder):
         model, stages, x, y = network_and_batch(rank, dtype)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=bucket_view)
         grads[f"{kind}/{mode}/{dtype}/{bucket_view}"] = step(build(kind, wrapped, stages, rank), x, y, mode)
+    for kind, mode, unlabelled in itertools.product(KINDS, MODES, UNLABELLED):
+        model, stages, x, _ = network_and_batch(rank, torch.float64)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        method = build(kind, wrapped, stages, rank)
+        grads[f"{kind}/{mode}/{unlabelled}"] = step(method, x, labels_of(rank, unlabelled), mode)
     torch.save(grads, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -88,6 +99,22 @@ def test_gradients_are_the_mean_over_the_ranks(ranks, kind, mode, dtype, bucket_
     for grads in ranks:
         error = grads[f"{kind}/{mode}/{dtype}/{bucket_view}"] - expected
         assert error.norm() < TOLERANCE[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("unlabelled", UNLABELLED)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_labels_takes_part_with_no_gradient(ranks, kind, mode, unlabelled):
+    alone = []
+    for rank in range(RANKS):
+        model, stages, x, _ = network_and_batch(rank, torch.float64)
+        alone.append(step(build(kind, model, stages, rank), x, labels_of(rank, unlabelled), mode))
+    if unlabelled == "all":
+        assert not alone[1].any()
+    expected = torch.stack(alone).mean(0)
+    for grads in ranks:
+        error = grads[f"{kind}/{mode}/{unlabelled}"] - expected
+        assert error.norm() < TOLERANCE[torch.float64] * expected.norm()
 
 
 # --- stochastic depth, whose skipped blocks have no gradient
