@@ -13,9 +13,11 @@ from rich.console import Console
 import unloaf
 from unloaf import demo
 from unloaf.analysis.comparison import MethodRun, Spread, method_rows, size_rows
-from unloaf.analysis.plots import accuracy_over_size
+from unloaf.analysis.plots import CostPoint, accuracy_over_cost, accuracy_over_size
+from unloaf.analysis.report import comparison_report
 from unloaf.engine.data import load_data
 from unloaf.engine.loop import fit, one_thread
+from unloaf.evaluation import Accuracy
 from unloaf.recipes import digits
 
 RECIPES = [digits.common, digits.stochastic_depth, digits.stimulative, digits.stimulative_plus, digits.group_knowledge]
@@ -86,6 +88,77 @@ LOW = [
 @pytest.mark.parametrize("runs", [RUNS, LOW], ids=["trained", "hardly trained"])
 def test_legend_lies_where_no_point_is(runs):
     assert marks_under_legend(accuracy_over_size(size_rows(runs), runs)) == 0
+
+
+def both_ways(main, as_it_stands, label="ST", seed=0):
+    full = replace(row((2, 2), main), running=Accuracy(loss=1.0, top1=as_it_stands, top5=100.0))
+    return MethodRun(label, seed, (full, row((2, 1), main - 1), row((1, 1), main - 3)), 1, 1)
+
+
+def test_main_network_stands_in_the_table_both_ways_and_is_compared_as_its_subnets_are():
+    runs = [both_ways(36.0, 20.0, seed=0), both_ways(38.0, 24.0, seed=1)]
+    [line] = method_rows(runs)
+    assert (line.main_top1.mean, line.main_reestimated.mean, line.mean_top1.mean) == (22.0, 37.0, 35.0)
+    assert size_rows(runs)["ST"][-1].mean_top1 == 37.0
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo.table([line] * 2))
+    assert re.search(r"ST +22\.0 ± 2\.8 +37\.0 ± 1\.4 +35\.0 ± 1\.4 +34\.0 ± 1\.4 ", console.file.getvalue())
+
+
+# Standard errors by hand: of the difference of two shares on 600 images, and of two means of three seeds.
+@pytest.mark.parametrize(
+    ("common", "other", "said"),
+    [
+        (
+            [98.0],
+            [98.5],
+            "too close to be told apart by one seed and 600 test images (two standard errors are 1.5 ",
+        ),
+        ([90.0], [98.0], "further apart than chance explains with one seed and 600 test images (two standard errors"),
+        ([97, 98, 99], [98, 99, 100], "too close to be told apart by 3 seeds (two standard errors are 1.6 points)."),
+        (
+            [97, 98, 99],
+            [94, 95, 96],
+            "further apart than chance explains with 3 seeds (two standard errors are 1.6 ",
+        ),
+    ],
+)
+def test_headline_says_what_so_many_seeds_can_say_of_the_main_networks(common, other, said):
+    rows = method_rows(
+        [both_ways(90.0, top, label, seed) for label, tops in {"common training": common, "ST": other}.items()
+         for seed, top in enumerate(tops)]
+    )  # fmt: skip
+    assert said in demo._lead(rows, images=600)
+
+
+def test_pages_and_their_pictures_know_the_dark():
+    """Every colour that a page or a picture in it names is defined for light and for dark."""
+    rows = method_rows(RUNS)
+    page = comparison_report(
+        title="", lead="", rows=rows, pictures={"a": accuracy_over_size(size_rows(RUNS), RUNS)}, caption="",
+        explanation=(), settings={"ST": {}}, facts={},
+    )  # fmt: skip
+    style, _, body = page.partition("</style>")
+    light, dark = style.split("prefers-color-scheme: dark", 1)
+    dark = dark[: dark.index("body {")]
+    used = set(re.findall(r"var\((--[a-z]+)", page))
+    assert {"--ink", "--grid", "--card", "--page"} <= used
+    assert used <= set(re.findall(r"(--[a-z]+):", light))
+    assert used <= set(re.findall(r"(--[a-z]+):", dark))
+    assert not re.search(r"(?<!, )#(222222|444444|e4e4e4)", body)
+    assert set(re.findall(r"#[0-9a-f]{6}", style[style.index("body {") :])) == set()
+
+
+def test_no_marker_hides_another_in_accuracy_over_cost():
+    """Subnets of one method where the main network of another lies: the hollow marker is drawn later, with a rim."""
+    points = [CostPoint("ST", 1.4, 21.0, 0.1, 20.5), CostPoint("common training", 1.4, 20.5, 0.1, 12.0)]
+    svg = accuracy_over_cost({"a": points}, axis="%")
+    marks = svg[: svg.index('id="legend_1"')]
+    filled = [found.start() for found in re.finditer(r"fill: #\w+; stroke: #ffffff", marks)]
+    rims = [found.start() for found in re.finditer(r"fill-opacity: 0; stroke: #ffffff; stroke-width: 3.4", marks)]
+    hollow = [found.start() for found in re.finditer(r"fill-opacity: 0; stroke: #(0072b2|222222);", marks)]
+    assert (len(filled), len(rims), len(hollow)) == (2, 2, 2)
+    assert max(filled) < rims[0] < hollow[0] < rims[1] < hollow[1]
 
 
 @pytest.mark.parametrize("recipe", RECIPES[1:])

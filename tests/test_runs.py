@@ -276,6 +276,7 @@ def test_report_states_what_the_folders_say(trained, second, capsys):
     columns = ("ema_top1", "subnets_top1_mean", "subnets_top1_min", "main_top1_reestimated")
     figures += [f"{result['test_top1']:.2f}", *(f"{float(logged[-1][name]):.2f}" for name in columns)]
     assert line[4:12] == figures
+    assert "\\n" not in out  # heads of two lines
     [learning_rate] = [line.split() for line in out.splitlines() if line.startswith(" lr ")]
     assert learning_rate == ["lr", "0.1", "0.05"]
 
@@ -317,6 +318,32 @@ def test_report_imports_no_torch(trained, tmp_path):
     )
     words = ["report", str(trained), "--output", str(tmp_path / "page.html")]
     assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("above", [".", ".."], ids=["folder of runs", "folder above it"])
+def test_report_of_a_folder_takes_all_runs_in_it(trained, second, tmp_path, capsys, above):
+    runs = tmp_path / "output" / "train"
+    for run in (trained, second):
+        shutil.copytree(run, runs / run.name, symlinks=True)
+    shutil.copytree(second, runs / ".removed", symlinks=True)
+    (runs / "notes").mkdir()
+    code, out, err = in_process(capsys, "report", runs / above)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines() if "cifar/resnet14" in line] == ["first", "second"]
+    code, _, err = in_process(capsys, "report", runs / "notes")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "notes is no run: neither it nor a folder in it has an args.yaml; give runs or their folder" in err
+
+
+def test_no_number_is_broken_on_a_terminal_of_80_columns(trained, second, capsys, monkeypatch):
+    _, wide, _ = in_process(capsys, "report", trained, second)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, narrow, _ = in_process(capsys, "report", trained, second)
+    assert max(len(line) for line in wide.splitlines()) > 80 >= max(len(line) for line in narrow.splitlines())
+    numbers = re.findall(r"\d+\.\d+", wide)
+    assert len(numbers) > 15
+    assert sorted(re.findall(r"\d+\.\d+", narrow)) == sorted(numbers)
 
 
 def test_report_of_no_run_is_answered(tmp_path, capsys):

@@ -199,7 +199,7 @@ class Report:
     """Compare runs by what is in their folders, also while they train."""
 
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")] = ()
-    """Folders of the runs."""
+    """Folders of the runs, or folders that hold runs, as OUTPUT of train does: then all of them."""
     output: str | None = None
     """Write a page with the curves of the runs to this .html file."""
 

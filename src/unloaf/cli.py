@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from unloaf import __version__
 from unloaf.arguments import BenchStep, Demo, Eval, Export, Inspect, Report, Subnets, parse_train
 from unloaf.commands.check_data import check_data
 from unloaf.commands.predict import predict
+from unloaf.commands.tables import print_table, show
 from unloaf.engine.config import dump_config
 from unloaf.engine.config.names import similar
 from unloaf.engine.errors import (
@@ -149,7 +147,7 @@ def _demo(words: list[str]) -> int:
     result = run_demo(
         output=options.output, seeds=options.seeds, epochs=options.epochs, console=Console(file=standard_error())
     )
-    Console().print(table(result.rows))
+    print_table(table(result.rows))
     say(f"report: {result.report}")
     return 0
 
@@ -187,7 +185,7 @@ def _eval(words: list[str]) -> int:
         say(line)
     if judgement.subnets:
         _say_subnets(judgement)
-        _show(*accuracy_table(judgement.subnets))
+        show(*accuracy_table(judgement.subnets))
         write_subnets(judgement, output)
         say(f"all {len(judgement.judged)} that were judged: {output}")
     return 0
@@ -236,7 +234,7 @@ def _subnets(words: list[str]) -> int:
     cost = "latency_ms" if options.timed else "gmacs"
     front = {row.subnet for row in pareto_front(rows, cost=cost)} if rows[0].top1 is not None else None
     shown = [i for i, row in enumerate(rows) if not front or options.num != "pareto" or row.subnet in front]
-    _show(*cost_table([rows[i] for i in shown], [times[i] for i in shown] if times else [], front))
+    show(*cost_table([rows[i] for i in shown], [times[i] for i in shown] if times else [], front))
     for timing in times[0][:1] if times else []:
         print(f"median and 95th percentile of {timing.repeats} passes, on {timing.device}, {timing.threads} thread(s)")
     if front is not None:
@@ -294,7 +292,7 @@ def _inspect(words: list[str]) -> int:
         for line in section.lines:
             say(line)
         if section.rows:
-            _show(section.heads, section.rows)
+            show(section.heads, section.rows)
     return 0
 
 
@@ -319,11 +317,11 @@ def _report(words: list[str]) -> int:
     from unloaf.analysis.histories import differences, read_histories, run_row, table_of
 
     histories = read_histories(options.runs)
-    _show(*table_of([run_row(history) for history in histories]))
+    show(*table_of([run_row(history) for history in histories]))
     different = differences(histories)
     if different:
-        heads = ["settings that differ", *(history.label for history in histories)]
-        _show(heads, [[name, *values] for name, values in different.items()])
+        heads = ["settings that differ", *(printable(history.label) for history in histories)]
+        show(heads, [[name, *values] for name, values in different.items()])
     if options.output is not None:
         from unloaf.analysis.runs_page import runs_page
 
@@ -341,7 +339,7 @@ def _bench(words: list[str]) -> int:
     from unloaf.bench import bench_step, tables
 
     for table in tables(bench_step(**options, console=Console(file=standard_error()))):
-        _print(table)
+        print_table(table)
     return 0
 
 
@@ -357,21 +355,3 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check-data": check_data,
     "bench": _bench,
 }
-
-
-def _show(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Prints a table; in a file or a pipe it is as wide as it needs to be."""
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for head in heads:
-        words = head in (heads[0], "blocks", "cannot be skipped", "class", "note")
-        table.add_column(Text(printable(head)), justify="left" if words else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*(Text(printable(cell)) for cell in line))
-    _print(table)
-
-
-def _print(table: Table) -> None:
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
-    with console.capture() as text:
-        console.print(table)
-    print(text.get(), end="")  # rich ends the process itself where a pipe is closed

@@ -44,14 +44,24 @@ class RunHistory:
 
 
 def read_histories(runs: Sequence[str | Path]) -> list[RunHistory]:
-    """Reads run folders, which may belong to runs that go on.
+    """Reads run folders, which may belong to runs that go on; of any other folder all runs in it, by their names.
 
     Raises:
-        ValueError: a folder is no run, or its files cannot be read.
+        ValueError: a folder is no run and has none, or its files cannot be read.
     """
-    paths = list(dict.fromkeys(run_of(Path(run)) for run in runs))
+    paths = list(dict.fromkeys(path for run in runs for path in _runs_in(Path(run))))
     names = [path.resolve().name for path in paths]
     return [_read(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)]
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """The run, or the runs of OUTPUT and of the folder above it: OUTPUT is output/train by default."""
+    if (path / "args.yaml").exists() or not path.is_dir():
+        return [run_of(path)]
+    found = [file.parent for pattern in ("[!.]*/args.yaml", "[!.]*/[!.]*/args.yaml") for file in path.glob(pattern)]
+    if not found:
+        raise ValueError(f"{path} is no run: neither it nor a folder in it has an args.yaml; give runs or their folder")
+    return sorted(found)
 
 
 def _read(path: Path, label: str) -> RunHistory:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 if TYPE_CHECKING:
     from unloaf.analysis.comparison import MethodRun, SizeRow
@@ -33,6 +34,21 @@ _STYLE: Any = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
 }
+
+
+# Of pictures inside a page: what its style sheet sets for light and dark; elsewhere the light colour holds.
+_THEME = {"#222222": "--ink", "#444444": "--soft", "#e4e4e4": "--grid", "#ffffff": "--card", "#0072b2": "--blue"}
+
+
+def themed(text: str) -> str:
+    """The colours of a picture by the names that the page gives them.
+
+    >>> themed("stroke: #222222")
+    'stroke: var(--ink, #222222)'
+    """
+    for colour, name in _THEME.items():
+        text = text.replace(colour, f"var({name}, {colour})")
+    return text
 
 
 def accuracy_over_size(
@@ -124,7 +140,7 @@ def key(labels: Sequence[str]) -> list[tuple[str, str]]:
         (
             label,
             '<svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path d="M1 4h26" fill="none" stroke-width="3" '
-            f'stroke="{_look(index)[0]}"{dashes[index // len(_COLOURS) % len(_LINES)]}/></svg>',
+            f'style="stroke: {themed(_look(index)[0])}"{dashes[index // len(_COLOURS) % len(_LINES)]}/></svg>',
         )
         for index, label in enumerate(labels)
     ]
@@ -279,9 +295,16 @@ def _series(axes: Any, points: Sequence[CostPoint], index: int) -> None:
     ordered = sorted(points, key=lambda point: point.cost)
     costs, look = [point.cost for point in ordered], _marker(index) | {"linewidth": 1.6}
     dots: Any = (0, (1.5, 1.5))
-    axes.plot(costs, [point.subnets for point in ordered], linestyle=dots, fillstyle="none", **look)
+    # Hollow ones lie on top with a pale rim, filled ones have such an edge: where two meet, both are seen.
+    rim: Any = [withStroke(linewidth=3.4, foreground="white")]
+    tops = [point.subnets for point in ordered]
+    axes.plot(costs, tops, color=look["color"], linestyle=dots, linewidth=1.6, zorder=2)
+    axes.plot(
+        costs, tops, **look | {"linestyle": ""}, fillstyle="none", markeredgewidth=1.5, path_effects=rim, zorder=5
+    )
     mains, errors = [point.main for point in ordered], [point.error for point in ordered]
-    axes.errorbar(costs, mains, errors, zorder=3, capsize=3, **look)
+    filled: Any = look | {"markersize": 9.5, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    axes.errorbar(costs, mains, errors, zorder=3, capsize=3, **filled)
 
 
 def _marker(index: int) -> dict[str, Any]:
@@ -289,9 +312,10 @@ def _marker(index: int) -> dict[str, Any]:
 
 
 def _svg(figure: Figure, *, background: str | None = None, about: str | None = None) -> str:
-    """Without a background the page shows through; a picture that is a file of its own needs one."""
+    """Without a background the page shows through and its theme decides the colours; a file of its own needs one."""
     buffer = io.StringIO()
     look: Any = {"transparent": True} if background is None else {"facecolor": background}
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": about}, **look)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    return text if background else themed(text)

@@ -10,46 +10,58 @@ if TYPE_CHECKING:
     from unloaf.analysis.comparison import MethodRow
 
 _STYLE = """
-:root { color-scheme: light; }
-body { margin: 0; background: #fbfbfa; color: #1d1d1f;
+:root { color-scheme: light dark;
+  --page: #fbfbfa; --card: #ffffff; --ink: #1d1d1f; --soft: #55555c; --faint: #5f5f66; --line: #e5e5e2; --rule: #9a9a9a;
+  --grid: #e4e4e4; --blue: #0072b2; --shade: rgba(0, 0, 0, .16); }
+@media screen and (prefers-color-scheme: dark) { :root {
+  --page: #17181a; --card: #1f2123; --ink: #e9e9ea; --soft: #b9bac0; --faint: #a9aab0; --line: #34363a; --rule: #75777c;
+  --grid: #35373b; --blue: #56b4e9; --shade: rgba(0, 0, 0, .7); } }
+body { margin: 0; background: var(--page); color: var(--ink);
        font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2.2rem 1.1rem 3rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 1.12rem; margin: 2.4rem 0 .6rem; }
 p { max-width: 46rem; margin: .5rem 0; }
-.lead { font-size: 1.08rem; color: #3a3a3d; }
-.note { color: #5f5f66; font-size: .9rem; }
-.scroll { overflow-x: auto; }
+.lead { font-size: 1.08rem; color: var(--soft); }
+/* Shadows at the sides, as far as a table goes on there (Lea Verou's scrolling shadows). */
+.scroll { overflow-x: auto; scrollbar-width: thin; background:
+  linear-gradient(to right, var(--page) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--page) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) 0 0 / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) 100% 0 / .8rem 100% no-repeat scroll; }
+.wide { width: max-content; min-width: 100%; max-width: calc(100vw - 3.4rem); position: relative; left: 50%;
+        transform: translateX(-50%); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .42rem .9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e5e5e2; }
+th, td { padding: .42rem .9rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { font-weight: 600; font-size: .86rem; color: #55555c; vertical-align: bottom;
-           border-bottom: 1.5px solid #9a9a9a; }
+thead th { font-weight: 600; font-size: .86rem; color: var(--soft); vertical-align: bottom;
+           border-bottom: 1.5px solid var(--rule); }
 .results { width: 100%; }
 .results td:first-child { font-weight: 600; }
+.comparison th, .comparison td { padding-left: .6rem; padding-right: .6rem; }
+.comparison th:first-child, .comparison td:first-child { padding-left: 0; }
 .runs th, .runs td { padding: .4rem .5rem; font-size: .86rem; }
 .runs th:nth-child(-n+3), .runs td:nth-child(-n+3) { text-align: left; }
 .runs th:first-child, .runs td:first-child { padding-left: 0; }
 .runs td:first-child { overflow-wrap: anywhere; white-space: normal; min-width: 8rem; }
 .settings { font-size: .88rem; }
-.settings td:first-child, .facts td:first-child { color: #55555c; }
+.settings td:not(:first-child) { white-space: normal; overflow-wrap: anywhere; min-width: 5rem; max-width: 16rem; }
+.settings td:first-child, .facts td:first-child { color: var(--soft); }
 .facts td { text-align: left; white-space: normal; font-size: .88rem; vertical-align: top; overflow-wrap: anywhere; }
 .facts td:first-child { min-width: 5.5rem; }
 figure { margin: 1rem 0 0; display: grid; gap: 1rem;
          grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); }
-figure > div { background: #fff; border: 1px solid #e8e8e5; border-radius: 10px; min-width: 0;
+figure > div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0;
                padding: .9rem .7rem .5rem; }
 figure h3 { margin: 0 .3rem .3rem; font-size: .95rem; font-weight: 600; }
 svg { width: 100%; height: auto; display: block; }
-svg text { font-family: inherit !important; }
-figcaption { grid-column: 1 / -1; color: #5f5f66; font-size: .9rem; max-width: 46rem; }
+svg text { font-family: inherit !important; fill: var(--ink); }
+figcaption { grid-column: 1 / -1; color: var(--faint); font-size: .9rem; max-width: 46rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin: 1.2rem 0 0; padding: 0; list-style: none;
           font-size: .92rem; }
 .legend li { display: flex; align-items: center; gap: .45rem; overflow-wrap: anywhere; }
 svg.key { width: 28px; height: 8px; flex: none; }
-code { font: .9em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 @media (max-width: 40rem) { th, td { padding: .4rem .5rem; font-size: .84rem; } thead th { font-size: .76rem; } }
-@media print { body { background: #fff; } }
 """
 
 
@@ -152,7 +164,7 @@ def _results(rows: Sequence[MethodRow]) -> str:
     if all(row.main_reestimated is None for row in rows):
         heads[1:3] = ["main network<br>top-1, %"]
         lines = [[*line[:2], *line[3:]] for line in lines]
-    return _table("results", "".join(f'<th scope="col">{text}</th>' for text in heads), lines)
+    return _table("results comparison", "".join(f'<th scope="col">{text}</th>' for text in heads), lines)
 
 
 def _result(row: MethodRow) -> list[str]:
@@ -182,4 +194,6 @@ def _facts(facts: Mapping[str, str]) -> str:
 def _table(kind: str, head: str, lines: Sequence[Sequence[str]]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     top = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
+    # A region that takes the focus: the arrow keys scroll it.
+    scroll = f'<div class="scroll{" wide" * ("results" in kind)}" tabindex="0" role="region" aria-label="{kind}">'
+    return f'{scroll}<table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
