@@ -363,8 +363,10 @@ def test_training_thread_waits_for_no_disk(tmp_path, monkeypatch):
         flushed.add(threading.current_thread().name.partition("_")[0])
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", note)
-    tiny.run(tiny.config(output=str(tmp_path), checkpoint_interval=1))
+    config, network = tiny.config(output=str(tmp_path), checkpoint_interval=1), tiny.network()
+    # From the first step on: env.json and args.yaml are written before anything is trained.
+    network.on_forward = lambda model, x: monkeypatch.setattr(os, "fsync", note) if model.training else None
+    tiny.run(config, model=network)
     assert flushed == {"checkpoint"}
 
 
