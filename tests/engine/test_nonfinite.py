@@ -236,3 +236,41 @@ def test_overflow_leaves_weights_and_optimizer():
             assert not training.optimizer.optimizer.state_dict()["state"]
 
     train_epoch(training, on_step=look)
+
+
+def always(value: float, *, until: int = 10**9) -> Callable[..., Tensor]:
+    """A criterion that is not finite in its first calls."""
+    calls = 0
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.nn.functional.cross_entropy(logits, target) * (value if calls <= until else 1)
+
+    return loss
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_epoch_without_a_step_ends_the_run_where_steps_are_left_out(value):
+    training = begin(method="common", on_nan="skip")
+    before = tiny.weights(training.model)
+    training.method.criterion = always(value)
+    with pytest.raises(NonFiniteLossError, match=r"^epoch 1: a loss was not finite in each of its 4 steps, so none"):
+        train_epoch(training)
+    assert tiny.same(tiny.weights(training.model), before)
+
+
+def test_epoch_of_one_step_goes_on_where_steps_are_left_out():
+    training = begin(method="common", on_nan="skip")
+    training.method.criterion = always(float("nan"), until=3)
+    row = train_epoch(training)
+    assert training.position.epoch == 2
+    assert 0 < row.train_loss < 10
+
+
+def test_later_epoch_without_a_step_ends_the_run_as_well():
+    training = begin(method="common", on_nan="skip")
+    train_epoch(training)
+    training.method.criterion = always(float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"^epoch 2: a loss was not finite in each of its 4 steps"):
+        train_epoch(training)

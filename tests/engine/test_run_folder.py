@@ -294,12 +294,12 @@ def test_forked_children_do_not_hold_the_lock_of_a_killed_run(tmp_path):
 
 
 def test_settings_and_environment_are_there_whole_or_not_at_all(tmp_path, monkeypatch):
-    def full(handle):
+    def full(*paths):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     config = tiny.config(output=str(tmp_path), name="run")
     folder = open_run(config)
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(DiskFullError, match=r"disk full: need \d+ bytes, free"):
         folder.begin(config, {"hardware": "a"})
     folder.discard()

@@ -20,10 +20,16 @@ _PROBE = 1 << 16  # bytes; less than this is left where a write stopped for want
 _OTHER_OUTPUT = "give another --output"
 
 
-def write_whole(path: Path, content: str | bytes, *, advice: str = _OTHER_OUTPUT) -> None:
+def write_whole(path: Path, content: str | bytes, *, wait: bool = True, advice: str = _OTHER_OUTPUT) -> None:
     r"""Writes a file, and makes its folder: afterwards it holds the content or, if that fails, what it held before.
 
     A link in its place is replaced, not followed. What cannot be UTF-8 is written as an escape.
+
+    Args:
+        path: the file.
+        content: what it holds.
+        wait: until it is on the disk, so that this holds for a loss of power too.
+        advice: what to do where it cannot be written.
 
     Raises:
         ValueError: it cannot be written.
@@ -43,7 +49,8 @@ def write_whole(path: Path, content: str | bytes, *, advice: str = _OTHER_OUTPUT
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if wait:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise disk_full(error, path.parent, len(data)) or _cannot_write(path, error, advice) from error

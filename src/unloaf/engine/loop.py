@@ -86,18 +86,27 @@ def train_epoch(
         on_eval_batch: is called before every batch of the validation; what it raises leaves the epoch not validated.
 
     Raises:
-        NonFiniteLossError: a loss became NaN or infinite and config.on_nan is stop; that step was not made.
+        NonFiniteLossError: a loss became NaN or infinite and config.on_nan is stop, so that step was not made; or it is
+            skip and no step of the epoch was made.
     """
     position = training.position
     training.model.train()
-    start = time.perf_counter()
+    start, finite, row = time.perf_counter(), False, None
     for batches in training.batches.epoch(position.epoch, start=position.step):
         row = train_step(training, batches)
+        finite |= math.isfinite(row.loss)  # float16 that overflows in its first steps is as it should be
         now = time.perf_counter()
         position.seconds, start = position.seconds + now - start, now
         if on_step is not None:
             on_step(row)
-    row = EpochRow(
+    if row is not None and not finite and not position.made:
+        raise NonFiniteLossError(
+            f"epoch {position.epoch}: a loss was not finite in each of its {position.step} steps, so none was made and "
+            f"nothing was learned; lower --lr {training.config.lr}, give --warmup-epochs, or look for images or labels "
+            "that are not what they should be",
+            terms=row.terms,
+        )
+    judged = EpochRow(
         epoch=position.epoch,
         steps=position.step,
         train_loss=position.mean_loss,
@@ -106,7 +115,7 @@ def train_epoch(
         seconds=position.seconds,
     )
     position.next_epoch()
-    return row
+    return judged
 
 
 def _validate(training: Training, on_batch: Callable[[], None] | None) -> Evaluation | None:

@@ -84,9 +84,9 @@ class RunFolder:
 
     def begin(self, config: Config, environment: Mapping[str, Any]) -> None:
         """Writes what was asked for and where it runs."""
-        write_whole(self.path / "env.json", json.dumps(_json(environment), indent=2) + "\n")
+        write_whole(self.path / "env.json", json.dumps(_json(environment), indent=2) + "\n", wait=False)
         # Last: with it the run counts as begun.
-        write_whole(self.path / "args.yaml", dump_config(config))
+        write_whole(self.path / "args.yaml", dump_config(config), wait=False)
 
     def grow(self, config: Config, *, before: int, epoch: int) -> None:
         """Keeps that from this epoch on the run goes to config.epochs instead of to `before`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -334,7 +335,7 @@ def summary(row: EpochRow, config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {
         "epoch": row.epoch,
         "time": round(row.seconds, 3),
-        "train_loss": row.train_loss,
+        "train_loss": None if math.isnan(row.train_loss) else row.train_loss,
         "eval_loss": main.loss if main else None,
         "eval_top1": main.top1 if main else None,
         "eval_top5": main.top5 if main else None,

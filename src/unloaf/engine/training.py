@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -79,8 +80,8 @@ class Position:
 
     @property
     def mean_loss(self) -> float:
-        """Of the steps that were made in this epoch; 0 before the first."""
-        return self.loss_sum / max(1, self.made)
+        """Of the steps that were made in this epoch; NaN before the first."""
+        return self.loss_sum / self.made if self.made else math.nan
 
     def change_steps_per_epoch(self, before: int, now: int) -> None:
         """To the same share of the same epoch, where an epoch has other steps than before."""
