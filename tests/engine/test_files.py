@@ -177,3 +177,19 @@ def test_no_file_is_written_past_the_helper():
         'engine/checkpoint/manifest.py: (folder / "manifest.json").write_bytes(_manifest_bytes(fields))',
         'saved.py: (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")',
     }
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_files_that_a_library_made_for_the_owner_alone_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with new_folder(tmp_path / "export") as folder:
+            (folder / "inner").mkdir()
+            for name in ("weights", "inner/weights"):
+                os.close(os.open(folder / name, os.O_CREAT | os.O_WRONLY, 0o600))
+            (folder / "run.sh").write_text("echo")
+            (folder / "run.sh").chmod(0o700)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / "export" / name).stat().st_mode & 0o777 for name in ("weights", "inner/weights", "run.sh")]
+    assert modes == [mode, mode, mode | 0o700]

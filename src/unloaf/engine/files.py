@@ -128,6 +128,7 @@ def new_folder(output: Path, *, need: int = 0) -> Iterator[Path]:
     try:
         with _held(temporary):
             yield temporary
+            _follow_umask(temporary)
             os.rename(temporary, output)
     except Exception as error:
         full = disk_full(error, output.parent, need, probe=0)  # what was written takes room itself
@@ -139,6 +140,13 @@ def new_folder(output: Path, *, need: int = 0) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # by now renamed, or gone
+
+
+def _follow_umask(folder: Path) -> None:
+    """Gives what libraries made for the owner alone, as safetensors 0.8 does, the mode of other new files."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o666 & folder.stat().st_mode))
 
 
 def _remove_leftovers(output: Path) -> None:
