@@ -109,7 +109,7 @@ def describe_images_for_transformers(folder: Path, preprocessing: Mapping[str, A
         "image_mean": preprocessing["mean"],
         "image_std": preprocessing["std"],
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "preprocessor_config.json", json.dumps(entries, indent=2) + "\n")
 
 
 def aligned(network: nn.Module) -> nn.Module:
