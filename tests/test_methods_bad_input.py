@@ -323,6 +323,17 @@ def test_a_frozen_model_below_a_criterion_with_weights(call):
 
 
 @pytest.mark.parametrize("name", WITH_SUBNETS)
+@pytest.mark.parametrize("criterion", [nn.MSELoss(), F.mse_loss, partial(F.huber_loss, delta=2.0)], ids=str)
+def test_a_softmax_over_the_outputs_of_a_regression_is_told(name, criterion):
+    with pytest.warns(UserWarning, match=r"a loss of a regression.*give subnet_loss too: F\.mse_loss"):
+        METHODS[name](*toy(), criterion=criterion)
+
+
+def test_a_regression_with_a_distance_of_its_own_is_not_told_anything():
+    StimulativeTraining(*toy(), criterion=F.mse_loss, subnet_loss=F.mse_loss)  # warnings are errors
+
+
+@pytest.mark.parametrize("name", WITH_SUBNETS)
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_weights_out_of_range(name, weight):
     with pytest.raises(ValueError, match=rf"subnet_weight is {weight}; give a finite number, 0 or above"):

@@ -12,6 +12,7 @@ import unloaf
 from test_method_batches import ClassesSecond, dense
 from test_methods_bad_input import CALLS, METHODS, WITH_SUBNETS, every_call, every_method, pinned, refuses
 from toy_networks import ToyNetwork
+from unloaf.analysis.flops import method_flops
 
 
 def classes_last(output):
@@ -169,3 +170,12 @@ def test_a_dense_regression_needs_no_classes(mode):
     method = unloaf.StimulativeTraining(plain, stages, criterion=F.mse_loss, subnet_loss=F.mse_loss)
     expected = gradients(method, mode, x.flatten(0, 2), y.movedim(1, -1).flatten(0, 2), subnets)
     assert (found - expected).norm() < 1e-10 * expected.norm()
+
+
+def test_costs_of_a_method_with_a_readout():
+    # The same layers and outputs, so the same operations, whatever the logits are called.
+    model, stages, x, _ = named()
+    plain, x = ToyNetwork(norm=False).double(), x[:, 0, 0]
+    method = unloaf.StimulativeTraining(model, stages, readout=lambda output: output["out"])
+    expected = method_flops(unloaf.StimulativeTraining(plain, stages), x, range(3))
+    assert method_flops(method, x, range(3)) == expected

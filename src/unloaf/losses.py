@@ -278,6 +278,18 @@ def is_cross_entropy(criterion: Callable[..., Any]) -> bool:
     return function is F.cross_entropy or getattr(type(criterion), "forward", None) is nn.CrossEntropyLoss.forward
 
 
+def is_regression(criterion: Callable[..., Any]) -> bool:
+    """Whether this is one of torch's losses between numbers, as a class or a function.
+
+    >>> is_regression(nn.MSELoss()), is_regression(F.l1_loss), is_regression(nn.BCEWithLogitsLoss())
+    (True, True, False)
+    """
+    functions = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+    return isinstance(criterion, (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)) or (
+        _unbound(criterion) in functions
+    )
+
+
 def of_this_library(loss: Callable[..., Any]) -> bool:
     """Whether this is one of the distances here, with or without arguments bound: it changes nothing in place.
 

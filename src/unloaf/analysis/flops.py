@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from unloaf.inputs import View, batch_size, first_examples
 from unloaf.methods import TrainingMethod
-from unloaf.passes import SubnetPass, logits_of
+from unloaf.passes import Readout, SubnetPass, logits_of
 from unloaf.stages import Stage, between_blocks, call_model, copy_of, evaluating, inner_module
 from unloaf.subnet import Subnet, active_subnet, check_stages
 
@@ -73,7 +73,7 @@ def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFl
         x: a batch of the size that is trained; the network runs on its first example.
         steps: which steps' draws to count, e.g. ``range(100)``.
     """
-    return StepCounter(method.model, method.stages, x).mean(method, x, steps)
+    return StepCounter(method.model, method.stages, x, readout=method.readout).mean(method, x, steps)
 
 
 def step_flops(model: nn.Module, stages: Sequence[Stage], x: Any, passes: Sequence[SubnetPass]) -> StepFlops:
@@ -108,6 +108,7 @@ class StepCounter:
         model: any network with these stages; a copy of it runs.
         stages: from `find_stages`.
         x: a batch of the size that is trained.
+        readout: from the model's output to the logits.
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
@@ -120,7 +121,8 @@ class StepCounter:
     (True, True)
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any, *, readout: Readout | None = None) -> None:
+        self.readout = readout
         self.model, self.stages = copy_of(inner_module(model)), stages
         self.x, self.batch_size = first_examples(x, 1), batch_size(x)
         self.blocks = check_stages(self.model, stages)
@@ -191,7 +193,7 @@ class StepCounter:
 
     def _forward_and_backward(self) -> int:
         with evaluating(self.model), torch.enable_grad(), counting_flops() as counter:
-            logits: Tensor = logits_of(call_model(self.model, self.x))
+            logits: Tensor = logits_of(call_model(self.model, self.x), self.readout)
             torch.autograd.grad(
                 logits.sum(), [p for p in self.model.parameters() if p.requires_grad], allow_unused=True
             )

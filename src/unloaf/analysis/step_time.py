@@ -167,9 +167,10 @@ def flop_counter(methods: Mapping[str, TrainingMethod], x: Any) -> QuickCounter:
     method = next((method for method in methods.values() if method.stages), next(iter(methods.values())))
     try:
         # Counting needs no arithmetic: without data it takes a fraction of the time.
-        return QuickCounter(copy.deepcopy(inner_module(method.model)).to("meta"), method.stages, _on_meta(x))
+        empty = copy.deepcopy(inner_module(method.model)).to("meta")
+        return QuickCounter(empty, method.stages, _on_meta(x), readout=method.readout)
     except Exception:  # whatever a model raises that looks at values, or makes tensors of its own
-        return QuickCounter(method.model, method.stages, x)
+        return QuickCounter(method.model, method.stages, x, readout=method.readout)
 
 
 def _on_meta(x: Any) -> Any:
