@@ -19,9 +19,9 @@ import unloaf.release
 from unloaf import arguments, cli
 from unloaf.commands.predict import Predict
 from unloaf.engine.config import Config, dump_config
+from unloaf.engine.figures import summary
 from unloaf.engine.loop import EpochRow
 from unloaf.engine.run_folder import FREE_SETTINGS
-from unloaf.engine.train import summary
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -298,12 +298,14 @@ class Train:
     config: Config
     resume: str | None
     print_config: bool
+    allow_changed_data: bool = False
 
 
 _ABOUT_TRAIN = (
     "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. "
     "-c FILE (--config) takes defaults from a YAML file such as a run's args.yaml, --recipe NAME from a recipe. "
-    "--resume auto goes on with OUTPUT/NAME if it was begun, --resume RUN with that run and its settings. "
+    "--resume auto goes on with OUTPUT/NAME if it was begun, --resume RUN with that run and its settings, "
+    "--allow-changed-data also where its images are others by now. "
     "--print-config shows the configuration and stops. timm's --input-size 3 224 224 is --img-size 224."
 )
 
@@ -318,15 +320,15 @@ def parse_train(words: list[str]) -> Train:
     words, file = _take_value(words, "-c", "--config", kind="a file")
     words, name = _take_value(words, "--recipe", kind="a name")
     words, resume = _take_value(words, "--resume", kind="auto or a run folder")
-    show = "--print-config" in words
-    words, channels = _input_size([word for word in words if word != "--print-config"])
+    show, allow = ("--print-config" in words), ("--allow-changed-data" in words)
+    words, channels = _input_size([word for word in words if word not in ("--print-config", "--allow-changed-data")])
     about = _ABOUT_TRAIN
     if "-h" in words or "--help" in words:
         from unloaf.recipes import recipe_names
 
         about = f"{about} Recipes: {', '.join(recipe_names())}."
     default = _defaults(file, name, resume)
-    more = ("--config", "--recipe", "--resume", "--print-config", "--input-size")
+    more = ("--config", "--recipe", "--resume", "--print-config", "--allow-changed-data", "--input-size")
     config = parse(Config, words, prog="unloaf train", default=default, about=about, more_flags=more)
     grey = config.dataset in ("digits", "fashion_mnist")
     if channels is not None and channels != (1 if grey else 3):
@@ -334,7 +336,7 @@ def parse_train(words: list[str]) -> Train:
             f"--input-size {channels} ...: images of {config.dataset} have {1 if grey else 3} channel(s); "
             "give --img-size and the side alone"
         )
-    return Train(config, resume, show)
+    return Train(config, resume, show, allow)
 
 
 def _input_size(words: list[str]) -> tuple[list[str], int | None]:

@@ -163,7 +163,7 @@ def _train(words: list[str]) -> int:
     from unloaf.engine.display import RunConsole
     from unloaf.engine.train import train
 
-    result = train(asked.config, folder=folder, console=RunConsole())
+    result = train(asked.config, folder=folder, console=RunConsole(), allow_changed_data=asked.allow_changed_data)
     if folder is not None:
         test = result.test
         print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")

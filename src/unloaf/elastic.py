@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unloaf.batchnorm import recalibrate_bn, tracking_norms
 from unloaf.engine.checkpoint import load_strictly
 from unloaf.export import export_subnet, parse_subnet
-from unloaf.saved import build_described, read_described, read_stages, understanding, write_described
+from unloaf.saved import build_described, read_class_names, read_described, read_stages, understanding, write_described
 from unloaf.stages import Stage, call_model
 from unloaf.subnet import Subnet, active_subnet, check_stages, check_subnet
 
@@ -34,11 +34,13 @@ class ElasticModel(nn.Module):
         network: the whole network, changed by `set_depths` and calls only while they run.
         stages: its stages.
         statistics: for subnets, ``running_mean`` and ``running_var`` of the norms by name.
+        class_names: what the outputs stand for, in their order.
 
     Attributes:
         network: the whole network with its own statistics.
         stages: its stages.
         subnet: what ``model(x)`` runs.
+        class_names: what the outputs stand for; empty where nobody said it.
 
     >>> from torchvision.models import resnet18
     >>> network, x = resnet18(num_classes=10).eval(), torch.randn(4, 3, 32, 32)
@@ -49,12 +51,18 @@ class ElasticModel(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, stages: Sequence[Stage], statistics: Mapping[Subnet, Statistics] | None = None
+        self,
+        network: nn.Module,
+        stages: Sequence[Stage],
+        statistics: Mapping[Subnet, Statistics] | None = None,
+        *,
+        class_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
         check_stages(network, stages)
         self.network, self.stages = network, tuple(stages)
         self.subnet = Subnet.full(stages)
+        self.class_names = tuple(class_names)
         self._statistics: dict[Subnet, Statistics] = {}
         for subnet, values in (statistics or {}).items():
             check_subnet(self.stages, subnet)
@@ -110,7 +118,10 @@ class ElasticModel(nn.Module):
         """An ordinary module of this subnet with its statistics: `export_subnet`."""
         chosen = self._resolve(subnet)
         with self._swapped(self.statistics(chosen)):
-            return export_subnet(self.network, self.stages, chosen, example=example)
+            alone = export_subnet(self.network, self.stages, chosen, example=example)
+        if self.class_names:
+            alone.class_names = self.class_names  # type: ignore[assignment]
+        return alone
 
     def recalibrate(self, subnet: str | Subnet, batches: Iterable[Any]) -> None:
         """Estimates statistics of a subnet by `recalibrate_bn` and keeps them; the whole network's stay as they are."""
@@ -199,6 +210,7 @@ def save_elastic(
         "architecture": dict(architecture),
         "stages": [dataclasses.asdict(stage) for stage in model.stages],
         "subnets": [{"name": str(subnet), "keep": subnet.keep} for subnet in subnets],
+        "class_names": model.class_names,
         **(more or {}),
     }
     write_described(Path(folder) / _DESCRIPTION, _WEIGHTS, tensors, fields, kind="elastic model")
@@ -212,7 +224,7 @@ def load_elastic(path: str | Path) -> ElasticModel:
 
     Returns:
         an `ElasticModel` in eval mode, on the CPU: ``model(x, subnet="2-1-2")``, ``model.set_depths("2-1-2")``,
-        ``model.subnets`` and ``model.export("2-1-2")``.
+        ``model.subnets``, ``model.class_names`` and ``model.export("2-1-2")``.
 
     Raises:
         ValueError: there is no such file, it is of something else, or the library of its network is not installed.
@@ -242,7 +254,7 @@ def load_elastic(path: str | Path) -> ElasticModel:
             Subnet(tuple(tuple(stage) for stage in entry["keep"])): _below(f"statistics.{i}.", tensors)
             for i, entry in enumerate(fields["subnets"])
         }
-        return ElasticModel(network, stages, statistics).eval()
+        return ElasticModel(network, stages, statistics, class_names=read_class_names(fields)).eval()
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Statistics:

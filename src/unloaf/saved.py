@@ -31,6 +31,7 @@ def load_subnet(folder: str | Path) -> nn.Module:
     """The network that ``unloaf export --format state_dict`` wrote: an ordinary module in eval mode, on the CPU.
 
     It is built by name, its skipped blocks are taken out as by `export_subnet`, and the weights are loaded strictly.
+    What its outputs stand for is in ``class_names``, a tuple of texts; it is empty where the files do not say it.
 
     Args:
         folder: with ``subnet.json`` and ``model.safetensors``.
@@ -60,6 +61,7 @@ def load_subnet(folder: str | Path) -> nn.Module:
         model = build_described(fields, stages)
         small = export_subnet(model, stages, subnet)
         load_strictly(small, tensors)
+        small.class_names = read_class_names(fields)  # type: ignore[assignment]
     return small.eval()
 
 
@@ -81,7 +83,7 @@ def save_subnet(
             entries of its config.json.
         stages: of the whole network.
         subnet: which one it is.
-        more: further entries of the JSON, which nothing reads.
+        more: further entries of the JSON, such as ``class_names``.
     """
     fields = {
         "architecture": dict(architecture),
@@ -183,6 +185,18 @@ def read_stages(fields: Mapping[str, Any]) -> tuple[Stage, ...]:
     if "keep" in fields:
         check_subnet(stages, Subnet(tuple(tuple(stage) for stage in fields["keep"])))
     return stages
+
+
+def read_class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the outputs stand for; empty in files of unloaf 0.1 before it kept them.
+
+    Raises:
+        ValueError: they are not one text for each output.
+    """
+    names = tuple(fields.get("class_names", ()))
+    if names and (len(names) != fields["architecture"]["num_classes"] or not all(isinstance(n, str) for n in names)):
+        raise ValueError(f"{len(names)} class names for {fields['architecture']['num_classes']} outputs")
+    return names
 
 
 def _read_field(value: Any) -> Any:

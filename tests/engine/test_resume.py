@@ -247,32 +247,16 @@ def finetuned(tmp_path: Path, **settings: Any) -> Config:
 def test_finetuned_run_goes_on_without_the_file_it_began_with(tmp_path, now):
     config = finetuned(tmp_path, checkpoint_interval=1)
     whole = outcome(tiny.run(replace(config, name="whole")).path)
-    stopped_after(3, config)
+    tiny.stopped_after(3, config)
     Path(config.initial_checkpoint).unlink()
     places = {"the same": config.initial_checkpoint, "moved": str(tmp_path / "elsewhere"), "left out": None}
     path = tiny.run(replace(config, initial_checkpoint=places[now]), resume="auto").path
     assert tiny.same(outcome(path), whole)
 
 
-def stopped_after(step: int, config: Config) -> None:
-    """The beginning of a run, which ends in the middle of the step after that one."""
-    network = tiny.network()
-    passes = 0
-
-    def stop(model: tiny.TinyNetwork, x: torch.Tensor) -> None:
-        nonlocal passes
-        passes += model.training
-        if passes > step:
-            raise KeyboardInterrupt
-
-    network.on_forward = stop
-    with pytest.raises(KeyboardInterrupt):
-        tiny.run(config, model=network)
-
-
 def test_begun_run_without_a_checkpoint_keeps_the_weights_it_was_to_start_from(tmp_path):
     config = finetuned(tmp_path)
-    stopped_after(0, config)
+    tiny.stopped_after(0, config)
     with pytest.raises(ValueError, match=r"was begun with initial_checkpoint .* \(now None\)"):
         tiny.run(replace(config, initial_checkpoint=None), resume="auto")
 

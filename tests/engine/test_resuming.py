@@ -44,23 +44,6 @@ def go_on(config: Config, *, data: Any = None, **more: Any) -> Path:
     ).path
 
 
-def stopped_after(step: int, config: Config) -> Path:
-    """The beginning of a run, which ends in the middle of the step after that one."""
-    network = tiny.network()
-    passes = 0
-
-    def stop(model: tiny.TinyNetwork, x: torch.Tensor) -> None:
-        nonlocal passes
-        passes += model.training
-        if passes > step:
-            raise KeyboardInterrupt
-
-    network.on_forward = stop
-    with pytest.raises(KeyboardInterrupt):
-        tiny.run(config, model=network)
-    return Path(config.output) / str(config.name)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two epochs; nobody writes to it."""
@@ -189,7 +172,7 @@ def test_checkpoints_out_of_sight_are_bad_input(run, capsys, words):
 
 def test_run_that_was_killed_before_its_first_checkpoint_keeps_what_it_wrote(tmp_path):
     config = tiny.config(output=str(tmp_path), name="run", method="common")
-    path = stopped_after(3, config)
+    path = tiny.stopped_after(3, config)
     first = (path / "metrics.jsonl").read_bytes()
     assert first.count(b"\n") == 3
     go_on(config)
@@ -223,8 +206,8 @@ def test_best_checkpoint_that_is_gone_is_told(run):
 def shrunk(tmp_path: Path, *, stop: int, images: int = 32, **settings: Any) -> Path:
     """Four epochs, begun with four steps an epoch; after `stop` of them half of the images are left, two steps each."""
     config = tiny.config(output=str(tmp_path), name="run", method="common", epochs=4, **settings)
-    stopped_after(stop, config)
-    return go_on(config, data=fewer(images))
+    tiny.stopped_after(stop, config)
+    return go_on(config, data=fewer(images), allow_changed_data=True)
 
 
 def test_schedule_follows_the_epochs_where_an_epoch_has_fewer_steps(tmp_path):
@@ -265,7 +248,7 @@ def test_checkpoint_of_unloaf_0_1_goes_on_to_the_same_bits(tmp_path, stop):
     config = tiny.config(output=str(tmp_path), method="st", checkpoint_interval=1)
     whole = load_checkpoint(tiny.run(replace(config, name="whole")).path / "last")
     config = replace(config, name="run")
-    path = stopped_after(stop, config)
+    path = tiny.stopped_after(stop, config)
     for folder in (path / "checkpoints").iterdir():
         found = load_checkpoint(folder)
         for name in ("steps", "steps_per_epoch"):

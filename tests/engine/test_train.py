@@ -58,7 +58,17 @@ def events(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_leaves_a_complete_run_folder(tmp_path, method):
     path = tiny.run(tiny.config(method=method, output=str(tmp_path), name="run", log_interval=2)).path
-    files = {"args.yaml", "env.json", "summary.csv", "metrics.jsonl", "log.txt", "checkpoints", "last", "model_best"}
+    files = {
+        "args.yaml",
+        "env.json",
+        "summary.csv",
+        "metrics.jsonl",
+        "log.txt",
+        "checkpoints",
+        "data.json",
+        "last",
+        "model_best",
+    }
     assert {file.name for file in path.iterdir()} == files
     rows = list(csv.DictReader((path / "summary.csv").read_text().splitlines()))
     assert list(rows[0]) == ["epoch", "time", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]

@@ -98,6 +98,23 @@ def run(settings: Config, *, model: nn.Module | None = None, resume: str | None 
     return train(settings, console=quiet(), resume=resume, data=data(), model=model or network(), **more)
 
 
+def stopped_after(step: int, settings: Config) -> Path:
+    """The beginning of a run, which ends in the middle of the step after that one; its folder."""
+    begun = network()
+    passes = 0
+
+    def stop(model: TinyNetwork, x: Tensor) -> None:
+        nonlocal passes
+        passes += model.training
+        if passes > step:
+            raise KeyboardInterrupt
+
+    begun.on_forward = stop
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, model=begun)
+    return Path(settings.output) / str(settings.name)
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the model's state."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -25,10 +25,13 @@ from unloaf.analysis.costs import (
 from unloaf.analysis.subnet_tables import cost_records
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, load_strictly, newest_checkpoint
 from unloaf.engine.config import Config, load_config
+from unloaf.engine.data.record import read_listing
 from unloaf.engine.display import show_progress
 from unloaf.engine.errors import CheckpointError
+from unloaf.engine.in_sight import checkpoints_in_sight
+from unloaf.engine.other_images import check_judged
 from unloaf.engine.resuming import check_settings
-from unloaf.engine.run_folder import checkpoints_in_sight, run_of
+from unloaf.engine.run_folder import run_of
 from unloaf.engine.training import Evaluation, Training, prepare
 from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subnets
 from unloaf.stages import Stage, inner_module
@@ -116,8 +119,10 @@ def judge_run(
     """
     config, found, weights, notes = open_checkpoint(run, checkpoint, ema=ema)
     training = prepare_for_one_process(
-        config, recalibrate=recalibrate, workers=workers, data_dir=data_dir, device=device
+        config, found, recalibrate=recalibrate, workers=workers, data_dir=data_dir, device=device
     )
+    listed = read_listing(run / "images.csv.gz")
+    notes += check_judged(training.data, found, config, listed, place=data_dir)
     if batch_size is not None:
         training = replace(training, config=replace(training.config, batch_size=batch_size))
     load_weights(inner_module(training.model), found, weights)
@@ -195,11 +200,15 @@ def _patiently(read: Any) -> Any:
     return read()
 
 
-def prepare_for_one_process(config: Config, **given: Any) -> Training:
+def prepare_for_one_process(config: Config, checkpoint: Checkpoint, **given: Any) -> Training:
     """The run for weights of a checkpoint, without what only training needs: several devices, trackers, a second copy.
 
-    What is given as None stays as in the run.
+    What is given as None stays as in the run. Classes that are numbers are as many as in training: other images may
+    lack the last ones.
     """
+    record: Any = checkpoint.state.get("data")
+    if record is not None and record["class_names"] is None:
+        given["num_classes"] = record["num_classes"]
     alone = replace(
         config,
         amp=False,

@@ -22,6 +22,7 @@ from weakref import WeakSet
 
 from unloaf.engine.config import Config, as_begun, dump_config, load_config
 from unloaf.engine.files import check_own, disk_full, own_file, write_whole
+from unloaf.engine.in_sight import checkpoints_in_sight
 from unloaf.engine.names import printable
 
 # Settings that may change when a run is resumed: they decide where and how it runs, not what it learns.
@@ -29,19 +30,14 @@ FREE_SETTINGS = frozenset({
     "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "initial_checkpoint",
     "log_interval", "name", "on_nan", "output", "trackers", "workers",
 })  # fmt: skip
-_STEP = re.compile(r"step-\d{8,}")
 # What a run that was killed at once leaves behind.
-_BEFORE_BEGINNING = re.compile(r"run\.lock|env\.json|\.(env\.json|args\.yaml)-[0-9a-f]{8}")
-_FILES = (
-    "args.yaml",
-    "changes.jsonl",
-    "env.json",
-    "log.txt",
-    "metrics.jsonl",
-    "run.lock",
-    "subnets.csv",
-    "summary.csv",
+_BEFORE_BEGINNING = re.compile(
+    r"run\.lock|env\.json|data\.json|images\.csv\.gz|\.(env\.json|args\.yaml|data\.json|images\.csv\.gz)-[0-9a-f]{8}"
 )
+_FILES = (
+    "args.yaml", "changes.jsonl", "data.json", "env.json", "images.csv.gz", "log.txt", "metrics.jsonl", "run.lock",
+    "subnets.csv", "summary.csv",
+)  # fmt: skip
 _FOLDERS = ("checkpoints", "export", "unloaf")  # the last is of accelerate's trackers
 _GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt tells all
 
@@ -97,6 +93,12 @@ class RunFolder:
         self._append("changes.jsonl", json.dumps({**line, "time": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}) + "\n")
         begun = load_config(self.path / "args.yaml")
         write_whole(self.path / "args.yaml", dump_config(dataclasses.replace(begun, epochs=config.epochs)))
+
+    def keep_images(self, record: Mapping[str, Any], listing: bytes | None) -> None:
+        """Writes what is learned from: data.json, and images.csv.gz where images have names."""
+        write_whole(self.path / "data.json", json.dumps(record, indent=2) + "\n")
+        if listing is not None:
+            write_whole(self.path / "images.csv.gz", listing)
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         """Adds an epoch to summary.csv, under the names of the first one, and to metrics.jsonl."""
@@ -314,48 +316,6 @@ def run_of(path: Path) -> Path:
     if not (path / "args.yaml").is_file():
         raise ValueError(f"{path} is no run: it has no args.yaml; give the folder that `unloaf train` named")
     return path
-
-
-def checkpoints_in_sight(run: Path) -> bool:
-    """Whether a run that was begun has checkpoints.
-
-    Raises:
-        ValueError: none can be seen, though the run wrote some: going on without them would begin anew.
-    """
-    folder = run / "checkpoints"
-    try:
-        names = sorted(os.listdir(folder))
-    except FileNotFoundError:
-        found = f"is a link to {folder.readlink()}, where nothing is" if folder.is_symlink() else "is missing"
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be read ({error.strerror}), and with it the checkpoints of the run; make it a folder "
-            "that you may read, or train anew under another --name"
-        ) from error
-    else:
-        if any(_STEP.fullmatch(name) for name in names):
-            return True
-        found = f"holds {', '.join(names[:3])} and no checkpoint" if names else "is empty"
-    traces = _traces(run)
-    if traces:
-        raise ValueError(
-            f"{folder} {found}, but there were checkpoints: {'; '.join(traces)}; bring it back (mount its disk, undo a "
-            "renaming, copy it from a backup), or train anew under another --name"
-        )
-    return False
-
-
-def _traces(run: Path) -> list[str]:
-    """What says that a run once had a checkpoint. The first one is written after the first line of summary.csv."""
-    found = [
-        f"{name} leads to {(run / name).readlink()}" for name in ("last", "model_best") if (run / name).is_symlink()
-    ]
-    try:
-        with (run / "summary.csv").open("rb") as file:
-            epochs = sum(1 for _ in file) - 1
-    except FileNotFoundError:
-        epochs = 0
-    return found + [f"summary.csv has {epochs} epochs"] * (epochs > 1)
 
 
 def different_settings(config: Config, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

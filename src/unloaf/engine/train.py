@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,17 +20,19 @@ from unloaf.engine.advice import learning_rate_advice
 from unloaf.engine.checkpoint import Checkpoint, point_to
 from unloaf.engine.config import Config, as_begun, load_config
 from unloaf.engine.data import Data, explain_worker_death
+from unloaf.engine.data.record import listing, read_listing, record_of
 from unloaf.engine.devices import find_devices, total
 from unloaf.engine.display import SILENT, Display, RunConsole, show_progress
 from unloaf.engine.environment import bits_depend_on, environment
 from unloaf.engine.errors import NonFiniteLossError, StoppedError
+from unloaf.engine.figures import epoch_line, step_line, summary
 from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
+from unloaf.engine.other_images import check_images
 from unloaf.engine.preprocessing import HEADER, as_text
 from unloaf.engine.resuming import check_settings, find_checkpoint, on_all, opening_lines
 from unloaf.engine.run_folder import RunFolder, open_run
 from unloaf.engine.saving import Saver, capture, restore
 from unloaf.engine.signals import StopRequest, stop_requests
-from unloaf.engine.training import Evaluation
 from unloaf.evaluation import Accuracy
 from unloaf.stages import inner_module
 
@@ -57,6 +58,7 @@ def train(
     folder: RunFolder | None = None,
     data: Data | None = None,
     model: nn.Module | None = None,
+    allow_changed_data: bool = False,
 ) -> TrainResult:
     """Trains a run and keeps its record and its checkpoints in its folder. Every process of a run calls it.
 
@@ -67,6 +69,7 @@ def train(
         folder: of the run, when it is opened already.
         data: the image set when it is loaded already.
         model: train this network instead of config.model.
+        allow_changed_data: go on with a run though its training or validation images are others now.
 
     Raises:
         ValueError: bad input; nothing was trained.
@@ -86,6 +89,10 @@ def train(
             before = on_all(accelerator, folder.epochs_before if folder else None)
             notes += check_settings(config, found, longer_than=before)
         training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found is not None)
+        record = record_of(training.data)
+        if found is not None:
+            listed = read_listing(path / "images.csv.gz")
+            notes += check_images(training.data, record, found, listed, allow=allow_changed_data)
     except BaseException:
         if folder is not None:
             folder.discard()
@@ -94,7 +101,7 @@ def train(
         stop = stack.enter_context(stop_requests())
         if folder is not None:
             stack.callback(folder.close)
-        run = Run(training, folder, stop, stack, console)
+        run = Run(training, record, folder, stop, stack, console)
         run.begin(found, notes)
         run.train()
         return run.result(path)
@@ -104,9 +111,15 @@ class Run:
     """A training with its record: what happens between two steps."""
 
     def __init__(
-        self, training: Training, folder: RunFolder | None, stop: StopRequest, stack: ExitStack, console: Console
+        self,
+        training: Training,
+        record: Mapping[str, Any],
+        folder: RunFolder | None,
+        stop: StopRequest,
+        stack: ExitStack,
+        console: Console,
     ) -> None:
-        self.training, self.folder, self.stop = training, folder, stop
+        self.training, self.record, self.folder, self.stop = training, dict(record), folder, stop
         self.config, self.accelerator = training.config, training.accelerator
         self.stack, self.console = stack, console
         self.display: Display = SILENT
@@ -131,7 +144,12 @@ class Run:
         if checkpoint is not None:
             restore(training, checkpoint)
             self._link(checkpoint)
+        had = checkpoint.state.get("data") if checkpoint else None
+        if had is not None and had["splits"]["val"] != self.record["splits"]["val"]:
+            training.position.best_top1 = -1.0  # of other images
         if self.folder is not None:
+            if had != self.record:
+                self.folder.keep_images(self.record, listing(training.data))
             if checkpoint is None:
                 self.folder.begin(config, self.environment)
             elif (before := self.folder.epochs_before) and before < config.epochs:
@@ -303,7 +321,7 @@ class Run:
     def save(self, *, best: bool) -> None:
         """Begins to write a checkpoint of the present position."""
         weights, state = capture(self.training)
-        state |= {"bits_depend_on": bits_depend_on(self.environment), "best": best}
+        state |= {"bits_depend_on": bits_depend_on(self.environment), "best": best, "data": self.record}
         if self.saver is not None:
             self.saver.save(self.training.steps_done, weights, state, best=best)
 
@@ -327,63 +345,3 @@ class Run:
         """Sends figures to the trackers."""
         if self.config.trackers:
             self.accelerator.log(dict(values), step=step)
-
-
-def summary(row: EpochRow, config: Config) -> dict[str, Any]:
-    """An epoch as a line of summary.csv; which columns there are depends on the configuration alone."""
-    main = row.eval.main if row.eval else None
-    values: dict[str, Any] = {
-        "epoch": row.epoch,
-        "time": round(row.seconds, 3),
-        "train_loss": None if math.isnan(row.train_loss) else row.train_loss,
-        "eval_loss": main.loss if main else None,
-        "eval_top1": main.top1 if main else None,
-        "eval_top5": main.top5 if main else None,
-        "lr": row.lr,
-    }
-    if config.model_ema:
-        average = row.eval.average if row.eval else None
-        values |= {
-            "ema_loss": average.loss if average else None,
-            "ema_top1": average.top1 if average else None,
-            "ema_top5": average.top5 if average else None,
-        }
-    if config.eval_subnets:
-        tops = _tops(row.eval) if row.eval else []
-        values |= {
-            "subnets_top1_mean": sum(tops) / len(tops) if tops else None,
-            "subnets_top1_min": min(tops) if tops else None,
-            "main_top1_reestimated": row.eval.reestimated.top1 if row.eval and row.eval.reestimated else None,
-        }
-    return values
-
-
-def _tops(found: Evaluation) -> list[float]:
-    return [judged.top1 for judged in found.subnets if judged.top1 is not None]
-
-
-def step_line(row: StepRow, training: Training, seconds: float) -> str:
-    """A step as a line of text; seconds are for one step, images per second over all devices."""
-    config, position = training.config, training.position
-    world = training.accelerator.num_processes
-    images = config.batch_size * world * config.accumulation(world)
-    return (
-        f"train {row.epoch}/{config.epochs} [{position.step}/{training.steps_per_epoch}]  "
-        f"loss {row.loss:.4f} ({position.mean_loss:.4f})  lr {row.lr:.3g}  "
-        f"{seconds:.3f} s/step  {images / seconds:.0f} images/s"
-    )
-
-
-def epoch_line(row: EpochRow, config: Config) -> str:
-    """An epoch as a line of text."""
-    parts = [f"epoch {row.epoch}/{config.epochs}", f"train loss {row.train_loss:.4f}"]
-    if row.eval is not None:
-        parts += [f"val loss {row.eval.main.loss:.4f}", f"val top-1 {row.eval.main.top1:.2f} %"]
-        if row.eval.average is not None:
-            parts.append(f"EMA top-1 {row.eval.average.top1:.2f} %")
-        if row.eval.subnets:
-            tops = _tops(row.eval)
-            parts.append(f"subnets {min(tops):.2f} to {max(tops):.2f} %")
-        if row.eval.reestimated is not None:
-            parts.append(f"main re-estimated {row.eval.reestimated.top1:.2f} %")
-    return "  ".join([*parts, f"lr {row.lr:.2g}", f"{row.seconds:.1f} s"])

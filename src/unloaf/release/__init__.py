@@ -199,7 +199,7 @@ def export_elastic(
     if not opened.recalibrate and tracking_norms(opened.network):
         raise ValueError("recalibrate 0: each subnet of an elastic file has statistics of its own; give 2 or more")
     chosen, notes = _chosen(opened, subnets)
-    model = ElasticModel(opened.network.eval(), opened.training.stages)
+    model = ElasticModel(opened.network.eval(), opened.training.stages, class_names=opened.class_names)
     networks = []
     for subnet in chosen:
         if subnet != Subnet.full(model.stages):
@@ -285,6 +285,7 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
         networks=[facts],
         loading=written.loading,
         preprocessing=opened.preprocessing,
+        class_names=opened.class_names,
         config=opened.config,
         notes=notes,
         library=written.library,
@@ -302,6 +303,7 @@ def _elastic_card(opened: OpenedRun, networks: Sequence[NetworkFacts], loading: 
         networks=networks,
         loading=loading,
         preprocessing=opened.preprocessing,
+        class_names=opened.class_names,
         config=opened.config,
         notes=notes,
     )

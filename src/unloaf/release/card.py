@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from unloaf.engine.config import Config
+from unloaf.engine.data.agreement import some
 from unloaf.evaluation import Accuracy
 
 _PACKAGES = ("unloaf", "torch", "timm", "torchvision")
@@ -44,6 +45,7 @@ def model_card(
     networks: Sequence[NetworkFacts],
     loading: str,
     preprocessing: Mapping[str, Any],
+    class_names: Sequence[str],
     config: Config,
     notes: Sequence[str] = (),
     library: str | None = None,
@@ -54,6 +56,7 @@ def model_card(
     lines += ["## Accuracy and cost", "", *_table(networks), ""]
     lines += [*notes, ""] if notes else []
     lines += ["## How to load it", "", "```python", loading, "```", "", *_preprocessing(preprocessing), ""]
+    lines += [f"The {len(class_names)} outputs stand for these classes, in this order: {some(class_names, 50)}.", ""]
     lines += ["## How it was trained", "", *_settings(config), ""]
     lines += ["## Versions", "", ", ".join(f"{name} {found}" for name, found in versions().items()) + ".", ""]
     return "\n".join(lines)

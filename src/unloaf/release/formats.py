@@ -25,7 +25,8 @@ Format = Literal["state_dict", "timm", "pt2", "onnx"]
 # Of the largest logit. Other kernels add in another order; float32 has 24 bits, deep networks lose a few more.
 _ROUNDING = {"state_dict": 0.0, "timm": 0.0, "pt2": 1e-5, "onnx": 1e-5}
 LOGITS_OF_TRANSFORMERS = "logits = model(images).logits"
-_PREPROCESSING = "preprocessing.json"  # of model.pt2: torch.export.load(file, extra_files=found := {this: ""})
+# Of model.pt2: torch.export.load(file, extra_files=found := {this: ""}).
+_PREPROCESSING, _CLASS_NAMES = "preprocessing.json", "class_names.json"
 _COMPARED = ((2, 11), (3, 12))  # batch size and seed of the inputs
 
 
@@ -68,7 +69,7 @@ def check_format(kind: str) -> Format:
 
 
 def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
-    more = {"preprocessing": opened.preprocessing}
+    more = {"class_names": opened.class_names, "preprocessing": opened.preprocessing}
     save_subnet(folder, network, opened.architecture, opened.training.stages, subnet, more=more)
     difference = _difference("state_dict", opened, network, load_subnet(folder))
     loading = 'import unloaf\n\nmodel = unloaf.load_subnet("FOLDER")'
@@ -76,7 +77,10 @@ def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subne
         return Written(loading, difference)
     loading += f"\n{LOGITS_OF_TRANSFORMERS}"
     if not describe_for_transformers(
-        folder, network, same=lambda twin: _difference("state_dict", opened, network, twin)
+        folder,
+        network,
+        same=lambda twin: _difference("state_dict", opened, network, twin),
+        class_names=opened.class_names,
     ):
         return Written(loading, difference)
     name = type(network).__name__
@@ -111,8 +115,7 @@ def timm_config(opened: OpenedRun) -> dict[str, Any]:
     described = {"tag": "unloaf", **ours, **test}
     if not opened.config.pretrained:  # timm would fill in where its own weights of this name come from
         described |= {"license": None, "origin_url": None, "paper_ids": None}
-    names = [str(name) for name in opened.training.data.class_names]
-    return {"pretrained_cfg": described} | ({"label_names": names} if names else {})
+    return {"pretrained_cfg": described, "label_names": list(opened.class_names)}
 
 
 def _timm_twin(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[str, Any]]:
@@ -148,7 +151,8 @@ def _write_pt2(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subn
     with _refusals("torch.export"):
         batch = ({0: torch.export.Dim("batch", min=1, max=2**20)},)
         program = torch.export.export(_Logits(network), (opened.noise(2, 0),), dynamic_shapes=batch)
-        torch.export.save(program, file, extra_files={_PREPROCESSING: json.dumps(opened.preprocessing)})
+        more = {_PREPROCESSING: json.dumps(opened.preprocessing), _CLASS_NAMES: json.dumps(opened.class_names)}
+        torch.export.save(program, file, extra_files=more)
         again = torch.export.load(file).module()
     difference = _difference("pt2", opened, network, again)
     return Written('import torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()', difference)
@@ -170,7 +174,7 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
             external_data=False,
             verbose=False,
         )
-        _add_preprocessing(file, opened)
+        _add_description(file, opened)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def again(x: Tensor) -> Tensor:
@@ -184,12 +188,13 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
     return Written(loading, difference)
 
 
-def _add_preprocessing(file: Path, opened: OpenedRun) -> None:
+def _add_description(file: Path, opened: OpenedRun) -> None:
     """Into the metadata of a model of ONNX, which `session.get_modelmeta().custom_metadata_map` gives."""
     import onnx
 
     model = onnx.load(file)
-    onnx.helper.set_model_props(model, {"preprocessing": json.dumps(opened.preprocessing)})
+    entries = {"class_names": opened.class_names, "preprocessing": opened.preprocessing}
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in entries.items()})
     onnx.save(model, file)
 
 

@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,19 +67,24 @@ def timm_twin(
     )
 
 
-def describe_for_transformers(folder: Path, network: Any, same: Comparison) -> bool:
+def describe_for_transformers(folder: Path, network: Any, same: Comparison, *, class_names: Sequence[str] = ()) -> bool:
     """Writes config.json beside model.safetensors, so that ``from_pretrained`` loads the folder, if it does.
 
     Args:
         folder: holds the network's weights, by their names in the network.
         network: what `export_subnet` returned, of a model of transformers.
         same: raises if the network it is given is not the same.
+        class_names: of its outputs; left out where two are the same, which transformers cannot hold.
 
     Returns:
         whether from_pretrained gave the same network; if not, no file is left.
     """
     file = folder / "config.json"
-    write_whole(file, json.dumps(transformers_config(network), indent=2) + "\n")
+    entries = transformers_config(network)
+    if class_names and len(set(class_names)) == len(class_names):
+        entries["id2label"] = {str(number): name for number, name in enumerate(class_names)}
+        entries["label2id"] = {name: number for number, name in enumerate(class_names)}
+    write_whole(file, json.dumps(entries, indent=2) + "\n")
     try:
         with torch.random.fork_rng(devices=[]), quiet(), offline():
             again, report = type(network).from_pretrained(folder, output_loading_info=True, local_files_only=True)

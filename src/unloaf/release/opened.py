@@ -15,6 +15,9 @@ from unloaf.analysis import runs
 from unloaf.analysis.costs import gmacs
 from unloaf.batchnorm import recalibrate_bn
 from unloaf.engine.config import Config
+from unloaf.engine.data.record import read_listing
+from unloaf.engine.names import printable
+from unloaf.engine.other_images import check_judged
 from unloaf.engine.training import Training
 from unloaf.evaluation import Accuracy, accuracy
 from unloaf.export import export_subnet
@@ -67,6 +70,11 @@ class OpenedRun:
         if config.model.startswith("hf/"):
             settings["config"] = transformers_config(self.network)
         return settings
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the outputs stand for, in their order; numbers where the classes of the run have no names."""
+        return tuple(printable(name) for name in self.training.data.class_names)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -140,7 +148,11 @@ def open_trained(
     if recalibrate is not None and recalibrate != 0 and recalibrate < 2:
         raise ValueError(f"recalibrate {recalibrate}: give at least 2 images, or 0 to leave the statistics as they are")
     config, found, weights, notes = runs.open_checkpoint(run, checkpoint, ema=ema)
-    training = runs.prepare_for_one_process(config, recalibrate=recalibrate or None, data_dir=data_dir, device=device)
+    training = runs.prepare_for_one_process(
+        config, found, recalibrate=recalibrate or None, data_dir=data_dir, device=device
+    )
+    listed = read_listing(run / "images.csv.gz")
+    notes += check_judged(training.data, found, config, listed, place=data_dir)
     runs.load_weights(inner_module(training.model), found, weights)
     if need_subnets and not training.stages:
         raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")

@@ -1,0 +1,69 @@
+"""Steps and epochs as lines: of summary.csv, and of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unloaf.engine.config import Config
+from unloaf.engine.loop import EpochRow, StepRow, Training
+from unloaf.engine.training import Evaluation
+
+
+def summary(row: EpochRow, config: Config) -> dict[str, Any]:
+    """An epoch as a line of summary.csv; which columns there are depends on the configuration alone."""
+    main = row.eval.main if row.eval else None
+    values: dict[str, Any] = {
+        "epoch": row.epoch,
+        "time": round(row.seconds, 3),
+        "train_loss": None if math.isnan(row.train_loss) else row.train_loss,
+        "eval_loss": main.loss if main else None,
+        "eval_top1": main.top1 if main else None,
+        "eval_top5": main.top5 if main else None,
+        "lr": row.lr,
+    }
+    if config.model_ema:
+        average = row.eval.average if row.eval else None
+        values |= {
+            "ema_loss": average.loss if average else None,
+            "ema_top1": average.top1 if average else None,
+            "ema_top5": average.top5 if average else None,
+        }
+    if config.eval_subnets:
+        tops = _tops(row.eval) if row.eval else []
+        values |= {
+            "subnets_top1_mean": sum(tops) / len(tops) if tops else None,
+            "subnets_top1_min": min(tops) if tops else None,
+            "main_top1_reestimated": row.eval.reestimated.top1 if row.eval and row.eval.reestimated else None,
+        }
+    return values
+
+
+def _tops(found: Evaluation) -> list[float]:
+    return [judged.top1 for judged in found.subnets if judged.top1 is not None]
+
+
+def step_line(row: StepRow, training: Training, seconds: float) -> str:
+    """A step as a line of text; seconds are for one step, images per second over all devices."""
+    config, position = training.config, training.position
+    world = training.accelerator.num_processes
+    images = config.batch_size * world * config.accumulation(world)
+    return (
+        f"train {row.epoch}/{config.epochs} [{position.step}/{training.steps_per_epoch}]  "
+        f"loss {row.loss:.4f} ({position.mean_loss:.4f})  lr {row.lr:.3g}  "
+        f"{seconds:.3f} s/step  {images / seconds:.0f} images/s"
+    )
+
+
+def epoch_line(row: EpochRow, config: Config) -> str:
+    """An epoch as a line of text."""
+    parts = [f"epoch {row.epoch}/{config.epochs}", f"train loss {row.train_loss:.4f}"]
+    if row.eval is not None:
+        parts += [f"val loss {row.eval.main.loss:.4f}", f"val top-1 {row.eval.main.top1:.2f} %"]
+        if row.eval.average is not None:
+            parts.append(f"EMA top-1 {row.eval.average.top1:.2f} %")
+        if row.eval.subnets:
+            tops = _tops(row.eval)
+            parts.append(f"subnets {min(tops):.2f} to {max(tops):.2f} %")
+        if row.eval.reestimated is not None:
+            parts.append(f"main re-estimated {row.eval.reestimated.top1:.2f} %")
+    return "  ".join([*parts, f"lr {row.lr:.2g}", f"{row.seconds:.1f} s"])
