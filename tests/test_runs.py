@@ -339,7 +339,7 @@ def test_no_number_is_broken_on_a_terminal_of_80_columns(trained, second, capsys
     _, wide, _ = in_process(capsys, "report", trained, second)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    _, narrow, _ = in_process(capsys, "report", trained, second)
+    narrow = re.sub(r"\x1b\[[\d;]*m", "", in_process(capsys, "report", trained, second)[1])  # bold heads
     assert max(len(line) for line in wide.splitlines()) > 80 >= max(len(line) for line in narrow.splitlines())
     numbers = re.findall(r"\d+\.\d+", wide)
     assert len(numbers) > 15
