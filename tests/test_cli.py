@@ -90,6 +90,7 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
         (["train", "--recipe", "digits_st", "-c", "a.yaml"], "-c and --recipe both give all settings"),
         (["train", "--resume", "norun"], "norun is no run"),
         (["train", "--dataset", "cifar100"], "give --data-dir"),
+        (["train", "--data-dir", "photos"], "data_dir photos: the dataset is digits, which ships with scikit-learn"),
         (["demo", "--seeds", "0"], "seeds 0: give at least 1"),
         (
             ["trian"],

@@ -330,6 +330,11 @@ def parse_train(words: list[str]) -> Train:
     default = _defaults(file, name, resume)
     more = ("--config", "--recipe", "--resume", "--print-config", "--allow-changed-data", "--input-size")
     config = parse(Config, words, prog="unloaf train", default=default, about=about, more_flags=more)
+    if config.dataset == "digits" and config.data_dir is not None and not (default and default.data_dir):
+        raise ValueError(
+            f"data_dir {config.data_dir}: the dataset is digits, which ships with scikit-learn and needs none; give "
+            "--dataset too, imagefolder for class folders"
+        )
     grey = config.dataset in ("digits", "fashion_mnist")
     if channels is not None and channels != (1 if grey else 3):
         raise ValueError(

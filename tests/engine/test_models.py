@@ -258,3 +258,19 @@ def test_run_says_that_heads_are_left_out(monkeypatch):
     monkeypatch.setattr("unloaf.engine.training.build_model", lambda name, **settings: tiny.network())
     lines = prepare(tiny.config(model="tv/googlenet", method="common"), data=tiny.data()).opening
     assert "tv/googlenet is built without its auxiliary heads, which no loss here would train" in lines
+
+
+@pytest.mark.parametrize("reason", ["cannot find the requested files in the local cache", "timed out"])
+def test_published_weights_that_cannot_be_fetched_are_bad_input_and_told_in_a_line(monkeypatch, reason):
+    def fail(*args, **kwargs):
+        raise OSError(f"{reason}\nmore of it")
+
+    monkeypatch.setattr("timm.create_model", fail)
+    with pytest.raises(
+        ValueError, match=f"^model timm/resnet18: its published weights cannot be fetched .*{reason}"
+    ) as e:
+        build_model("timm/resnet18", num_classes=3, pretrained=True)
+    assert str(e.value).endswith(
+        "give --initial-checkpoint FILE with weights on this machine, or leave --pretrained out"
+    )
+    assert "\n" not in str(e.value)

@@ -48,7 +48,8 @@ def build_model(
             would contradict the one above, and is refused like others that have a name here.
 
     Raises:
-        ValueError: no model, or more than one, has this name, or it cannot be built so.
+        ValueError: no model, or more than one, has this name, it cannot be built so, or its published weights cannot
+            be fetched.
 
     >>> sum(p.numel() for p in build_model("cifar/resnet20", num_classes=10).parameters())
     269722
@@ -77,6 +78,13 @@ def build_model(
         return _torchvision(bare, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained)
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"model {family}/{bare}: {error}") from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise ValueError(
+            f"model {family}/{bare}: its published weights cannot be fetched ({in_one_line(error)}); check the "
+            "connection, give --initial-checkpoint FILE with weights on this machine, or leave --pretrained out"
+        ) from error
     except (LookupError, ArithmeticError, AttributeError) as error:
         if not model_kwargs:
             raise
