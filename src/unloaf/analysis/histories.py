@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from unloaf.engine.config import Config, load_config
+from unloaf.engine.files import read_text
 from unloaf.engine.run_folder import run_of
+
+_MOST_BYTES = 1 << 30  # a line of metrics.jsonl for each of a million steps has a fifth of it
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,22 @@ def _runs_in(path: Path) -> list[Path]:
 
 def _read(path: Path, label: str) -> RunHistory:
     config = load_config(path / "args.yaml")
-    epochs = tuple(filter(None, map(_numbers, csv.DictReader(_lines(path / "summary.csv")))))
+    try:
+        epochs = tuple(filter(None, map(_numbers, csv.DictReader(_lines(path / "summary.csv")))))
+    except csv.Error as error:
+        raise ValueError(f"cannot read {path / 'summary.csv'}: {error}") from error
     events = [event for event in map(_event, _lines(path / "metrics.jsonl")) if event.get("event") == "result"]
-    result = {name: value for name, value in events[-1].items() if name != "event"} if events else {}
+    result = {name: value for name, value in events[-1].items() if isinstance(value, (int, float))} if events else {}
     return RunHistory(label, config, epochs, result, _event("".join(_lines(path / "env.json"))))
 
 
 def _lines(path: Path) -> list[str]:
     """Lines of a file that may not be there yet."""
     try:
-        return path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return read_text(path, limit=_MOST_BYTES).splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
@@ -86,7 +92,7 @@ def _event(line: str) -> dict[str, Any]:
     """A line of JSON; empty where it is being written just now."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

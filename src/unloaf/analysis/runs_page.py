@@ -47,13 +47,15 @@ def runs_page(histories: Sequence[RunHistory]) -> str:
 def _facts(history: RunHistory) -> str:
     """Command, hardware, versions and time in a line; what env.json does not tell is left out."""
     env = history.environment
-    versions = env.get("versions", {})
+    versions, command = env.get("versions"), env.get("command")
     parts = [
-        shlex.join(env.get("command", [])),
-        env.get("hardware", ""),
+        shlex.join(map(str, command)) if isinstance(command, list) else "",
+        str(env.get("hardware", "")),
         f"{env['processes']} process(es)" if "processes" in env else "",
         f"python {env['python']}" if "python" in env else "",
-        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        env.get("started", ""),
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        if isinstance(versions, dict)
+        else "",
+        str(env.get("started", "")),
     ]
     return "; ".join(filter(None, parts))

@@ -121,7 +121,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: something is missing, damaged, forbidden or too large; the message names the file.
+        ValueError: the path is no UTF-8.
     """
+    place = os.path.abspath(path)
+    if place != place.encode("utf-8", "replace").decode():
+        raise ValueError(f"{path}: its path is no UTF-8, and safetensors takes no other; rename the folder")
     with reading(Path(path)):
         folder = Path(path).resolve()
         manifest = verified(folder)
@@ -183,10 +187,10 @@ def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[Path] = ()
     if len(complete) <= keep:
         return
     verified(complete[0])
-    protected = {Path(path).resolve() for path in [*protect, Path(folder).parent / "last"]}
+    protected = {os.path.realpath(path) for path in [*protect, Path(folder).parent / "last"]}
     with _writing(complete[0], 0):
         for path in complete[keep:]:
-            if path.resolve() not in protected:
+            if os.path.realpath(path) not in protected:
                 # Renamed first: killed half-way, it is a temporary and not a torn checkpoint.
                 shutil.rmtree(path.rename(_temporary_name(path)))
 
@@ -299,8 +303,8 @@ def _is_complete(folder: Path) -> bool:
 def _latest_first(folder: Path) -> Iterator[Path]:
     """What `last` points to, then the others by their progress, which is only looked at when it is asked for."""
     folders = _step_folders(folder)
-    last = (Path(folder).parent / "last").resolve()
-    first = [path for path in folders if path.resolve() == last]
+    last = os.path.realpath(Path(folder).parent / "last")  # also of a link to itself
+    first = [path for path in folders if os.path.realpath(path) == last]
     yield from first
     yield from sorted((path for path in folders if path not in first), key=progress, reverse=True)
 
