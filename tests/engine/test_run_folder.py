@@ -17,7 +17,7 @@ import tiny
 
 from unloaf.engine.config import Config, load_config
 from unloaf.engine.errors import DiskFullError
-from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, open_run
+from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, open_run, run_of
 
 
 def occupy(path: Path) -> int:
@@ -304,3 +304,11 @@ def test_settings_and_environment_are_there_whole_or_not_at_all(tmp_path, monkey
         folder.begin(config, {"hardware": "a"})
     folder.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_in_a_folder_that_is_none_are_named(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.yaml").write_text("epochs: 1")
+    with pytest.raises(ValueError, match=f"is no run: .* one of the runs in it, such as {tmp_path}/a, {tmp_path}/b$"):
+        run_of(tmp_path)

@@ -314,7 +314,11 @@ def run_of(path: Path) -> Path:
         ValueError: there is no run.
     """
     if not (path / "args.yaml").is_file():
-        raise ValueError(f"{path} is no run: it has no args.yaml; give the folder that `unloaf train` named")
+        inside = [printable(file.parent) for file in sorted(path.glob("*/args.yaml"))[:5]]
+        what = (
+            f"one of the runs in it, such as {', '.join(inside)}" if inside else "the folder that `unloaf train` named"
+        )
+        raise ValueError(f"{path} is no run: it has no args.yaml; give {what}")
     return path
 
 
