@@ -475,6 +475,8 @@ def test_elastic_run_has_the_judged_accuracy_of_every_subnet(cifar, tmp_path):
     tops = {str(row.subnet): (row.running or row).top1 for row in judged}
     assert {row.subnet: row.metrics["val"].top1 for row in result.networks} == tops
     assert {row.subnet: row.gmacs for row in result.networks} == {str(row.subnet): row.gmacs for row in judged}
+    note = f"with statistics re-estimated as its subnets': val top-1 {judged[0].top1:.2f} %"
+    assert note in (result.folder / "README.md").read_text()
     weights = (cifar / "last" / "model.safetensors").stat().st_size
     assert result.files["elastic.safetensors"] - weights < 1.5 * result.statistics + 150 * 8 * 15
     model = unloaf.load_elastic(tmp_path / "elastic")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import nn
 
-from unloaf.batchnorm import tracking_norms
+from unloaf.batchnorm import recalibrate_bn, tracking_norms
 from unloaf.elastic import ElasticModel, load_elastic, save_elastic
 from unloaf.engine.files import check_new, check_own, new_folder, write_whole
 from unloaf.evaluation import Accuracy, choose_subnets
-from unloaf.export import parse_subnet
+from unloaf.export import export_subnet, parse_subnet
 from unloaf.release.card import NetworkFacts, model_card
 from unloaf.release.formats import Format, Written, check_format, timm_config, write_format
 from unloaf.release.opened import OpenedRun, open_trained
@@ -205,13 +205,16 @@ def export_elastic(
         if subnet != Subnet.full(model.stages):
             model.recalibrate(subnet, opened.calibration())
         networks.append(_facts(opened, model.export(subnet), str(subnet)))
+    said = notes
+    if tracking_norms(opened.network):
+        said = [*notes, _judged_as_subnets(opened)]
     model.cpu()
     loading = f'import unloaf\n\nmodel = unloaf.load_elastic("FOLDER")\nlogits = model(images, subnet="{chosen[-1]}")'
     loading += ".logits" if hasattr(opened.network, "save_pretrained") else ""
     with new_folder(place, need=_bytes(model)) as folder:
         save_elastic(folder, model, opened.architecture, more={"preprocessing": opened.preprocessing})
         load_elastic(folder)
-        write_whole(folder / "README.md", _elastic_card(opened, networks, loading, notes))
+        write_whole(folder / "README.md", _elastic_card(opened, networks, loading, said))
     pushed = None if push_to_hub is None else _push(place, push_to_hub, opened, None)
     stored = [model.statistics(subnet) for subnet in chosen]
     return ElasticResult(
@@ -289,6 +292,18 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
         config=opened.config,
         notes=notes,
         library=written.library,
+    )
+
+
+def _judged_as_subnets(opened: OpenedRun) -> str:
+    """The main network with re-estimated statistics, so that the table compares what can be compared."""
+    stages = opened.training.stages
+    full = Subnet.full(stages)
+    network = export_subnet(opened.network.eval(), stages, full)
+    recalibrate_bn(network, opened.calibration())
+    tops = ", ".join(f"{split} top-1 {found.top1:.2f} %" for split, found in opened.measure(network).items())
+    return (
+        f"{full} has the running statistics of its training here; with statistics re-estimated as its subnets': {tops}."
     )
 
 
