@@ -245,13 +245,7 @@ def prepare(
         ValueError: the data are not there, the model is unknown or no classifier, or the method cannot train it.
     """
     accelerator = accelerator or find_devices(config)
-    source = ""
-    if data is None:
-        config, source = (config, "") if resumed else with_preprocessing(config)
-        data = load_data(config)
-    check_classes(config, data.num_classes)
-    counts = {f"{split} images": len(getattr(data, split)) for split in ("train", "val", "test")}
-    check_same_on_all(accelerator, {"classes": data.class_names, **counts})
+    config, data, inputs = _with_data(config, data, accelerator, resumed=resumed)
     rank, world = accelerator.process_index, accelerator.num_processes
     batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
     set_seed(config.seed, deterministic=config.deterministic)
@@ -286,8 +280,22 @@ def prepare(
         schedule=build_schedule(config, optimizer.optimizer, steps_per_epoch=batches.steps_per_epoch),
         average=average,
         accelerator=accelerator,
-        opening=(describe(data, source), *opening),
+        opening=(inputs, *opening),
     )
+
+
+def _with_data(
+    config: Config, data: Data | None, accelerator: Accelerator, *, resumed: bool
+) -> tuple[Config, Data, str]:
+    """The image set, the configuration with what its images are made into, and a line that says so."""
+    source = ""
+    if data is None:
+        config, source = (config, "") if resumed else with_preprocessing(config)
+        data = load_data(config)
+    check_classes(config, data.num_classes)
+    counts = {f"{split} images": len(getattr(data, split)) for split in ("train", "val", "test")}
+    check_same_on_all(accelerator, {"classes": data.class_names, **counts})
+    return config, data, describe(data, source)
 
 
 def _with_weights(
