@@ -74,7 +74,8 @@ def _read(path: Path, label: str) -> RunHistory:
     except csv.Error as error:
         raise ValueError(f"cannot read {path / 'summary.csv'}: {error}") from error
     events = [event for event in map(_event, _lines(path / "metrics.jsonl")) if event.get("event") == "result"]
-    result = {name: value for name, value in events[-1].items() if isinstance(value, (int, float))} if events else {}
+    last = events[-1] if events else {}
+    result = {name: float(value) for name, value in last.items() if isinstance(value, (int, float))}
     return RunHistory(label, config, epochs, result, _event("".join(_lines(path / "env.json"))))
 
 

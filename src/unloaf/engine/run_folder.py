@@ -214,9 +214,9 @@ def _lock(folder: Path) -> IO[str]:
         file.close()  # its owner removed it between our opening and locking it
     _HELD.add(file)
     file.truncate(0)
+    owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
     with suppress(OSError):  # on a full disk the lock holds as well
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        file.flush()
+        os.write(file.fileno(), owner.encode())
     return file
 
 

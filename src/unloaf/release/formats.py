@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unloaf.engine.files import write_whole
 from unloaf.engine.offline import offline
 from unloaf.passes import logits_of
 from unloaf.release.libraries import describe_for_transformers, describe_images_for_transformers, quiet, timm_twin
@@ -152,7 +154,9 @@ def _write_pt2(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subn
         batch = ({0: torch.export.Dim("batch", min=1, max=2**20)},)
         program = torch.export.export(_Logits(network), (opened.noise(2, 0),), dynamic_shapes=batch)
         more = {_PREPROCESSING: json.dumps(opened.preprocessing), _CLASS_NAMES: json.dumps(opened.class_names)}
-        torch.export.save(program, file, extra_files=more)
+        written = io.BytesIO()
+        torch.export.save(program, written, extra_files=more)  # into a file on a full disk, torch 2.15 ends the process
+        write_whole(file, written.getvalue())
         again = torch.export.load(file).module()
     difference = _difference("pt2", opened, network, again)
     return Written('import torch\n\nmodel = torch.export.load("FOLDER/model.pt2").module()', difference)
