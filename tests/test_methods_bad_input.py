@@ -323,7 +323,9 @@ def test_a_frozen_model_below_a_criterion_with_weights(call):
 
 
 @pytest.mark.parametrize("name", WITH_SUBNETS)
-@pytest.mark.parametrize("criterion", [nn.MSELoss(), F.mse_loss, partial(F.huber_loss, delta=2.0)], ids=["module", "function", "partial"])
+@pytest.mark.parametrize(
+    "criterion", [nn.MSELoss(), F.mse_loss, partial(F.huber_loss, delta=2.0)], ids=["module", "function", "partial"]
+)
 def test_a_softmax_over_the_outputs_of_a_regression_is_told(name, criterion):
     with pytest.warns(UserWarning, match=r"a loss of a regression.*give subnet_loss too: F\.mse_loss"):
         METHODS[name](*toy(), criterion=criterion)
