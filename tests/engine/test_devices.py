@@ -105,7 +105,7 @@ def test_a_run_asks_for_the_hardware_of_its_own_device(tmp_path, monkeypatch):
 def two_gpus(monkeypatch):
     """torch as on a machine with two CUDA devices; holds the numbers that were made the current one."""
     chosen: list[int] = []
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
     monkeypatch.delenv("WORLD_SIZE", raising=False)

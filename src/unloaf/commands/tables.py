@@ -48,7 +48,7 @@ def parts(table: Table, width: int) -> list[Table]:
 
     >>> wide = Table("depths", *(f"column {n}" for n in range(9)), box=SIMPLE_HEAD)
     >>> [len(part.columns) for part in parts(wide, 80)]
-    [7, 4]
+    [8, 3]
     """
     if sum(_widest([str(column.header), *_texts(column)]) + _GAP for column in table.columns) + 1 <= width:
         return [table]
