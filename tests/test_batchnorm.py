@@ -71,6 +71,13 @@ def test_a_batch_counts_by_its_examples(norm, data, axes, kind):
     assert int(model.norm.num_batches_tracked) == len(data)
 
 
+@pytest.mark.parametrize("momentum", [0.6, 0.9, 1.0])
+def test_a_high_momentum_of_torch_means_the_new_batch(momentum):
+    norm = nn.BatchNorm1d(1, affine=False, momentum=momentum)
+    unloaf.recalibrate_bn(nn.Sequential(norm), [torch.zeros(8, 1), torch.full((2, 1), 10.0)])
+    assert float(norm.running_mean) == 2.0  # (8 x 0 + 2 x 10) / 10
+
+
 def test_tracking_instance_norms_count_examples_too():
     norm, data = nn.InstanceNorm1d(2, track_running_stats=True), of_sizes(4, 1, 3, more=(5,))
     unloaf.recalibrate_bn(nn.Sequential(norm), data)

@@ -28,6 +28,17 @@ class Focal:
         return -((1 - log_p.exp()) ** 2 * log_p).mean()
 
 
+class Around(nn.Module):
+    """Another, around one of torch's."""
+
+    def __init__(self, ignore_index):
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(ignore_index=ignore_index)
+
+    def forward(self, logits, y):
+        return self.loss(logits.flatten(0, -2), y.flatten())
+
+
 def own(logits, y, ignore_index=7):
     """Another, whose label is the default of an argument."""
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), ignore_index=ignore_index)
@@ -40,6 +51,7 @@ CRITERIA = {
     "bound": (partial(F.cross_entropy, ignore_index=9), 9),
     "argument": (own, 7),
     "attribute": (Focal(5), 5),
+    "around": (Around(6), 6),
 }
 
 

@@ -331,6 +331,22 @@ def test_a_softmax_over_the_outputs_of_a_regression_is_told(name, criterion):
         METHODS[name](*toy(), criterion=criterion)
 
 
+@pytest.mark.parametrize("name", WITH_SUBNETS)
+@pytest.mark.parametrize(
+    "criterion", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits], ids=["module", "function"]
+)
+def test_a_softmax_over_labels_that_exclude_nothing_is_told(name, criterion):
+    with pytest.warns(UserWarning, match=r"labels that are each yes or no.*unloaf\.bce_kl_loss for yes or no"):
+        METHODS[name](*toy(), criterion=criterion)
+
+
+def test_a_label_outside_the_classes_is_told_where_it_is_judged():
+    model, stages = toy()
+    x, y = batch()
+    with pytest.raises(ValueError, match=r"Target 99 is out of bounds\. Labels are from 0 .* give ignore_index"):
+        unloaf.evaluate_subnets(model, stages, [(x, torch.full_like(y, 99))], subnets=1)
+
+
 def test_a_regression_with_a_distance_of_its_own_is_not_told_anything():
     StimulativeTraining(*toy(), criterion=F.mse_loss, subnet_loss=F.mse_loss)  # warnings are errors
 

@@ -142,12 +142,14 @@ def _forget(norm: Any) -> None:
                 norm._buffers[name].fill_(value)
 
 
-def _momentum(usual: float | None, share: float) -> float:
+def _momentum(norm: nn.Module, usual: float | None, share: float) -> float:
     """The momentum with which a batch gets a share of the average, in the sense in which the norm means its own.
 
-    In torch it is the weight of the new batch, 0.1, elsewhere (TensorFlow) that of the old average, 0.9.
+    In torch and timm it is the weight of the new batch, whatever its value, usually 0.1; in norms of one's own it may
+    be that of the old average (TensorFlow), usually 0.9.
     """
-    return 1 - share if usual is not None and usual > 0.5 else share
+    in_torch = isinstance(norm, nn.modules.batchnorm._NormBase) or type(norm).__module__.startswith("timm.")
+    return 1 - share if not in_torch and usual is not None and usual > 0.5 else share
 
 
 def _warn_of_what_cannot_be_estimated(model: nn.Module, inputs: Any) -> None:
@@ -230,7 +232,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
                 for norm, usual in momenta:
                     # None where it will do: a momentum that changes makes a compiled block compile again.
                     as_usual = plain and _averages_without_momentum(norm)
-                    norm.momentum = None if as_usual else _momentum(usual, size / max(1, total))
+                    norm.momentum = None if as_usual else _momentum(norm, usual, size / max(1, total))
                 call_model(model, inputs)
     finally:
         for norm, momentum in momenta:

@@ -267,7 +267,7 @@ def accuracy(
             rows, targets = logits.flatten(0, -2).float(), y.to(logits.device).flatten().long()
             counted = targets != ignore_index
             best = rows.topk(min(5, rows.shape[-1])).indices == targets[:, None]
-            loss = F.cross_entropy(rows, targets, reduction="sum", ignore_index=ignore_index)
+            loss = _summed_loss(rows, targets, ignore_index)
             hits = torch.stack([best[:, 0].sum(), best.sum()]).double()
             # NaN counts as highest: such rows would have an accuracy, that of guessing.
             hits = hits.masked_fill((rows.isnan().any(-1) & counted).any(), math.nan)
@@ -346,3 +346,13 @@ def _check_labels(logits: Tensor, y: Any) -> None:
         second = y.shape == (*logits.shape[:1], *logits.shape[2:])
         cure = "readout=lambda output: output.movedim(1, -1)" if second else "one label for each row of logits"
         raise ValueError(f"{shapes}; the classes must be on the last axis: give {cure}")
+
+
+def _summed_loss(rows: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    try:
+        return F.cross_entropy(rows, targets, reduction="sum", ignore_index=ignore_index)
+    except IndexError as error:  # of torch on a CPU; a GPU asserts
+        raise ValueError(
+            f"{error} Labels are from 0 to {rows.shape[-1] - 1}, or {ignore_index} where there is none; correct them, "
+            "or give ignore_index"
+        ) from error

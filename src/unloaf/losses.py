@@ -290,6 +290,18 @@ def is_regression(criterion: Callable[..., Any]) -> bool:
     )
 
 
+def is_binary(criterion: Callable[..., Any]) -> bool:
+    """Whether this is one of torch's losses of several labels, each yes or no, as a class or a function.
+
+    >>> is_binary(nn.BCEWithLogitsLoss()), is_binary(F.binary_cross_entropy_with_logits), is_binary(nn.MSELoss())
+    (True, True, False)
+    """
+    functions = (F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss)
+    return isinstance(criterion, (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)) or (
+        _unbound(criterion) in functions
+    )
+
+
 def of_this_library(loss: Callable[..., Any]) -> bool:
     """Whether this is one of the distances here, with or without arguments bound: it changes nothing in place.
 

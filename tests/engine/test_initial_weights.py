@@ -358,3 +358,12 @@ def test_log_says_what_was_taken(tmp_path):
     count = sum(value.is_floating_point() for value in tiny.network().state_dict().values())
     assert f"seven.pth: loaded {count - 2} of {count} tensors\n" in log
     assert "stay as they are drawn: head.weight (7x4 there, 3x4 here), head.bias (7 there, 3 here)\n" in log
+
+
+def test_integers_are_no_weights(file):
+    model = cifar()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["conv1.weight"] = (20 * state["conv1.weight"]).round().to(torch.int8)
+    save_file(state, file)
+    with pytest.raises(ValueError, match=r"more than the classifier differs.*conv1\.weight"):
+        load_initial_weights(cifar(), file)

@@ -25,6 +25,7 @@ from unloaf.engine.data import load_data
 from unloaf.engine.data.images import ImageSet
 from unloaf.engine.data.record import listing, read_listing, record_of
 from unloaf.engine.train import train
+from unloaf.engine.training import prepare
 from unloaf.release import export_elastic, export_run
 from unloaf.release.opened import open_trained
 
@@ -68,6 +69,19 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("held_out")
     root = paint_all(folder / "images", "train", count=10)
     return root, start(root, folder, val_fraction=0.3)
+
+
+def test_statistics_are_estimated_from_images_of_all_classes(tmp_path: Path):
+    """Files lie class by class: the first 12 of 24 would be of two of the three classes."""
+    root = paint_all(tmp_path / "images", "train", "val")
+    config = Config(
+        dataset="imagefolder", data_dir=str(root), model="cifar/resnet8", width=2, img_size=8, batch_size=4,
+        recalibrate=12, method="common", device="cpu",
+    )  # fmt: skip
+    first, second = (torch.cat([y for _, y in prepare(config).calibration_batches()]) for _ in range(2))
+    assert len(first) == 12
+    assert torch.equal(first, second)
+    assert min(first.bincount(minlength=3).tolist()) >= 2
 
 
 def copied(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:

@@ -45,7 +45,8 @@ def _verdict(report: CheckReport) -> str:
     total = sum(sum(counts.values()) for counts in report.counts.values())
     unread = f"{len(report.bad)} of {total} images cannot be read"
     if not report.faults:
-        return f"{unread}; replace or remove them, or train with --bad-images skip, which bears 1 %"
+        skip = ", or train with --bad-images skip" if 100 * len(report.bad) <= total else ""  # which bears 1 %
+        return f"{unread}; replace or remove them{skip}"
     count = "1 fault" if len(report.faults) == 1 else f"{len(report.faults)} faults"
     parts = [f"{count} of the image set", *[unread] * bool(report.bad)]
     return f"{' and '.join(parts)}, listed above; mend them and check again"

@@ -53,7 +53,7 @@ def load_initial_weights(model: nn.Module, path: Path, *, partial: bool = False)
         raise ValueError(f"initial_checkpoint {error}") from error
     given, notes = _fitted(model, own, given)
     notes += [f"its {' of its '.join(reversed(nests))} was taken"] if nests else []
-    taken = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    taken = {name: value for name, value in given.items() if name in own and _fits(own[name], value)}
     place = f"initial_checkpoint {file}"
     if not any(own[name].ndim > 1 for name in taken):
         raise ValueError(f"{place}: none of its {len(tensors)} tensors fits this model")
@@ -72,6 +72,11 @@ def load_initial_weights(model: nn.Module, path: Path, *, partial: bool = False)
     lines += [f"stay as they are drawn: {_some(_described(own, given, left))}"] if left else []
     lines += [f"not used: {_some(unused)}"] if unused else []
     return tuple(lines)
+
+
+def _fits(own: Tensor, value: Tensor) -> bool:
+    """Whether it can take the place: quantised integers are no weights."""
+    return own.shape == value.shape and own.is_floating_point() == value.is_floating_point()
 
 
 def _left(own: Mapping[str, Tensor], given: Mapping[str, Tensor], taken: Mapping[str, Tensor]) -> list[str]:

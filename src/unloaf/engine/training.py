@@ -19,7 +19,7 @@ from unloaf.activation_checkpointing import checkpoint_blocks
 from unloaf.batchnorm import tracking_norms
 from unloaf.compilation import compile_blocks
 from unloaf.engine.config import Config
-from unloaf.engine.data import Batch, Data, EvalBatches, TrainBatches, load_data
+from unloaf.engine.data import SPLIT_SEED, Batch, Data, EvalBatches, ImageSet, TrainBatches, load_data
 from unloaf.engine.devices import (
     check_same_on_all,
     find_devices,
@@ -191,8 +191,11 @@ class Training:
         return count - (count % self.config.batch_size == 1)  # batch norm has no statistics of a single image
 
     def calibration_batches(self) -> Iterable[Batch]:
-        """The first training images, not augmented, the same on every process."""
-        images = self.data.train.subset(torch.arange(self.calibration_images))
+        """Some of the training images, not augmented, the same on every process and in every command."""
+        everyone = torch.arange(len(self.data.train))
+        if not isinstance(self.data.train, ImageSet):  # files lie class by class, sets in memory do not
+            everyone = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        images = self.data.train.subset(everyone[: self.calibration_images])
         return EvalBatches(images, self.data, self.config, device=self.device)
 
 

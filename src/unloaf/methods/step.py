@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unloaf.batchnorm import statistics_unless_raised
 from unloaf.inputs import batch_size, first_tensor
-from unloaf.losses import is_regression, takes_softmax
+from unloaf.losses import is_binary, is_regression, takes_softmax
 from unloaf.methods.terms import Criterion, Distance, StepLosses, innermost
 from unloaf.passes import Readout, StepTerms, SubnetPass, check_gradient, lean_backward, logits_of, one_graph_losses
 from unloaf.stages import Stage, call_model, inner_module
@@ -234,9 +234,11 @@ class SubnetTraining(TrainingMethod):
         super().__init__(model, criterion=criterion, seed=seed, readout=readout)
         self.subnet_loss = subnet_loss
         _tell_what_is_not_compiled(model)
-        if is_regression(innermost(self.criterion)) and takes_softmax(subnet_loss):
+        inner = innermost(self.criterion)
+        if takes_softmax(subnet_loss) and (is_regression(inner) or is_binary(inner)):
+            of = "a regression" if is_regression(inner) else "labels that are each yes or no"
             warnings.warn(
-                "criterion is a loss of a regression, but subnet_loss takes a softmax over the outputs; "
+                f"criterion is a loss of {of}, but subnet_loss takes a softmax over the outputs; "
                 "give subnet_loss too: F.mse_loss for a regression, unloaf.bce_kl_loss for yes or no",
                 stacklevel=3,
             )

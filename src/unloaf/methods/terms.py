@@ -165,6 +165,10 @@ def ignore_index_of(criterion: Criterion) -> int | None:
     criterion = innermost(criterion)
     if hasattr(criterion, "ignore_index"):
         return getattr(criterion, "ignore_index")  # noqa: B009
+    if isinstance(criterion, nn.Module):  # a loss of one's own around one of torch's
+        held = {getattr(part, "ignore_index") for part in criterion.modules() if hasattr(part, "ignore_index")}  # noqa: B009
+        if len(held) == 1:
+            return held.pop()
     found = _parameters(criterion).get("ignore_index")
     return _IGNORED if found is None or found.default is inspect.Parameter.empty else found.default
 

@@ -32,7 +32,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "train_img_size": (4, 4096, "a side from 4 to 4096 pixels"),
     "crop_pct": (0.05, 1, "a share from 0.05 to 1"),
     "mean": (0, 1, "for each channel a share from 0 to 1"),
-    "std": (1e-6, 255, "for each channel a number above 0"),
+    "std": (1e-6, 2, "for each channel a number above 0, in shares of the pixel range"),
     "scale": (1e-4, 1, "two shares above 0, up to 1"),
     "hflip": _SHARE,
     "color_jitter": (0, 10, "a strength from 0 to 10"),
