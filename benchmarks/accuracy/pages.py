@@ -122,12 +122,16 @@ def inside(table: Table, records: Records) -> list[str]:
     Subnets have re-estimated batch-norm statistics; the whole network is judged with its running ones, and as they are.
     """
     rows = by_row(table, records)
-    alone = {label.removeprefix("alone "): found for label, found in rows.items() if label.startswith("alone ")}
+    # Also those that are not trained alone yet: what they are worth inside is known before.
+    asked = [row.label for row in table.rows if row.label.startswith("alone ")]
+    alone = {label.removeprefix("alone "): rows.get(label, []) for label in asked}
     methods = {label: found for label, found in rows.items() if not label.startswith("alone ")}
     lines = []
     for depths, found in alone.items():
         judged = [[r["subnets"][depths] for r in rs if depths in r["subnets"]] for rs in methods.values()]
-        lines.append([depths, mean([r["top1"] for r in found]), *(mean(tops) if tops else "" for tops in judged)])
+        tops_alone = [r["top1"] for r in found]
+        if tops_alone or any(judged):
+            lines.append([depths, *(mean(tops) if tops else "" for tops in (tops_alone, *judged))])
     for name, key in _JUDGED.items():
         tops = [[r[key] for r in found if key in r] for found in methods.values()]
         if any(tops):
