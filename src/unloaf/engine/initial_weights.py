@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.engine.checkpoint import load_strictly
+from unloaf.engine.data.agreement import some
 from unloaf.engine.errors import in_one_line
 from unloaf.engine.weight_files import read_tensors
 
@@ -123,9 +124,8 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "one number"
 
 
-def _some(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(f"{name:.120}" for name in names[:limit]) + more
+def _some(names: list[str]) -> str:
+    return some([f"{name:.120}" for name in names], limit=4)
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:
