@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,9 @@ from unloaf.stages.stage import NoResidualBlocksError, Stage, call_model, inner_
 from unloaf.state import Buffers
 
 
-def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str]] | None = None) -> tuple[Stage, ...]:
+def find_stages(
+    model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str]] | None = None, within: str | None = None
+) -> tuple[Stage, ...]:
     """Find the stages of a residual network: runs of blocks of which some can be skipped.
 
     A module is a residual block when, with all its parameters set to zero, it returns its input (or the relu of it),
@@ -36,11 +39,13 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
         example: an input the model accepts, batch first, e.g. ``(1, 3, 224, 224)``; a mapping is passed as keywords.
         blocks: paths of the blocks of each stage, in order of execution, instead of the search. A block is then
             skippable when its output has the shape and dtype of its input.
+        within: path of the module below which alone is searched (a detector's ``"backbone.body"``); the example is
+            still what the whole model takes, and the blocks' paths are those of the whole model.
 
     Raises:
         NoResidualBlocksError: nothing can be skipped (VGG, DenseNet, ...).
-        ValueError: the model cannot run on the example, or ``blocks`` names modules that do not exist, are not called
-            exactly once, or are out of order.
+        ValueError: the model cannot run on the example, ``blocks`` names modules that do not exist, are not called
+            exactly once, or are out of order, or ``within`` names no module.
 
     Source: the zero-parameter test is ours; the stages are those of Ye et al. 2023 (ST++), section 3.3.3.
 
@@ -63,17 +68,20 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
             f"{f'module {scripted[0]!r}' if scripted[0] else 'the model'} was compiled by torch.jit, and what it "
             "computes cannot be looked at or changed; give the model as it was before"
         )
+    _check_within(model, within, blocks)
     with evaluating(model), drawing_alike(model):
         start = Buffers(model.modules())
         calls, output = trace(model, example)
+        below = {path: call for path, call in calls.items() if not within or path.startswith(f"{within}.")}
         unknown: list[str] = []  # modules that give NaN when their parameters are zero
-        kinds = _probe(model, calls, unknown) if blocks is None else _given(model, calls, blocks)
-        runs = _runs(model, calls, kinds) if blocks is None else [tuple(stage) for stage in blocks]
+        kinds = _probe(model, below, unknown) if blocks is None else _given(model, calls, blocks)
+        runs = _runs(model, below, kinds) if blocks is None else [tuple(stage) for stage in blocks]
         runs = [run for run in runs if len(run) > 1 and any(path in kinds for path in run)]
         if not runs:
             raise NoResidualBlocksError(
-                f"{type(model).__name__} has no residual blocks that could be skipped: of its {len(calls)} modules "
-                "called once none returns its input when its parameters are zero, two or more in a run"
+                f"{f'{within} of ' if within else ''}{type(model).__name__} has no residual blocks that could be "
+                f"skipped: of its {len(below)} modules called once none returns its input when its parameters are "
+                "zero, two or more in a run"
                 f"{_untold(model, unknown)}. "
                 "If it has residual blocks of another form (BERT's, with the norm behind the sum), name them: "
                 'find_stages(model, example, blocks=[["layer1.0", "layer1.1"], ...])'
@@ -85,6 +93,21 @@ def find_stages(model: nn.Module, example: Any, *, blocks: Sequence[Sequence[str
     shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else None
     stages = [_stage(name, run, kinds, shape) for name, run in zip(_names(runs), runs, strict=True)]
     return tuple(stages if replayable else [replace(stage, replayable=False) for stage in stages])
+
+
+def _check_within(model: nn.Module, within: str | None, blocks: object) -> None:
+    paths = [path for path, _ in model.named_modules()]
+    if within is not None and within not in paths:
+        # The nearest names also tell a level that was left out: "body" of "backbone.body".
+        ends = [path for path in paths if path.endswith(f".{within}")]
+        near = [*dict.fromkeys(ends + difflib.get_close_matches(str(within), paths, n=3))]
+        near = near or [path for path, _ in model.named_children()]
+        raise ValueError(
+            f"within is {within!r}, which is no module of {type(model).__name__}; give the path of one as in "
+            f"model.named_modules(), such as {', '.join(map(repr, near[:3]))}"
+        )
+    if within and blocks is not None:
+        raise ValueError(f"within is {within!r} and blocks are given, so that nothing is searched; give one of them")
 
 
 def _warn(model: nn.Module, unknown: Sequence[str], replayable: bool) -> None:

@@ -35,8 +35,8 @@ def is_replayable(
         output: of the model in the trace.
         start: the buffers with which the trace began.
     """
-    known = _logits(output)
-    if known is None or known.is_meta:
+    known = _known(output)
+    if not known or known[0].is_meta:
         return True
     modules = {**blocks, **dict(between_blocks(model, blocks))}
     recorded = {module: calls[path] for path, module in modules.items() if path in calls and calls[path].intact}
@@ -48,15 +48,16 @@ def is_replayable(
         list(recorded)[::2],
         list(recorded)[1::2],
     ]
-    return all(_close(known, _output(model, example, {m: recorded[m] for m in part}, start)) for part in parts)
+    found = (_output(model, example, {m: recorded[m] for m in part}, start) for part in parts)
+    return all(len(other) == len(known) and all(map(_close, known, other)) for other in found)
 
 
-def _output(model: nn.Module, example: Any, recorded: Mapping[nn.Module, Call], start: Buffers) -> Tensor | None:
+def _output(model: nn.Module, example: Any, recorded: Mapping[nn.Module, Call], start: Buffers) -> list[Tensor]:
     with drawing_alike(model), start.again(), _replayed(recorded):
         try:
-            return _logits(call_model(model, example))
+            return _known(call_model(model, example))
         except Exception:  # it misses what a call would have left
-            return None
+            return []
 
 
 @contextmanager
@@ -90,16 +91,19 @@ def between_blocks(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterato
     return walk("", model)
 
 
-def _logits(output: Any) -> Tensor | None:
+def _known(output: Any) -> list[Tensor]:
+    """The logits, or the first tensor; of nested outputs (a detector's boxes, image by image) all tensors."""
     found = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
     found = getattr(found, "logits", found)
-    if isinstance(found, (tuple, list)):
-        found = next((item for item in found if isinstance(item, Tensor)), None)
-    return found if isinstance(found, Tensor) else None
+    if isinstance(found, Tensor):
+        return [found]
+    items = [*found.values()] if isinstance(found, Mapping) else found if isinstance(found, (tuple, list)) else []
+    first = [item for item in items if isinstance(item, Tensor)][:1] if isinstance(found, (tuple, list)) else []
+    return first or [tensor for item in items for tensor in _known(item)]
 
 
-def _close(one: Tensor, another: Tensor | None) -> bool:
-    if another is None or one.shape != another.shape:
+def _close(one: Tensor, another: Tensor) -> bool:
+    if one.shape != another.shape:
         return False
     # Kernels of accelerators may add in another order.
     tolerance = 1e-4 if one.dtype in (torch.float32, torch.float64) else 1e-2
