@@ -326,8 +326,8 @@ def test_a_frozen_model_below_a_criterion_with_weights(call):
 @pytest.mark.parametrize(
     "criterion", [nn.MSELoss(), F.mse_loss, partial(F.huber_loss, delta=2.0)], ids=["module", "function", "partial"]
 )
-def test_a_softmax_over_the_outputs_of_a_regression_is_told(name, criterion):
-    with pytest.warns(UserWarning, match=r"a loss of a regression.*give subnet_loss too: F\.mse_loss"):
+def test_a_softmax_over_the_outputs_of_a_regression_is_refused(name, criterion):
+    with pytest.raises(ValueError, match=r"a loss of a regression.*give subnet_loss too \(F\.mse_loss.*readout="):
         METHODS[name](*toy(), criterion=criterion)
 
 
@@ -335,9 +335,50 @@ def test_a_softmax_over_the_outputs_of_a_regression_is_told(name, criterion):
 @pytest.mark.parametrize(
     "criterion", [nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits], ids=["module", "function"]
 )
-def test_a_softmax_over_labels_that_exclude_nothing_is_told(name, criterion):
-    with pytest.warns(UserWarning, match=r"labels that are each yes or no.*unloaf\.bce_kl_loss for yes or no"):
+def test_a_softmax_over_labels_that_exclude_nothing_is_refused(name, criterion):
+    with pytest.raises(ValueError, match=r"labels that are each yes or no.*unloaf\.bce_kl_loss for yes or no"):
         METHODS[name](*toy(), criterion=criterion)
+
+
+def squares(outputs, y):
+    return (outputs - y).square().mean()
+
+
+QUANTITIES = {
+    "regression": torch.randn(4, 3),
+    "one quantity, three quantiles": torch.rand(4),
+    "several labels": torch.tensor([[1.0, 0, 1]] * 4),
+    "two class indices": torch.zeros(4, 2, dtype=torch.long),
+}
+
+
+@pytest.mark.parametrize("y", QUANTITIES.values(), ids=QUANTITIES)
+def test_columns_that_are_no_classes_are_asked_about(y):
+    # A criterion of one's own says nothing; the targets do.
+    method = StimulativeTraining(*toy(), criterion=lambda z, y: z.square().mean())
+    message = rf"outputs have shape \(4, 3\), y \({', '.join(map(str, y.shape))},?\).*give subnet_loss too.*readout="
+    assert refuses(method, message, lambda: method.backward(batch()[0], y))
+
+
+@pytest.mark.parametrize(
+    "y", [F.one_hot(torch.tensor([0, 1, 2, 0]), 3) * torch.tensor([[1.0], [1], [1], [0]]), torch.full((4, 3), 1 / 3)]
+)
+def test_shares_of_classes_are_taken_by_a_criterion_of_ones_own(y):
+    assert StimulativeTraining(*toy(), criterion=squares).backward(batch()[0], y).loss.isfinite()
+
+
+def test_a_readout_answers_what_the_columns_are():
+    options = {"criterion": F.mse_loss, "readout": lambda output: output}
+    assert StimulativeTraining(*toy(), **options).backward(batch()[0], torch.randn(4, 3)).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["common", "st"])
+@every_call
+def test_targets_that_a_regression_would_compare_each_with_each(name, call):
+    options = {"subnet_loss": F.mse_loss} if name == "st" else {}
+    method = METHODS[name](*toy(classes=1), criterion=F.mse_loss, **options)
+    message = r"outputs have shape \(4, 1\), y \(4,\): the criterion would compare each with each; give y the shape"
+    assert refuses(method, message, lambda: call(method, batch()[0], torch.randn(4)))
 
 
 def test_a_label_outside_the_classes_is_told_where_it_is_judged():

@@ -234,14 +234,8 @@ class SubnetTraining(TrainingMethod):
         super().__init__(model, criterion=criterion, seed=seed, readout=readout)
         self.subnet_loss = subnet_loss
         _tell_what_is_not_compiled(model)
-        inner = innermost(self.criterion)
-        if takes_softmax(subnet_loss) and (is_regression(inner) or is_binary(inner)):
-            of = "a regression" if is_regression(inner) else "labels that are each yes or no"
-            warnings.warn(
-                f"criterion is a loss of {of}, but subnet_loss takes a softmax over the outputs; "
-                "give subnet_loss too: F.mse_loss for a regression, unloaf.bce_kl_loss for yes or no",
-                stacklevel=3,
-            )
+        _check_softmax(self.criterion, subnet_loss, readout)
+        self._shares_known = False
         check_stages(model, stages)
         self.stages, self._weight = tuple(stages), subnet_weight
         self.weight_at(0)
@@ -291,8 +285,8 @@ class SubnetTraining(TrainingMethod):
 
     def losses(self, y: Any) -> StepLosses:
         """The loss terms of a step with these targets."""
-        last = self.readout is not None
-        return StepLosses(self.criterion, y, subnet_loss=self.subnet_loss, classes_last=last)
+        known = {"classes_last": self.readout is not None, "shares_known": self._shares_known}
+        return StepLosses(self.criterion, y, subnet_loss=self.subnet_loss, **known)
 
     @abstractmethod
     def teacher_of(self, index: int, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
@@ -334,6 +328,7 @@ class SubnetTraining(TrainingMethod):
             subnet_loss=partial(self.weighted_term, losses),
             readout=self.readout,
         )
+        self._shares_known = True
         total = torch.stack([step.main_loss, *step.subnet_losses]).sum()
         terms = [loss.detach() if loss.requires_grad else loss for loss in (step.main_loss, *step.subnet_losses)]
         names = ["main", *map(self._term_name, range(len(passes)))]
@@ -348,6 +343,18 @@ def _tell_what_is_not_compiled(model: nn.Module) -> None:
             "what torch.compile made of the model is not used: steps run subnets as they are, without compilation; "
             "compile the blocks of the model itself instead: unloaf.compile_blocks(model, stages)",
             stacklevel=4,
+        )
+
+
+def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout | None) -> None:
+    """Raise ValueError for a softmax over what the criterion takes for no classes, unless a readout makes them some."""
+    inner = innermost(criterion)
+    if readout is None and takes_softmax(subnet_loss) and (is_regression(inner) or is_binary(inner)):
+        of = "a regression" if is_regression(inner) else "labels that are each yes or no"
+        raise ValueError(
+            f"criterion is a loss of {of}, but subnet_loss takes a softmax over the last axis of the outputs; "
+            "give subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for yes or no) or, where that axis "
+            "holds classes, say so: readout=lambda output: output"
         )
 
 

@@ -16,6 +16,7 @@ from unloaf.losses import (
     check_two_classes,
     direction,
     is_cross_entropy,
+    is_regression,
     label_loss,
     of_this_library,
     resolve_amplitude,
@@ -55,12 +56,20 @@ class StepLosses:
         y: the targets.
         subnet_loss: from (student logits, teacher logits) to a loss; None where no subnet is taught.
         classes_last: the caller said so, with a readout.
+        shares_known: earlier targets were seen to be shares of classes; to look once more costs a wait for the device.
     """
 
     def __init__(
-        self, criterion: Criterion, y: Any, *, subnet_loss: Distance | None = None, classes_last: bool = False
+        self,
+        criterion: Criterion,
+        y: Any,
+        *,
+        subnet_loss: Distance | None = None,
+        classes_last: bool = False,
+        shares_known: bool = False,
     ) -> None:
         self.criterion, self.y, self.subnet_loss, self.classes_last = criterion, y, subnet_loss, classes_last
+        self.shares_known = shares_known
         self.counted: Tensor | None = None
         self._all_count: bool | None = None
         self._shared: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -74,8 +83,12 @@ class StepLosses:
                 f"the model's logits have shape {tuple(logits.shape)}; training needs at least 2 classes, or a "
                 "criterion and a subnet_loss for other outputs, such as nn.BCEWithLogitsLoss() and unloaf.bce_kl_loss"
             )
-        if self.subnet_loss is not None:
-            self._check_class_axis(logits)
+        if is_regression(self.criterion) and isinstance(self.y, Tensor) and self.y.shape != logits.shape:
+            raise ValueError(
+                f"the outputs have shape {tuple(logits.shape)}, y {tuple(self.y.shape)}: the criterion would compare "
+                "each with each; give y the shape of the outputs, or the outputs that of y, with readout (.squeeze(-1))"
+            )
+        self._check_class_axis(logits)
         self.counted = positions_that_count(self.criterion, logits, self.y)
         some = None if self.counted is None else self.counted.any()
         if own:
@@ -122,16 +135,18 @@ class StepLosses:
         return distance(student, teacher[counted]) if len(student) else student.sum()
 
     def _check_class_axis(self, logits: Tensor) -> None:
-        """Raise ValueError where a softmax over the last axis of dense logits may be one over another axis."""
-        assert self.subnet_loss is not None
-        if self.classes_last or logits.ndim < 3 or type(innermost(self.criterion)) is nn.CrossEntropyLoss:
+        """Raise ValueError where a softmax over the last axis of the logits may be one over anything but classes."""
+        criterion, shape = innermost(self.criterion), tuple(self.y.shape) if isinstance(self.y, Tensor) else None
+        if self.subnet_loss is None or self.classes_last or type(criterion) is nn.CrossEntropyLoss:
             return  # the last checks its shapes
-        shape = tuple(self.y.shape) if isinstance(self.y, Tensor) else None
+        softmax = takes_softmax(self.subnet_loss) or isinstance(self.criterion, DirectionCriterion)
+        if logits.ndim < 3:
+            if softmax and not is_cross_entropy(criterion) and isinstance(self.y, Tensor):
+                self._check_columns(logits, self.y)
+            return
         last, second = shape == logits.shape[:-1], shape == (*logits.shape[:1], *logits.shape[2:])
-        if (last or second) and not self.y.is_floating_point():
-            known = not second
-        else:  # a regression, say, with a distance of its own
-            known = not takes_softmax(self.subnet_loss) and not isinstance(self.criterion, DirectionCriterion)
+        # Without a softmax it may be a regression with a distance of its own.
+        known = not second if (last or second) and not self.y.is_floating_point() else not softmax
         if known:
             return
         advice = "" if second and not last else "output (classes last) or "
@@ -141,6 +156,26 @@ class StepLosses:
             f"readout=lambda output: {advice}output.movedim(1, -1) (classes second); "
             "criterion and subnet_loss then get (batch, ..., classes)"
         )
+
+    def _check_columns(self, logits: Tensor, y: Tensor) -> None:
+        """The same for rows of outputs: their columns may be quantities of different meaning, or several labels."""
+        if y.shape == logits.shape:
+            known = self.shares_known or _are_shares(y)
+        else:
+            known = not y.is_floating_point() and y.numel() == len(logits)
+        if not known:
+            raise ValueError(
+                f"the outputs have shape {tuple(logits.shape)}, y {tuple(y.shape)} of {y.dtype}, neither class indices "
+                "nor shares of classes that add up to 1, but subnet_loss takes a softmax over the columns; give "
+                "subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for yes or no) or, where the columns "
+                "are classes, say so: readout=lambda output: output"
+            )
+
+
+def _are_shares(y: Tensor) -> bool:
+    """Whether each row is shares of classes; rows of zeros count for nothing."""
+    total = y.sum(-1, dtype=torch.float32)
+    return bool(((y >= 0).all(-1) & (((total - 1).abs() < 0.01) | (total == 0))).all())
 
 
 def positions_that_count(criterion: Criterion, logits: Tensor, y: Any) -> Tensor | None:
