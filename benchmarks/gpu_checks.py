@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.performance import Record, read
 
-from unloaf.analysis.step_time import StepTimeRow
+from unloaf.measure.step_time import StepTimeRow
 
 OVER_LIMIT, VIT_ORDERED, MEMORY, IMAGES_PER_SECOND, OVERHEAD = 1.20, 1.10, 1.30, 40_000, 1.05
 _FOLDERS = re.compile(r"(?<![\w.:/])/(?:[\w.+-]+/)+")  # of an absolute path

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from unloaf.engine.config import Config
-from unloaf.engine.environment import environment
+from unloaf.config import Config
 from unloaf.engine.loop import one_thread, train_step
-from unloaf.engine.training import Training, prepare
+from unloaf.engine.setup import Training, prepare
+from unloaf.environment import environment
 
 
 def seconds_per_step(run: Callable[[], None], *, steps: int) -> float:

@@ -29,10 +29,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import unloaf
-from unloaf.engine.models import build_model
+from unloaf.models.build import build_model
+from unloaf.models.hf import transformers_config
 from unloaf.passes import logits_of
-from unloaf.release.libraries import aligned, timm_twin, transformers_config
-from unloaf.saved import save_subnet
+from unloaf.release.libraries import aligned, timm_twin
+from unloaf.release.subnet_files import save_subnet
 from unloaf.stages import call_model
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unloaf.analysis.plots import step_time_bars
-from unloaf.analysis.step_time import Setup, StepTimeRow, by_setup
+from unloaf.measure.step_time import Setup, StepTimeRow, by_setup
+from unloaf.pages.plots import step_time_bars
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py model
     python benchmarks/scaling.py measure --output docs/results
 
-The model counts FLOPs with `unloaf.analysis.flops.method_flops` on the meta device; everything about the hardware is an
+The model counts FLOPs with `unloaf.measure.flops.method_flops` on the meta device; everything about the hardware is an
 assumption, kept in `HARDWARE`. Nothing of the model was measured on an accelerator.
 """
 
@@ -27,13 +27,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import Data
-from unloaf.engine.data.images import ImageSet
-from unloaf.engine.environment import environment
+from unloaf.config import Config
+from unloaf.data import Data
+from unloaf.data.images import ImageSet
 from unloaf.engine.loop import prepare, train_epoch
 from unloaf.engine.methods import build_method
-from unloaf.engine.models import build_model
+from unloaf.environment import environment
+from unloaf.models.build import build_model
 from unloaf.stages import find_stages
 
 DEVICES = (1, 8, 64, 256, 1024)
@@ -142,7 +142,7 @@ CASES: tuple[tuple[str, str, int, int, str, dict[str, Any]], ...] = (
 
 def model_table(*, draws: int = 100) -> list[dict[str, Any]]:
     """FLOPs of each case, and its cost on each number of devices."""
-    from unloaf.analysis.flops import method_flops
+    from unloaf.measure.flops import method_flops
 
     rows = []
     for name, model_name, side, batch, kind, settings in CASES:

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unloaf.arguments import parse_train
-from unloaf.engine.data import Data
-from unloaf.engine.data.images import ImageSet
-from unloaf.engine.environment import environment
-from unloaf.engine.train import train
+from unloaf.commands.options import parse_train
+from unloaf.data import Data
+from unloaf.data.images import ImageSet
+from unloaf.engine.run import train
+from unloaf.environment import environment
 
 MODEL = "cifar/resnet18"
 

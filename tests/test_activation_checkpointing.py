@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import unloaf
-from unloaf.engine.models import build_model
+from unloaf.models.build import build_model
 
 METHODS = {
     "common": lambda model, stages: unloaf.CommonTraining(model),

@@ -7,9 +7,9 @@ from tests.toy_networks import ToyNetwork
 from torch import nn
 
 import unloaf
-from unloaf.analysis.flops import method_flops, step_flops
-from unloaf.analysis.step_memory import peak_bytes
-from unloaf.analysis.step_time import flop_counter, run_step, separate_backward, step_time_rows
+from unloaf.measure.flops import method_flops, step_flops
+from unloaf.measure.step_memory import peak_bytes
+from unloaf.measure.step_time import flop_counter, run_step, separate_backward, step_time_rows
 from unloaf.passes import SubnetPass
 
 

@@ -11,11 +11,12 @@ import torch
 from tests.toy_networks import ToyNetwork
 
 import unloaf
-from unloaf import bench, cli
-from unloaf.analysis.step_time import Setup, StepTimeRow, by_setup, run_step, step_time_rows
-from unloaf.bench import session
-from unloaf.bench.files import tables, write_rows
-from unloaf.bench.networks import STANDARD, Network, build_network, chosen_networks, smaller_inputs
+from unloaf import bench
+from unloaf.bench import tables, write_rows
+from unloaf.commands import main as cli
+from unloaf.measure import bench as session
+from unloaf.measure.networks import STANDARD, Network, build_network, chosen_networks, smaller_inputs
+from unloaf.measure.step_time import Setup, StepTimeRow, by_setup, run_step, step_time_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 SMALL = {"model": ("cifar/resnet14",), "batch_size": 2, "repeats": 2, "num_subnets": 2, "device": "cpu"}
@@ -252,7 +253,7 @@ def test_each_network_and_mode_has_a_table_of_its_own():
 
 
 def test_the_picture_names_networks_methods_and_measured_times():
-    from unloaf.analysis.plots import step_time_bars
+    from unloaf.pages.plots import step_time_bars
 
     other = Setup(network="timm/vit_small_patch16_224", input_size=224, batch_size=2)
     picture = step_time_bars(

@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 import unloaf
-import unloaf.release
-from unloaf import arguments, cli
-from unloaf.arguments import _ABOUT_TRAIN
-from unloaf.engine.errors import CheckpointError, NonFiniteLossError, StoppedError
+import unloaf.release.exports
+from unloaf.commands import main as cli
+from unloaf.commands import options as arguments
+from unloaf.commands.options import _ABOUT_TRAIN
+from unloaf.errors import CheckpointError, NonFiniteLossError, StoppedError
 from unloaf.recipes import recipe_names
 
 # Small enough for a few seconds.
@@ -28,7 +29,12 @@ TINY = ["--model", "cifar/resnet14", "--width", "2", "--epochs", "1", "-b", "256
 def unloaf_command(*words):
     # A job in the background inherits an ignored SIGINT; the command must be tested as if started by hand.
     by_hand = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    return [sys.executable, "-c", f"{by_hand}; import sys; from unloaf.cli import main; sys.exit(main())", *words]
+    return [
+        sys.executable,
+        "-c",
+        f"{by_hand}; import sys; from unloaf.commands.main import main; sys.exit(main())",
+        *words,
+    ]
 
 
 def run(*words):
@@ -62,7 +68,7 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
     code = (
         "import sys, atexit\n"
         "atexit.register(lambda: print('heavy', {'torch', 'timm', 'numpy'} & sys.modules.keys()))\n"
-        "from unloaf.cli import main; sys.exit(main())"
+        "from unloaf.commands.main import main; sys.exit(main())"
     )
     for _ in range(6):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -214,7 +220,7 @@ def test_exit_code_of_a_stopped_run(capsys, monkeypatch, error, code, text):
     def stop(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("unloaf.engine.train.train", stop)
+    monkeypatch.setattr("unloaf.engine.run.train", stop)
     monkeypatch.setattr(cli, "open_run", lambda *args, **kwargs: None)
     assert in_process(capsys, "train") == (code, "", f"unloaf: error: {text}\n")
 
@@ -353,7 +359,7 @@ def exports(monkeypatch):
     asked = []
     for name in ("export_run", "export_elastic"):
         monkeypatch.setattr(
-            unloaf.release,
+            unloaf.release.exports,
             name,
             lambda run, name=name, **given: asked.append((name, run, given)) or SimpleNamespace(**EXPORTED),
         )

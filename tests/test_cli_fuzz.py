@@ -13,8 +13,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unloaf import arguments, cli
-from unloaf.engine.config import Config, dump_config
+from unloaf.commands import main as cli
+from unloaf.commands import options as arguments
+from unloaf.config import Config, dump_config
 
 FIELDS = [*Config.__dataclass_fields__]
 LONG = 2_000  # configurations; a quarter as many command lines
@@ -26,7 +27,7 @@ def nothing_trained() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in ("cli.open_run", "engine.train.train", "demo.run_demo", "bench.bench_step"):
             stack.enter_context(mock.patch(f"unloaf.{name}", side_effect=SystemExit(0)))
-        stack.enter_context(mock.patch("unloaf.engine.data.check_images", side_effect=SystemExit(0)))
+        stack.enter_context(mock.patch("unloaf.data.check_images", side_effect=SystemExit(0)))
         stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         yield
 

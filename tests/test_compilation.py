@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import unloaf
-from unloaf.engine.models import build_model
+from unloaf.models.build import build_model
 
 # torch looks at the gradients of activations while it traces, and warns about that itself.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -15,12 +15,12 @@ from timm.layers import set_fused_attn
 from torch.nn import functional
 
 import unloaf
-from unloaf.analysis import costs
-from unloaf.analysis.choice import pareto_front
-from unloaf.analysis.costs import Timing, gmacs, measured_rounds, time_subnets, with_latency, write_csv
-from unloaf.analysis.flops import counting_flops
-from unloaf.analysis.subnet_tables import cost_records
-from unloaf.engine.models import build_model
+from unloaf.measure import costs
+from unloaf.measure.costs import Timing, gmacs, measured_rounds, time_subnets, with_latency, write_csv
+from unloaf.measure.flops import counting_flops
+from unloaf.measure.pareto import pareto_front
+from unloaf.measure.records import cost_records
+from unloaf.models.build import build_model
 
 
 def by_ptflops(model, side):

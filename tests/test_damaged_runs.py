@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from unloaf.cli import main
+from unloaf.commands.main import main
+from unloaf.config import Config, dump_config
 from unloaf.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from unloaf.engine.config import Config, dump_config
 
 KINDS: dict[str, Callable[[Path], object]] = {
     "folder": lambda path: path.mkdir(),

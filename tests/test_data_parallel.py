@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import unloaf
 from toy_networks import ToyNetwork
-from unloaf.engine.models import build_model
+from unloaf.models.build import build_model
 
 RANKS = 2
 KINDS, MODES = ["st", "st++", "gkt"], ["lean", "one graph"]

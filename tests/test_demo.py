@@ -13,11 +13,11 @@ from rich.console import Console
 import unloaf
 from unloaf import demo
 from unloaf.analysis.comparison import MethodRun, Spread, method_rows, size_rows
-from unloaf.analysis.plots import CostPoint, accuracy_over_cost, accuracy_over_size
-from unloaf.analysis.report import comparison_report
-from unloaf.engine.data import load_data
+from unloaf.data import load_data
 from unloaf.engine.loop import fit, one_thread
 from unloaf.evaluation import Accuracy
+from unloaf.pages.page import comparison_report
+from unloaf.pages.plots import CostPoint, accuracy_over_cost, accuracy_over_size
 from unloaf.recipes import digits
 
 RECIPES = [digits.common, digits.stochastic_depth, digits.stimulative, digits.stimulative_plus, digits.group_knowledge]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import unloaf
-from unloaf.elastic import ElasticModel, save_elastic
-from unloaf.engine.models import build_model
+from unloaf.models.build import build_model
+from unloaf.release.elastic import ElasticModel, save_elastic
 
 SETTINGS = {"name": "cifar/resnet14", "num_classes": 10, "width": 4}
 BATCHES = [torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]

@@ -16,8 +16,8 @@ from torch import nn
 
 import unloaf
 from toy_networks import ToyNetwork
-from unloaf.engine.models import build_model
 from unloaf.export import block_counts, parse_subnet, without_stand_ins
+from unloaf.models.build import build_model
 
 SIDE_32, SIDE_56, SIDE_64 = (torch.randn(2, 3, side, side) for side in (32, 56, 64))
 TOKENS = {"input_ids": torch.arange(14).reshape(2, 7), "use_cache": False}

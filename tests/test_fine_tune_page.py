@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unloaf import cli
+from unloaf.commands import main as cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "fine-tune.md"
 # What the page says, and what is small enough for a test without a network.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from benchmarks import gpu_checks, throughput
 
-from unloaf.analysis.step_time import Setup, StepTimeRow
-from unloaf.bench.files import write_rows
+from unloaf.bench import write_rows
+from unloaf.measure.step_time import Setup, StepTimeRow
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import unloaf
-from unloaf import cli
-from unloaf.analysis.flops import method_flops
-from unloaf.analysis.quick_flops import QuickCounter
-from unloaf.engine.models import build_model
+from unloaf.commands import main as cli
 from unloaf.inspection import as_plain, cost_of_model, inspect_model, sections
+from unloaf.measure.flops import method_flops
+from unloaf.measure.quick_flops import QuickCounter
+from unloaf.models.build import build_model
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import nn
 import unloaf
 from test_methods_bad_input import CALLS, METHODS, WITH_SUBNETS, every_call, every_method, refuses, toy
 from toy_networks import ToyNetwork
-from unloaf.engine.models import build_model
+from unloaf.models.build import build_model
 
 TOLERANCE = 1e-12  # of the global norm, in float64
 

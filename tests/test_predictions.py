@@ -13,13 +13,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import unloaf
-from unloaf import cli
-from unloaf.engine.config import Config
-from unloaf.engine.data.memory import load_digits
+from unloaf.commands import main as cli
+from unloaf.config import Config
+from unloaf.data.in_memory import load_digits
 from unloaf.engine.methods import class_probabilities
-from unloaf.engine.models import build_model
-from unloaf.engine.train import train
-from unloaf.release import predict_run
+from unloaf.engine.run import train
+from unloaf.models.build import build_model
+from unloaf.release.predictions import predict_run
 
 COLOURS = {"ash": (90, 90, 90), "brick": (200, 40, 40), "cyan": (30, 200, 200)}
 

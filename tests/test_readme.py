@@ -10,15 +10,16 @@ import pytest
 import torch
 
 import unloaf
-import unloaf.analysis.histories
-import unloaf.analysis.runs
 import unloaf.bench
+import unloaf.data
 import unloaf.demo
-import unloaf.engine.data
-import unloaf.release
-from unloaf import arguments, cli
+import unloaf.release.exports
+import unloaf.runs.histories
+import unloaf.runs.judge
+from unloaf.commands import main as cli
+from unloaf.commands import options as arguments
 from unloaf.commands.predict import Predict
-from unloaf.engine.config import Config, dump_config
+from unloaf.config import Config, dump_config
 from unloaf.engine.figures import summary
 from unloaf.engine.loop import EpochRow
 from unloaf.engine.run_folder import FREE_SETTINGS
@@ -69,12 +70,12 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         (cli, "open_run"),
         (unloaf.demo, "run_demo"),
         (unloaf.bench, "bench_step"),
-        (unloaf.analysis.runs, "judge_run"),
-        (unloaf.analysis.histories, "read_histories"),
-        (unloaf.engine.data, "check_images"),
-        (unloaf.release, "export_run"),
-        (unloaf.release, "predict_run"),
-        (unloaf.release, "export_elastic"),
+        (unloaf.runs.judge, "judge_run"),
+        (unloaf.runs.histories, "read_histories"),
+        (unloaf.data, "check_images"),
+        (unloaf.release.exports, "export_run"),
+        (unloaf.release.predictions, "predict_run"),
+        (unloaf.release.exports, "export_elastic"),
     ):
         monkeypatch.setattr(module, name, parsed)
     monkeypatch.chdir(tmp_path)

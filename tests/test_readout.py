@@ -12,7 +12,7 @@ import unloaf
 from test_method_batches import ClassesSecond, dense
 from test_methods_bad_input import CALLS, METHODS, WITH_SUBNETS, every_call, every_method, pinned, refuses
 from toy_networks import ToyNetwork
-from unloaf.analysis.flops import method_flops
+from unloaf.measure.flops import method_flops
 
 
 def classes_last(output):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import unloaf
-from unloaf.engine.config import dump_config, load_config
-from unloaf.engine.models import build_model
+from unloaf.config import dump_config, load_config
 from unloaf.losses import direction_kl_loss
+from unloaf.models.build import build_model
 from unloaf.recipes import RECIPES, markdown_table, recipe, recipe_names
 
 METHODS = ("common", "stochastic_depth", "st", "stpp", "gkt")

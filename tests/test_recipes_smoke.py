@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from rich.console import Console
 
-from unloaf.engine.config import Config
-from unloaf.engine.train import train
+from unloaf.config import Config
+from unloaf.engine.run import train
 from unloaf.recipes import recipe, recipe_names
 
 # One of each method, a recipe with every augmentation of ST++, and one with mixup, cutmix and repeated augmentation.

@@ -18,16 +18,16 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import unloaf
-from unloaf.analysis.runs import judge_run
-from unloaf.engine.config import Config
-from unloaf.engine.data.augment import evaluation_transform
-from unloaf.engine.models import build_model
-from unloaf.engine.train import train
-from unloaf.release import export_elastic, export_run
+from unloaf.config import Config
+from unloaf.data.augment import evaluation_transform
+from unloaf.engine.run import train
+from unloaf.models.build import build_model
+from unloaf.release.exports import export_elastic, export_run
 from unloaf.release.formats import timm_config
 from unloaf.release.libraries import describe_for_transformers, describe_images_for_transformers
-from unloaf.release.opened import open_trained
-from unloaf.saved import save_subnet
+from unloaf.release.subnet_files import save_subnet
+from unloaf.runs.judge import judge_run
+from unloaf.runs.opened import open_trained
 
 CPU = {"device": "cpu"}
 
@@ -494,7 +494,7 @@ def test_elastic_subnet_is_the_one_that_is_exported_alone(cifar, tmp_path):
 
 
 def test_elastic_file_says_how_many_of_the_subnets_it_stores(cifar, monkeypatch, tmp_path):
-    monkeypatch.setattr("unloaf.release._MOST_STORED", 3)
+    monkeypatch.setattr("unloaf.release.exports._MOST_STORED", 3)
     result = export_elastic(cifar, output=tmp_path / "elastic", recalibrate=64, **CPU)
     assert len(result.networks) == 3
     assert result.notes == ("3 of 8 ordered subnets have statistics; --subnets chooses others.",)

@@ -22,7 +22,7 @@ from benchmarks.accuracy.jobs import MissingError, Results, altered, best_trial,
 from benchmarks.accuracy.pages import PAGES, PICTURE, PICTURED, accuracies, differences, inside, picture, written
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -16,18 +16,18 @@ from PIL import Image
 from rich.console import Console
 
 import unloaf
-from unloaf import cli
-from unloaf.analysis.choice import pareto_front
-from unloaf.analysis.costs import gmacs
-from unloaf.analysis.histories import differences, read_histories, run_row
-from unloaf.analysis.runs import judge_run
+from unloaf.commands import main as cli
+from unloaf.config import Config, load_config
 from unloaf.engine.checkpoint import load_checkpoint
-from unloaf.engine.config import Config, load_config
-from unloaf.engine.models import build_model
-from unloaf.engine.saving import restore
-from unloaf.engine.train import train
-from unloaf.engine.training import prepare
-from unloaf.release import export_elastic
+from unloaf.engine.run import train
+from unloaf.engine.setup import prepare
+from unloaf.engine.snapshots import restore
+from unloaf.measure.costs import gmacs
+from unloaf.measure.pareto import pareto_front
+from unloaf.models.build import build_model
+from unloaf.release.exports import export_elastic
+from unloaf.runs.histories import differences, read_histories, run_row
+from unloaf.runs.judge import judge_run
 
 
 def train_run(folder, name, **settings):
@@ -122,7 +122,7 @@ def test_pareto_is_the_front_of_all(trained):
 
 
 def test_many_subnets_are_drawn_and_said_so(trained, monkeypatch):
-    monkeypatch.setattr("unloaf.analysis.runs._MOST_JUDGED", 4)
+    monkeypatch.setattr("unloaf.runs.judge._MOST_JUDGED", 4)
     judged = judge_run(trained, subnets="pareto")
     assert len(judged.judged) == 4
     drawn = "4 of 8 ordered subnets were drawn; others may be better"
@@ -219,7 +219,7 @@ def test_bad_option_is_answered(run, capsys, words, message):
 def test_place_that_cannot_be_written_is_known_before_anything_is_judged(
     words, place, reason, capsys, monkeypatch, tmp_path
 ):
-    for judging in ("analysis.runs.judge_run", "inspection.cost_of_model"):
+    for judging in ("runs.judge.judge_run", "inspection.cost_of_model"):
         monkeypatch.setattr(f"unloaf.{judging}", lambda *args, **kwargs: pytest.fail("it was judged"))
     monkeypatch.setattr(
         os, "access", lambda path, mode: Path(path).name != "locked"
@@ -314,7 +314,8 @@ def test_runs_of_the_same_name_are_told_apart_by_their_folders(trained, tmp_path
 
 def test_report_imports_no_torch(trained, tmp_path):
     code = (
-        "import sys; from unloaf.cli import main; code = main(sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
+        "import sys; from unloaf.commands.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or 'torch' in sys.modules)"
     )
     words = ["report", str(trained), "--output", str(tmp_path / "page.html")]
     assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True).returncode == 0

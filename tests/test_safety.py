@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from unloaf.engine.config import Config
-from unloaf.engine.train import train
+from unloaf.config import Config
+from unloaf.engine.run import train
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))

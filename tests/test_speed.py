@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unloaf
-from unloaf.analysis.step_time import separate_backward
-from unloaf.engine.models import build_model
+from unloaf.measure.step_time import separate_backward
+from unloaf.models.build import build_model
 
 
 class Operations(TorchDispatchMode):

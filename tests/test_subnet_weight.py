@@ -7,8 +7,8 @@ import torch
 import unloaf
 from toy_networks import ToyNetwork
 from unloaf import GroupKnowledgeTraining, StimulativeTraining
-from unloaf.analysis.flops import method_flops
-from unloaf.analysis.step_time import separate_backward
+from unloaf.measure.flops import method_flops
+from unloaf.measure.step_time import separate_backward
 
 METHODS = {"st": StimulativeTraining, "gkt": GroupKnowledgeTraining}
 every_method = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)

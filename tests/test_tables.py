@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from unloaf.analysis.step_time import StepTimeRow
-from unloaf.bench.files import tables
+from unloaf.bench import tables
 from unloaf.commands.tables import parts
+from unloaf.measure.step_time import StepTimeRow
 
 
 def printed(table, width):

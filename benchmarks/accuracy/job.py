@@ -22,14 +22,14 @@ import torch
 from benchmarks.accuracy.jobs import command, described
 from rich.console import Console
 
-from unloaf.analysis.flops import method_flops
-from unloaf.analysis.runs import checkpoint_of, load_weights
-from unloaf.engine.config import Config
-from unloaf.engine.environment import environment
-from unloaf.engine.errors import NonFiniteLossError, StoppedError
+from unloaf.config import Config
 from unloaf.engine.loop import Training, prepare, train_step
-from unloaf.engine.train import train
+from unloaf.engine.run import train
+from unloaf.environment import environment
+from unloaf.errors import NonFiniteLossError, StoppedError
 from unloaf.evaluation import SubnetRow, choose_subnets, evaluate_subnets
+from unloaf.measure.flops import method_flops
+from unloaf.runs.judge import checkpoint_of, load_weights
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
 

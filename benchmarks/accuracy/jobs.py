@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.accuracy.tables import TABLES, Row, Table
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 
 BASELINE_COST = {"time": 1.0, "flops": 1.0}
 # Where a run lies and how it is fed is no part of what was trained.

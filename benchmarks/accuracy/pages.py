@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.accuracy.jobs import Results, altered
 from benchmarks.accuracy.tables import TABLES, Table
 
-from unloaf.analysis.plots import CostPoint, accuracy_over_cost
+from unloaf.pages.plots import CostPoint, accuracy_over_cost
 
 ROOT = Path(__file__).resolve().parents[2]
 

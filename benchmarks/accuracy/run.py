@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.accuracy.jobs import BASELINE_COST, Job, MissingError, Results, altered, plan, settings_of, to_measure
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,8 +22,8 @@ _HOMES = {
     "inputs": ["SmallerInputs"],
     "batchnorm": ["recalibrate_bn"],
     "export": ["export_subnet"],
-    "saved": ["load_subnet"],
-    "elastic": ["load_elastic"],
+    "release.subnet_files": ["load_subnet"],
+    "release.elastic": ["load_elastic"],
     "activation_checkpointing": ["checkpoint_blocks"],
     "compilation": ["compile_blocks"],
     "methods": [
@@ -35,9 +35,9 @@ _HOMES = {
         "stimulative_plus",
     ],
     "evaluation": ["SubnetRow", "evaluate_subnets"],
-    "analysis.choice": ["pick_subnet"],
-    "analysis.costs": ["measure_subnets"],
-    "engine.errors": ["CheckpointError"],
+    "measure.pareto": ["pick_subnet"],
+    "measure.costs": ["measure_subnets"],
+    "errors": ["CheckpointError"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -78,16 +78,15 @@ __all__ = [  # the same names again, for type checkers
 
 if TYPE_CHECKING:
     from unloaf.activation_checkpointing import checkpoint_blocks
-    from unloaf.analysis.choice import pick_subnet
-    from unloaf.analysis.costs import measure_subnets
     from unloaf.batchnorm import recalibrate_bn
     from unloaf.compilation import compile_blocks
-    from unloaf.elastic import load_elastic
-    from unloaf.engine.errors import CheckpointError
+    from unloaf.errors import CheckpointError
     from unloaf.evaluation import SubnetRow, evaluate_subnets
     from unloaf.export import export_subnet
     from unloaf.inputs import SmallerInputs
     from unloaf.losses import bce_kl_loss, direction_kl_loss, kl_loss
+    from unloaf.measure.costs import measure_subnets
+    from unloaf.measure.pareto import pick_subnet
     from unloaf.methods import (
         CommonTraining,
         GroupKnowledgeTraining,
@@ -96,6 +95,8 @@ if TYPE_CHECKING:
         StochasticDepth,
         stimulative_plus,
     )
+    from unloaf.release.elastic import load_elastic
+    from unloaf.release.subnet_files import load_subnet
     from unloaf.sampling import (
         ExponentialDecaySampler,
         InterStageSampler,
@@ -104,7 +105,6 @@ if TYPE_CHECKING:
         StochasticSampler,
         enumerate_subnets,
     )
-    from unloaf.saved import load_subnet
     from unloaf.stages import NoResidualBlocksError, Stage, find_stages
     from unloaf.subnet import Subnet, active_subnet
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from unloaf.cli import main
+from unloaf.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from unloaf.batchnorm import frozen_statistics, other_buffers
+from unloaf.buffers import Buffers
 from unloaf.stages import Stage, inner_module
-from unloaf.state import Buffers
 from unloaf.subnet import check_stages, foreign_forward
 
 

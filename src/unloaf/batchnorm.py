@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from unloaf.buffers import Buffers
 from unloaf.stages import call_model, modes_kept
-from unloaf.state import Buffers
 
 
 def tracking_norms(model: nn.Module) -> list[Any]:

@@ -19,16 +19,16 @@ from rich.console import Console
 from rich.table import Table
 
 from unloaf.analysis.comparison import MethodRow, MethodRun, Spread, method_rows, size_rows
-from unloaf.analysis.flops import method_flops
-from unloaf.analysis.plots import accuracy_over_size
-from unloaf.analysis.report import comparison_report
-from unloaf.engine.config import Config
-from unloaf.engine.data import Data, EvalBatches, load_data
-from unloaf.engine.display import show_progress
-from unloaf.engine.environment import environment
-from unloaf.engine.files import check_writable, disk_full, write_whole
+from unloaf.config import Config
+from unloaf.data import Data, EvalBatches, load_data
+from unloaf.display import show_progress
 from unloaf.engine.loop import Training, one_thread, prepare, train_epoch
+from unloaf.environment import environment
 from unloaf.evaluation import SubnetRow, evaluate_subnets
+from unloaf.files.writing import check_writable, disk_full, write_whole
+from unloaf.measure.flops import method_flops
+from unloaf.pages.page import comparison_report
+from unloaf.pages.plots import accuracy_over_size
 from unloaf.recipes import digits
 
 _RECIPES: dict[str, Callable[[], Config]] = {

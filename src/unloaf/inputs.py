@@ -258,3 +258,16 @@ def _noise(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     """One image, where and of what the model's parameters are."""
     image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
     return image.to(next(model.parameters()))
+
+
+def batch_of(example: Any, size: int) -> Any:
+    """A batch that repeats the first example.
+
+    >>> batch_of(torch.zeros(2, 3, 8, 8), 4).shape
+    torch.Size([4, 3, 8, 8])
+    """
+    if isinstance(example, Mapping):
+        return {name: batch_of(value, size) for name, value in example.items()}
+    if not isinstance(example, Tensor):
+        return example
+    return example[:1].repeat(size, *(1 for _ in example.shape[1:]))

@@ -19,7 +19,7 @@ from unloaf.engine.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from unloaf.engine.errors import CheckpointError
+from unloaf.errors import CheckpointError
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-v1" / "step-00000012"
 

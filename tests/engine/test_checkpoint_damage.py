@@ -20,7 +20,7 @@ import torch
 from checkpoint_tools import STATE, forge_state, reseal, same, save_tiny
 
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from unloaf.engine.errors import CheckpointError
+from unloaf.errors import CheckpointError
 
 FILES = ["manifest.json", "model.safetensors", "state.pt"]
 
@@ -135,7 +135,7 @@ def test_no_payload_runs_where_torch_is_told_to_load_everything(tmp_path: Path):
     script = (
         "import sys\n"
         "from unloaf.engine.checkpoint import load_checkpoint\n"
-        "from unloaf.engine.errors import CheckpointError\n"
+        "from unloaf.errors import CheckpointError\n"
         "for path in sys.argv[1:]:\n"
         "    try: load_checkpoint(path)\n"
         "    except CheckpointError as error: print(error)\n"

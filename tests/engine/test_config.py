@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unloaf.engine.config import Config, dump_config, load_config
+from unloaf.config import Config, dump_config, load_config
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_auto_is_what_the_methods_paper_takes(settings, sampler, loss):
 
 
 def test_import_loads_no_torch():
-    code = "import sys, unloaf.engine.config; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
+    code = "import sys, unloaf.config; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -206,7 +206,7 @@ def test_merged_mappings_do_not_multiply(tmp_path):
     """415 bytes of this kind took half a minute; a run in a process of its own ends it if it does again."""
     lines = ["a0: &a0 {lr: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9))]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
-    code = "import sys; from unloaf.cli import main; sys.exit(main(['train', '-c', sys.argv[1]]))"
+    code = "import sys; from unloaf.commands.main import main; sys.exit(main(['train', '-c', sys.argv[1]]))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.yaml")], timeout=20, capture_output=True)
     assert (done.returncode, b"write" in done.stderr) == (2, True)
 

@@ -11,11 +11,11 @@ import torch
 from timm.models import create_model
 from torch import nn
 
+from unloaf.config import Config
 from unloaf.engine import devices
-from unloaf.engine.config import Config
 from unloaf.engine.devices import find_devices, share_model, usable_device
-from unloaf.engine.environment import hardware
 from unloaf.engine.loop import prepare
+from unloaf.environment import hardware
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_hardware_is_that_of_the_device(monkeypatch):
 
 
 def test_a_run_asks_for_the_hardware_of_its_own_device(tmp_path, monkeypatch):
-    monkeypatch.setattr("unloaf.engine.environment.hardware", str)
+    monkeypatch.setattr("unloaf.environment.hardware", str)
     path = tiny.run(tiny.config(output=str(tmp_path), epochs=1)).path
     assert json.loads((path / "env.json").read_text())["hardware"] == "cpu"
 

@@ -26,14 +26,14 @@ from torch import nn
 
 import unloaf
 from unloaf.batchnorm import tracking_norms
+from unloaf.config import Config
+from unloaf.data import Data
+from unloaf.data.images import ImageSet
 from unloaf.engine.checkpoint import load_checkpoint
-from unloaf.engine.config import Config
-from unloaf.engine.data import Data
-from unloaf.engine.data.images import ImageSet
-from unloaf.engine.errors import StoppedError
 from unloaf.engine.loop import prepare, train_epoch, train_step
-from unloaf.engine.saving import capture
-from unloaf.engine.train import train
+from unloaf.engine.run import train
+from unloaf.engine.snapshots import capture
+from unloaf.errors import StoppedError
 from unloaf.stages import inner_module
 
 RANKS, SECONDS = 2, 240

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from unloaf.engine import files
-from unloaf.engine.errors import DiskFullError
-from unloaf.engine.files import check_writable, new_folder, read_text, write_whole
+from unloaf.errors import DiskFullError
+from unloaf.files import writing as files
+from unloaf.files.writing import check_writable, new_folder, read_text, write_whole
 
 
 def names(folder: Path) -> list[str]:

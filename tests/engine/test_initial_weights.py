@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import unloaf
-from unloaf.engine.cifar_resnet import CifarResNet
-from unloaf.engine.errors import CheckpointError
-from unloaf.engine.initial_weights import load_initial_weights
-from unloaf.saved import save_subnet
+from unloaf.errors import CheckpointError
+from unloaf.models.cifar import CifarResNet
+from unloaf.models.initial_weights import load_initial_weights
+from unloaf.release.subnet_files import save_subnet
 
 VIT: dict[str, Any] = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from unloaf.analysis.runs import judge_run
-from unloaf.engine.config import load_config
+from unloaf.config import load_config
 from unloaf.engine.run_folder import open_run
+from unloaf.runs.judge import judge_run
 
 
 def config(folder, **settings):

@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file
 
 import unloaf
-from unloaf.engine.config import Config
-from unloaf.engine.models import build_model, draw_head
-from unloaf.engine.training import prepare
-from unloaf.engine.transformers_models import example_of
+from unloaf.config import Config
+from unloaf.engine.setup import prepare
+from unloaf.models.build import build_model, draw_head
+from unloaf.models.hf import example_of
 
 
 def parameters(model):
@@ -255,7 +255,7 @@ def test_published_weights_come_without_auxiliary_heads_too(monkeypatch):
 
 
 def test_run_says_that_heads_are_left_out(monkeypatch):
-    monkeypatch.setattr("unloaf.engine.training.build_model", lambda name, **settings: tiny.network())
+    monkeypatch.setattr("unloaf.engine.setup.build_model", lambda name, **settings: tiny.network())
     lines = prepare(tiny.config(model="tv/googlenet", method="common"), data=tiny.data()).opening
     assert "tv/googlenet is built without its auxiliary heads, which no loss here would train" in lines
 

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 
-from unloaf.engine.names import printable
+from unloaf.printable import printable
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
-from unloaf import cli
+from unloaf.commands import main as cli
 from unloaf.engine.checkpoint import load_checkpoint
-from unloaf.engine.errors import NonFiniteLossError, NonFiniteWeightsError
 from unloaf.engine.loop import Training, prepare, train_epoch, train_step
-from unloaf.engine.saving import capture
-from unloaf.engine.train import train
+from unloaf.engine.run import train
+from unloaf.engine.snapshots import capture
+from unloaf.errors import NonFiniteLossError, NonFiniteWeightsError
 
 
 def begin(**settings: Any) -> Training:
@@ -102,7 +102,7 @@ def poison(*steps: int) -> tiny.TinyNetwork:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, network: tiny.TinyNetwork, *words: str) -> int:
-    monkeypatch.setattr("unloaf.engine.train.train", partial(train, data=tiny.data(), model=network))
+    monkeypatch.setattr("unloaf.engine.run.train", partial(train, data=tiny.data(), model=network))
     usual = ["--device", "cpu", "-b", "16", "--log-interval", "1", "--epochs", "1", "--method", "common"]
     return cli.main(["train", *usual, "--name", "run", *words])
 

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 import unloaf
-from unloaf.engine.models import build_model
-from unloaf.engine.offline import offline
-from unloaf.saved import save_subnet
+from unloaf.models.build import build_model
+from unloaf.models.offline import offline
+from unloaf.release.subnet_files import save_subnet
 
 
 @pytest.fixture(autouse=True)

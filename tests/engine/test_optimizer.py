@@ -12,8 +12,8 @@ from timm.optim import list_optimizers
 from unloaf.engine import optimizer
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.loop import Training, prepare, train_epoch
-from unloaf.engine.models import build_model
-from unloaf.engine.saving import capture, restore
+from unloaf.engine.snapshots import capture, restore
+from unloaf.models.build import build_model
 
 
 def begin(model: torch.nn.Module | None = None, **settings: Any) -> Training:

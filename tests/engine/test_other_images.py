@@ -17,17 +17,17 @@ from PIL import Image
 from rich.console import Console
 
 import unloaf
-from unloaf import cli
-from unloaf.analysis.runs import judge_run
+from unloaf.commands import main as cli
+from unloaf.config import Config, load_config
+from unloaf.data import load_data
+from unloaf.data.fingerprint import listing, read_listing, record_of
+from unloaf.data.images import ImageSet
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
-from unloaf.engine.config import Config, load_config
-from unloaf.engine.data import load_data
-from unloaf.engine.data.images import ImageSet
-from unloaf.engine.data.record import listing, read_listing, record_of
-from unloaf.engine.train import train
-from unloaf.engine.training import prepare
-from unloaf.release import export_elastic, export_run
-from unloaf.release.opened import open_trained
+from unloaf.engine.run import train
+from unloaf.engine.setup import prepare
+from unloaf.release.exports import export_elastic, export_run
+from unloaf.runs.judge import judge_run
+from unloaf.runs.opened import open_trained
 
 COLOURS = {"cat": (250, 0, 0), "dog": (0, 0, 250), "elk": (0, 250, 0)}
 

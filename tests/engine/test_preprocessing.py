@@ -13,13 +13,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from unloaf.analysis.runs import judge_run
-from unloaf.engine import preprocessing
-from unloaf.engine.config import Config, load_config
-from unloaf.engine.data import EvalBatches, load_data
-from unloaf.engine.models import build_model
-from unloaf.engine.preprocessing import with_preprocessing
-from unloaf.engine.train import train
+from unloaf.config import Config, load_config
+from unloaf.data import EvalBatches, load_data
+from unloaf.engine.run import train
+from unloaf.models import preprocessing
+from unloaf.models.build import build_model
+from unloaf.models.preprocessing import with_preprocessing
+from unloaf.runs.judge import judge_run
 
 HALF, IMAGENET = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -210,14 +210,14 @@ def test_run_of_an_older_version_is_judged_with_the_inputs_it_was_trained_with(f
     entries = yaml.safe_load((run / "args.yaml").read_text())
     (run / "args.yaml").write_text(yaml.safe_dump({k: v for k, v in entries.items() if k not in ("mean", "std")}))
     seen = []
-    monkeypatch.setattr("unloaf.analysis.runs.check_settings", lambda *given: None, raising=False)
+    monkeypatch.setattr("unloaf.runs.judge.check_settings", lambda *given: None, raising=False)
     real = load_data
 
     def load(config):
         seen.append(real(config))
         return seen[-1]
 
-    monkeypatch.setattr("unloaf.engine.training.load_data", load)
+    monkeypatch.setattr("unloaf.engine.setup.load_data", load)
     judge_run(run, device="cpu")
     assert seen[0].mean == pytest.approx([255 * value for value in IMAGENET[0]])
 

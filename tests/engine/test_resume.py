@@ -17,11 +17,11 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from unloaf.analysis.runs import judge_run
-from unloaf.engine import training
+from unloaf.config import Config
+from unloaf.engine import setup as training
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
-from unloaf.engine.config import Config
-from unloaf.release.opened import open_trained
+from unloaf.runs.judge import judge_run
+from unloaf.runs.opened import open_trained
 
 MATRIX = [
     (method, workers, opt) for method in ("st", "st++", "gkt") for workers in (0, 2) for opt in ("sgd", "adamw")

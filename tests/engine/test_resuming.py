@@ -13,11 +13,11 @@ import pytest
 import tiny
 import torch
 
-from unloaf import cli
-from unloaf.analysis.runs import judge_run
+from unloaf.commands import main as cli
+from unloaf.config import Config, load_config
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
-from unloaf.engine.config import Config, load_config
-from unloaf.release.opened import open_trained
+from unloaf.runs.judge import judge_run
+from unloaf.runs.opened import open_trained
 
 
 def content(run: Path) -> dict[str, bytes]:

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from unloaf.engine.config import Config, load_config
-from unloaf.engine.errors import DiskFullError
+from unloaf.config import Config, load_config
 from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, open_run, run_of
+from unloaf.errors import DiskFullError
 
 
 def occupy(path: Path) -> int:
@@ -185,7 +185,7 @@ def test_unwritable_output_is_told_in_a_second_without_torch(tmp_path, kind):
     code = (
         "import sys, atexit\n"
         "atexit.register(lambda: print('heavy', {'torch', 'timm', 'numpy'} & sys.modules.keys()))\n"
-        "from unloaf.cli import main; sys.exit(main())"
+        "from unloaf.commands.main import main; sys.exit(main())"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     words = ["train", "--output", str(output), "--name", "run"]

@@ -15,11 +15,11 @@ import pytest
 import tiny
 from torch import Tensor
 
-from unloaf import cli
+from unloaf.commands import main as cli
 from unloaf.engine.checkpoint import load_checkpoint
-from unloaf.engine.errors import StoppedError
+from unloaf.engine.run import train
 from unloaf.engine.signals import stop_requests
-from unloaf.engine.train import train
+from unloaf.errors import StoppedError
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -58,7 +58,7 @@ def command(monkeypatch: pytest.MonkeyPatch, default_signals: None) -> Callable[
 
     def run(*words: str, network: tiny.TinyNetwork | None = None) -> int:
         tiny_train = partial(train, data=tiny.data(), model=network or tiny.network())
-        monkeypatch.setattr("unloaf.engine.train.train", tiny_train)
+        monkeypatch.setattr("unloaf.engine.run.train", tiny_train)
         usual = ["--device", "cpu", "-b", "16", "--log-interval", "1", "--name", "run"]
         return cli.main(["train", *usual, *words])
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import tiny
 
-from unloaf.cli import main
-from unloaf.engine.display import RunConsole, show_progress
+from unloaf.commands.main import main
+from unloaf.display import RunConsole, show_progress
 
 
 def in_a_process(work: Callable[[], int | None], *, streams: dict[str, str | None]) -> int:

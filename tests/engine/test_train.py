@@ -20,14 +20,14 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
+from unloaf.config import Config, load_config
+from unloaf.data import load_data
 from unloaf.engine.checkpoint import load_checkpoint
-from unloaf.engine.config import Config, load_config
-from unloaf.engine.data import load_data
-from unloaf.engine.errors import CheckpointError
 from unloaf.engine.loop import Training, fit, prepare, train_epoch
 from unloaf.engine.methods import check_classes
-from unloaf.engine.saving import Saver
-from unloaf.engine.train import Run, train
+from unloaf.engine.run import Run, train
+from unloaf.engine.snapshots import Saver
+from unloaf.errors import CheckpointError
 
 METHODS = ["common", "stochastic-depth", "st", "st++", "gkt"]
 # A network by name, on the digits.

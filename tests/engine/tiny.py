@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import Data
-from unloaf.engine.data.images import ImageSet
-from unloaf.engine.train import TrainResult, train
+from unloaf.config import Config
+from unloaf.data import Data
+from unloaf.data.images import ImageSet
+from unloaf.engine.run import TrainResult, train
 
 STEPS = 4  # 64 images, 16 to a step
 

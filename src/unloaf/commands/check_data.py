@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from unloaf.arguments import CheckData
-from unloaf.engine.streams import say
-from unloaf.parsing import parse
+from unloaf.commands.options import CheckData
+from unloaf.commands.parsing import parse
+from unloaf.streams import say
 
 if TYPE_CHECKING:
-    from unloaf.engine.data import CheckReport
+    from unloaf.data import CheckReport
 
 
 def check_data(words: list[str]) -> int:
@@ -19,7 +19,7 @@ def check_data(words: list[str]) -> int:
         ValueError: something is wrong.
     """
     config = parse(CheckData, words, prog="unloaf check-data").config()
-    from unloaf.engine.data import check_images
+    from unloaf.data import check_images
 
     report = check_images(config)
     for split, counts in report.counts.items():

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.console import Console
 
-from unloaf.arguments import check_depths, check_least
-from unloaf.engine.config.checks import check_device
-from unloaf.engine.names import printable
-from unloaf.parsing import parse
+from unloaf.commands.options import check_depths, check_least
+from unloaf.commands.parsing import parse
+from unloaf.config.checks import check_device
+from unloaf.printable import printable
 
 if TYPE_CHECKING:
-    from unloaf.release import Predictions
+    from unloaf.release.predictions import Predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def predict(words: list[str]) -> int:
         ValueError: some could not be read, or nothing could be begun.
     """
     options = parse(Predict, words, prog="unloaf predict")
-    from unloaf.release import predict_run
+    from unloaf.release.predictions import predict_run
 
     given = {name: value for name, value in vars(options).items() if name not in ("json", "csv")}
     found = predict_run(**given, console=Console(stderr=True))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from unloaf.engine.names import printable
+from unloaf.printable import printable
 
 _WORDS = ("blocks", "cannot be skipped", "class", "note")
 _WHOLE = 24  # cells of this width at most stay on one line: all numbers, and most names

@@ -1,5 +1,5 @@
 """The only room that knows devices, files and clocks.
 
-Import its modules by name (`from unloaf.engine.config import Config`). This file
+Import its modules by name (`from unloaf.config import Config`). This file
 imports nothing, so that the command line can check a configuration without torch.
 """

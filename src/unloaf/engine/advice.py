@@ -9,7 +9,7 @@ from timm.optim import get_optimizer_class
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 
 # The default is that of SGD with momentum; LARS and its kind scale their steps themselves.
 _LIKE_SGD = re.compile(r"c?(sgd|momentum|nesterov|n?lar[sc]|fusedsgd|bnbsgd).*")

@@ -25,8 +25,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from unloaf.batchnorm import tracking_norms
-from unloaf.engine.config import Config
-from unloaf.engine.config.checks import check_device
+from unloaf.config import Config
+from unloaf.config.checks import check_device
 from unloaf.engine.memory import keep_freed_memory
 from unloaf.stages import inner_module
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 from unloaf.engine.loop import EpochRow, StepRow, Training
-from unloaf.engine.training import Evaluation
+from unloaf.engine.setup import Evaluation
 
 
 def summary(row: EpochRow, config: Config) -> dict[str, Any]:

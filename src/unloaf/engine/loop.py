@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from unloaf.batchnorm import statistics_unless_raised
-from unloaf.engine.config import Config
-from unloaf.engine.data import Batch, Data
+from unloaf.config import Config
+from unloaf.data import Batch, Data
 from unloaf.engine.devices import adding_gradients, total
-from unloaf.engine.errors import NonFiniteLossError
 from unloaf.engine.optimizer import clip_gradients
-from unloaf.engine.seeds import seed_step
-from unloaf.engine.training import Evaluation, Training, check_weights, prepare
+from unloaf.engine.setup import Evaluation, Training, check_weights, prepare
+from unloaf.errors import NonFiniteLossError
 from unloaf.evaluation import choose_subnets
 from unloaf.methods.step import StepOutput
+from unloaf.seeds import seed_step
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from timm.loss import BinaryCrossEntropy
 from torch import Tensor, nn
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 from unloaf.inputs import SmallerInputs, fitting_inputs
 from unloaf.losses import check_two_classes, direction, direction_kl_loss, kl_loss, resolve_amplitude
 from unloaf.methods import (

@@ -13,8 +13,8 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unloaf.engine.checkpoint import plain_state
-from unloaf.engine.config import Config
+from unloaf.config import Config
+from unloaf.files.tensors import plain_state
 
 
 def build_optimizer(config: Config, model: nn.Module) -> Optimizer:

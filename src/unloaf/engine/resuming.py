@@ -9,11 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from unloaf.config import Config
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, steps_per_epoch
-from unloaf.engine.config import Config
-from unloaf.engine.errors import CheckpointError
 from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, different_settings, lengths
-from unloaf.engine.training import Training
+from unloaf.engine.setup import Training
+from unloaf.errors import CheckpointError
 
 
 def on_all(accelerator: Accelerator, value: Any) -> Any:

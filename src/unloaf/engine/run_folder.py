@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 from weakref import WeakSet
 
-from unloaf.engine.config import Config, as_begun, dump_config, load_config
-from unloaf.engine.files import check_own, disk_full, own_file, write_whole
+from unloaf.config import Config, as_begun, dump_config, load_config
 from unloaf.engine.in_sight import checkpoints_in_sight
-from unloaf.engine.names import printable
+from unloaf.files.writing import check_own, disk_full, own_file, write_whole
+from unloaf.printable import printable
 
 # Settings that may change when a run is resumed: they decide where and how it runs, not what it learns.
 FREE_SETTINGS = frozenset({

@@ -1,7 +1,7 @@
 """A model looked over before anything is trained: its stages, its subnets and their costs, what a step would cost."""
 
-from unloaf.inspection.look import inspect_model
-from unloaf.inspection.price import cost_of_model
+from unloaf.inspection.costs import cost_of_model
+from unloaf.inspection.model import inspect_model
 from unloaf.inspection.report import BlockReport, Inspection, StageReport, StepCost, as_plain, sections
 
 __all__ = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 from unloaf.recipes import cifar, digits, imagenet
 from unloaf.recipes.entry import Recipe
 

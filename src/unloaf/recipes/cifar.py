@@ -19,8 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-from unloaf.engine.config import Config
-from unloaf.engine.config.fields import Method
+from unloaf.config import Config
+from unloaf.config.fields import Method
 from unloaf.recipes.entry import Recipe
 
 CifarSet = Literal["cifar10", "cifar100"]

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 
 
 def common() -> Config:

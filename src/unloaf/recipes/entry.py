@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 
 
 @dataclass(frozen=True)

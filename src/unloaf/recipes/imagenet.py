@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from unloaf.engine.config import Config
+from unloaf.config import Config
 from unloaf.recipes.entry import Recipe
 
 DATA_DIR = "data/imagenet"
@@ -109,7 +109,7 @@ def resnet50_a1(*, data_dir: str = DATA_DIR) -> Config:
 def resnet50_a2(*, data_dir: str = DATA_DIR) -> Config:
     """ST++ A2, which is A1 with UniformAugment for 400 epochs: 80.97 (tables III to V).
 
-    UniformAugment is that of the script, see `unloaf.engine.data.uniform`.
+    UniformAugment is that of the script, see `unloaf.data.uniform`.
     """
     return replace(resnet50_a1(data_dir=data_dir), aa="uniform", epochs=400)
 

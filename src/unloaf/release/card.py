@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from unloaf.engine.config import Config
-from unloaf.engine.data.agreement import some
+from unloaf.config import Config
+from unloaf.data.consistency import some
 from unloaf.evaluation import Accuracy
 
 _PACKAGES = ("unloaf", "torch", "timm", "torchvision")

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from unloaf.engine.files import write_whole
-from unloaf.engine.offline import offline
+from unloaf.files.writing import write_whole
+from unloaf.models.offline import offline
 from unloaf.passes import logits_of
 from unloaf.release.libraries import describe_for_transformers, describe_images_for_transformers, quiet, timm_twin
-from unloaf.release.opened import OpenedRun
-from unloaf.saved import load_subnet, save_subnet
+from unloaf.release.subnet_files import load_subnet, save_subnet
+from unloaf.runs.opened import OpenedRun
 from unloaf.stages import evaluating
 from unloaf.subnet import Subnet
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from unloaf.engine.files import write_whole
-from unloaf.engine.offline import offline
 from unloaf.export import block_counts, without_stand_ins
+from unloaf.files.writing import write_whole
+from unloaf.models.hf import transformers_config
+from unloaf.models.offline import offline
 
 Comparison = Callable[[nn.Module], Any]  # raises if the network that it is given is another
 
@@ -124,13 +125,6 @@ def aligned(network: nn.Module) -> nn.Module:
     another order (torch 2.15, CPU): the same weights, logits that differ in the last bit.
     """
     return copy.deepcopy(network).eval()
-
-
-def transformers_config(network: Any) -> dict[str, Any]:
-    """The entries of a config.json from which transformers builds a network of this class and these sizes."""
-    entries: dict[str, Any] = json.loads(network.config.to_json_string(use_diff=False))
-    entries.pop("_name_or_path", None)  # where it was read from
-    return entries | {"architectures": [type(network).__name__]}
 
 
 @contextmanager

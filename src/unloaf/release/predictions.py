@@ -13,14 +13,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from unloaf.batchnorm import tracking_norms
-from unloaf.engine.data.augment import evaluation_transform
-from unloaf.engine.data.images import BadImageError, ImageSet, as_pixels, decode, read_image_file
-from unloaf.engine.data.walk import is_hidden, is_image
-from unloaf.engine.display import show_progress
+from unloaf.data.augment import evaluation_transform
+from unloaf.data.images import BadImageError, ImageSet, as_pixels, decode, read_image_file
+from unloaf.data.walk import is_hidden, is_image
+from unloaf.display import show_progress
 from unloaf.engine.methods import class_probabilities
 from unloaf.export import parse_subnet
 from unloaf.passes import logits_of
-from unloaf.release.opened import OpenedRun, open_trained
+from unloaf.runs.opened import OpenedRun, open_trained
 from unloaf.stages import evaluating
 from unloaf.subnet import Subnet
 

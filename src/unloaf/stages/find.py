@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unloaf.buffers import Buffers
 from unloaf.stages.modes import evaluating
 from unloaf.stages.probe import Call, NotFiniteError, Residual, drawing_alike, form_of, residual, trace
 from unloaf.stages.replayable import is_replayable
 from unloaf.stages.stage import NoResidualBlocksError, Stage, call_model, inner_module, stand_in
-from unloaf.state import Buffers
 
 
 def find_stages(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unloaf.state import Buffers
+from unloaf.buffers import Buffers
 
 
 @contextmanager

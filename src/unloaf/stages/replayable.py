@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unloaf.buffers import Buffers
 from unloaf.stages.probe import Call, drawing_alike
 from unloaf.stages.stage import call_model
-from unloaf.state import Buffers
 
 
 def is_replayable(

@@ -1,10 +1,10 @@
-"""Small image sets for the tests of unloaf.engine.data."""
+"""Small image sets for the tests of unloaf.data."""
 
 import pytest
 from image_files import write_folders
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import load_data
+from unloaf.config import Config
+from unloaf.data import load_data
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import EvalBatches, TrainBatches, load_data
-from unloaf.engine.data.augment import (
+from unloaf.config import Config
+from unloaf.data import EvalBatches, TrainBatches, load_data
+from unloaf.data.augment import (
     augmentation,
     crop_and_flip,
     epoch_order,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from image_files import reds
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import EvalBatches, TrainBatches, load_data
-from unloaf.engine.data.augment import epoch_order
-from unloaf.engine.data.reading import Keys, TrainReader
+from unloaf.config import Config
+from unloaf.data import EvalBatches, TrainBatches, load_data
+from unloaf.data.augment import epoch_order
+from unloaf.data.reading import Keys, TrainReader
 
 # The number of cores of this machine is not the test's business.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

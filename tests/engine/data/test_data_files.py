@@ -9,8 +9,8 @@ import pytest
 import torch
 from image_files import png, write_folders, write_shard
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import load_data
+from unloaf.config import Config
+from unloaf.data import load_data
 
 
 def contents(images):

@@ -14,8 +14,8 @@ import pytest
 from image_files import png
 from PIL import Image
 
-from unloaf.engine.data import check_images, load_data
-from unloaf.engine.data.images import BadImageError, _own_limit, decode, read_image_file, traits
+from unloaf.data import check_images, load_data
+from unloaf.data.images import BadImageError, _own_limit, decode, read_image_file, traits
 
 
 def encoded(picture, kind="PNG", **options):

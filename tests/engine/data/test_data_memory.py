@@ -8,10 +8,10 @@ import pytest
 import torch
 from torchvision import datasets
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import load_data
-from unloaf.engine.data.images import ImageSet
-from unloaf.engine.data.memory import take_share
+from unloaf.config import Config
+from unloaf.data import load_data
+from unloaf.data.images import ImageSet
+from unloaf.data.in_memory import take_share
 
 
 def keys(images):

@@ -12,11 +12,11 @@ import torch
 from image_files import png, reds, write_folders, write_shard
 from rich.console import Console
 
-from unloaf.analysis.runs import judge_run
-from unloaf.engine.config import Config
-from unloaf.engine.data import EvalBatches, TrainBatches, check_images, explain_worker_death, load_data
-from unloaf.engine.data.augment import epoch_order
-from unloaf.engine.train import train
+from unloaf.config import Config
+from unloaf.data import EvalBatches, TrainBatches, check_images, explain_worker_death, load_data
+from unloaf.data.augment import epoch_order
+from unloaf.engine.run import train
+from unloaf.runs.judge import judge_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 

@@ -9,9 +9,9 @@ import threading
 import pytest
 from image_files import png, write_shard
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import check_images, load_data
-from unloaf.engine.data.tars import open_tar_split
+from unloaf.config import Config
+from unloaf.data import check_images, load_data
+from unloaf.data.tars import open_tar_split
 
 
 def read(folder, members):

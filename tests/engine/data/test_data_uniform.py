@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torchvision.transforms import v2
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import load_data
-from unloaf.engine.data.augment import lit, training_transform
-from unloaf.engine.data.uniform import operations, uniform_augment
+from unloaf.config import Config
+from unloaf.data import load_data
+from unloaf.data.augment import lit, training_transform
+from unloaf.data.uniform import operations, uniform_augment
 
 NAMES = {
     *("Identity", "AutoContrast", "Equalize", "Rotate", "Solarize", "Color", "Posterize", "Contrast", "Brightness"),
@@ -118,7 +118,7 @@ def test_two_are_drawn_and_each_is_applied_every_other_time(monkeypatch):
         return apply
 
     recording = {name: counting(name) for name in NAMES}
-    monkeypatch.setattr("unloaf.engine.data.uniform.operations", lambda: recording)
+    monkeypatch.setattr("unloaf.data.uniform.operations", lambda: recording)
     torch.manual_seed(0)
     for _ in range(7000):
         uniform_augment(noise(4))
@@ -177,7 +177,7 @@ def test_pixels_change_as_in_the_published_runs():
 @pytest.mark.parametrize(("unit", "strength"), [("range", 0.1), ("level", 10)])
 def test_it_comes_last(folder_config, monkeypatch, unit, strength):
     seen = []
-    monkeypatch.setattr("unloaf.engine.data.augment.uniform_augment", lambda image: seen.append(image) or image)
+    monkeypatch.setattr("unloaf.data.augment.uniform_augment", lambda image: seen.append(image) or image)
     config = folder_config(aa="uniform", augment="none", color_jitter=0.4, lighting=strength, lighting_unit=unit)
     grey = Image.new("RGB", (8, 8), (90, 90, 90))
     torch.manual_seed(0)

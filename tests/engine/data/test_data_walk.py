@@ -7,10 +7,10 @@ import pytest
 from image_files import png, write_folders
 from rich.console import Console
 
-from unloaf.engine.config import Config
-from unloaf.engine.data import check_images, load_data
-from unloaf.engine.data.folders import open_folder_split
-from unloaf.engine.train import train
+from unloaf.config import Config
+from unloaf.data import check_images, load_data
+from unloaf.data.folders import open_folder_split
+from unloaf.engine.run import train
 
 
 def found(root, split="train"):

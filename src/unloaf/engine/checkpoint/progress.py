@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unloaf.engine.checkpoint.manifest import read_manifest
-from unloaf.engine.checkpoint.tensorfiles import read_state
-from unloaf.engine.errors import CheckpointError
+from unloaf.errors import CheckpointError
+from unloaf.files.manifest import read_manifest
+from unloaf.files.tensors import read_state
 
 _KEY = "unloaf_position"
 

@@ -24,9 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
-from unloaf.engine.checkpoint.manifest import FILE_NAME, checked_texts, flush, read_manifest, seal, verified
 from unloaf.engine.checkpoint.progress import progress
-from unloaf.engine.checkpoint.tensorfiles import (
+from unloaf.errors import CheckpointError
+from unloaf.files.manifest import FILE_NAME, checked_texts, flush, read_manifest, seal, verified
+from unloaf.files.tensors import (
     plain_state,
     read_state,
     read_weights,
@@ -35,8 +36,7 @@ from unloaf.engine.checkpoint.tensorfiles import (
     write_state,
     write_weights,
 )
-from unloaf.engine.errors import CheckpointError
-from unloaf.engine.files import check_room, disk_full
+from unloaf.files.writing import check_room, disk_full
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TEMPORARY = re.compile(r"\.step-\d{8,}-[0-9a-f]{8}")

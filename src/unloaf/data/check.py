@@ -1,0 +1,120 @@
+"""Opening every image of a set before a long run does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from unloaf.config import Config
+from unloaf.data.consistency import FoundSplits, disagreements, some
+from unloaf.data.images import BadImageError, EncodedImages, Images, Split, traits
+from unloaf.data.in_memory import hold_out
+from unloaf.data.sets import FILE_SETS, find_splits, load_data
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What is in an image set, and all that is wrong with it.
+
+    Attributes:
+        counts: images per split and class.
+        bad: (name, reason) of each image that cannot be read.
+        faults: what else keeps a run from using the set, a line each.
+        notes: what a run decides, or what may surprise.
+        modes: how many of the files that can be read are stored in which mode, in Pillow's words.
+    """
+
+    counts: dict[str, dict[str, int]]
+    bad: tuple[tuple[str, str], ...]
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    modes: dict[str, int] = field(default_factory=dict)
+
+
+def check_images(config: Config) -> CheckReport:
+    """Opens every split and decodes every image of it, with config.workers threads.
+
+    Raises:
+        ValueError: a set in memory cannot be loaded; see load_data.
+
+    >>> report = check_images(Config(dataset="digits"))
+    >>> report.counts["val"]["0"], report.bad
+    (30, ())
+    """
+    found = find_splits(config) if config.dataset in FILE_SETS else _in_memory(config)
+    splits = {
+        name: split
+        for name, split in (("train", found.train), ("val", found.val), ("test", found.test))
+        if split is not None and (name == "val" or split is not found.val)
+    }
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:
+        looks = [
+            look
+            for split in splits.values()
+            for look in pool.map(lambda at, images=split.images: _look(images, at), range(len(split.images)))
+        ]
+    faults = (*found.faults, *disagreements(config, found))
+    treated = Counter(what for look in looks for what in look.treated)
+    notes = [*found.notes, *(f"{count} image(s): {what}" for what, count in treated.most_common())]
+    notes += [note for name, split in splits.items() if name != "train" for note in _empty(split, name)]
+    if found.train is not None and found.val is None and not faults:
+        notes += _cannot_hold_out(found.train)
+    bad = tuple(problem for look in looks for problem in look.bad)
+    modes = Counter(mode for look in looks for mode in look.modes)
+    return CheckReport(_counts_of(found), bad, faults, tuple(notes), dict(modes.most_common()))
+
+
+def _in_memory(config: Config) -> FoundSplits:
+    data = load_data(config)
+    splits = [Split(images, data.class_names) if len(images) else None for images in (data.train, data.val, data.test)]
+    return FoundSplits(splits[0], splits[1], splits[2])
+
+
+def _cannot_hold_out(train: Split) -> list[str]:
+    """A note if a run with the default settings could not begin."""
+    try:
+        hold_out(train.images, round(Config.val_fraction * len(train.images)))
+    except ValueError as error:
+        return [f"by default, `unloaf train` {error}"]
+    return []
+
+
+def _empty(split: Split, name: str) -> list[str]:
+    names = split.class_names or ()
+    counts = split.images.labels.bincount(minlength=len(names)).tolist() if names else []
+    empty = [label for label, count in zip(names, counts, strict=True) if count == 0]
+    return [f"{len(empty)} of {len(names)} classes have no image in {name}: {some(empty)}"] if empty else []
+
+
+class _Look(NamedTuple):
+    bad: tuple[tuple[str, str], ...] = ()
+    modes: tuple[str, ...] = ()
+    treated: tuple[str, ...] = ()
+
+
+def _look(images: Images, index: int) -> _Look:
+    try:
+        images.open(index)
+        if not isinstance(images, EncodedImages):
+            return _Look()
+        mode, treated = traits(images.read(index))
+        return _Look(modes=(mode,), treated=treated)
+    except BadImageError as error:
+        return _Look(bad=((error.name, error.reason),))
+
+
+def _counts_of(found: FoundSplits) -> dict[str, dict[str, int]]:
+    names = (found.train and found.train.class_names) or ()
+    nothing = dict.fromkeys(names, 0)
+    counts = {"train": found.train, "val": found.val} | ({} if found.test is found.val else {"test": found.test})
+    return {name: _counts(split) if split else nothing for name, split in counts.items()}
+
+
+def _counts(split: Split) -> dict[str, int]:
+    if split.class_names is None:  # labels as they are found, also wrong ones
+        labels, counts = split.images.labels.unique(return_counts=True)
+        return {str(label): count for label, count in zip(labels.tolist(), counts.tolist(), strict=True)}
+    counts = split.images.labels.bincount(minlength=len(split.class_names)).tolist()
+    return dict(zip(split.class_names, counts, strict=True))

@@ -1,0 +1,119 @@
+"""Whether the images of today are those of a run: when it goes on, and when it is judged or exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unloaf.config import Config
+from unloaf.data import Data
+from unloaf.data.consistency import some
+from unloaf.data.fingerprint import SPLITS, Row, changes, class_names_of, record_of, trained_on
+from unloaf.engine.checkpoint import Checkpoint
+from unloaf.printable import printable
+
+
+def check_classes(data: Data, record: Mapping[str, Any], *, place: str | None) -> None:
+    """Raises ValueError unless the classes of an image set are those of a run's record, in the same order.
+
+    Args:
+        data: the image set.
+        record: of the run. Where one of the two has no names, only numbers, their count is compared.
+        place: where the image set lies.
+    """
+    had, now = record["class_names"], class_names_of(data)
+    where = printable(place or data.name)
+    if had is None or now is None:
+        if record["num_classes"] != data.num_classes:
+            raise ValueError(
+                f"{where} has {data.num_classes} classes, but the run learned {record['num_classes']}; give images of "
+                "the same classes"
+            )
+    elif had != now:
+        missing, extra = sorted(set(had) - set(now)), sorted(set(now) - set(had))
+        first = next((i for i, (a, b) in enumerate(zip(had, now, strict=False)) if a != b), min(len(had), len(now)))
+        one, other = (names[first] if first < len(names) else "none" for names in (had, now))
+        parts = [f"missing there: {some(missing)}"] * bool(missing) + [f"only there: {some(extra)}"] * bool(extra)
+        raise ValueError(
+            f"the classes of {where} are not those that the run learned: {some(had)} ({len(had)}) in the run, "
+            f"{some(now)} ({len(now)}) there; class {first} is {one} in the run and {other} there; "
+            f"{'; '.join(parts) or 'their order differs'}; give images of the same classes, by the same names"
+        )
+
+
+def check_images(
+    data: Data, now: Mapping[str, Any], checkpoint: Checkpoint, listed: list[Row] | None, *, allow: bool
+) -> list[str]:
+    """Compares the images of a run that goes on with those that its checkpoint was trained on.
+
+    Args:
+        data: the image set as it is now.
+        now: its record.
+        checkpoint: of the run.
+        listed: the images of the run, if there is a list.
+        allow: go on if training or validation images are others.
+
+    Returns:
+        lines on what is not the same.
+
+    Raises:
+        ValueError: the classes differ, or without `allow` the images do.
+    """
+    record: Any = checkpoint.state.get("data")
+    if record is None:
+        return [f"{checkpoint.path.name} does not say on which images it was trained: they were not compared"]
+    check_classes(data, record, place=None)
+    other = [split for split in SPLITS if now["splits"][split] != record["splits"][split]]
+    if not {"train", "val"} & set(other):
+        return ["the test images are not those that the run began with"] if other else []
+    what = changes(listed, data, record, now)
+    if not allow:
+        raise ValueError(
+            f"the images are not those that {checkpoint.path.name} was trained on: {what}; put them back, or go on "
+            "with them by --allow-changed-data"
+        )
+    return [f"goes on with other images than those before: {what}"]
+
+
+def check_judged(
+    data: Data,
+    checkpoint: Checkpoint,
+    config: Config,
+    listed: list[Row] | None,
+    *,
+    place: str | None,
+) -> list[str]:
+    """Compares the images that judge a run with its own.
+
+    Args:
+        data: the image set.
+        checkpoint: of the run.
+        config: of the run.
+        listed: the images of the run, if there is a list.
+        place: another folder of images, if one is given: they may be others of the same classes.
+
+    Returns:
+        lines on what is not the same.
+
+    Raises:
+        ValueError: the classes differ, or validation images are held out of other images than in training, so that
+            some of them were trained on.
+    """
+    record: Any = checkpoint.state.get("data")
+    if record is None:
+        return ["the run has no class names: it was not compared whether these images have its classes"]
+    check_classes(data, record, place=place or config.data_dir)
+    now = record_of(data)
+    other = [name for name in SPLITS if now["splits"][name] != record["splits"][name]]
+    notes = [f"{name}: {now['splits'][name]['images']} images that are not those of the run" for name in other]
+    if "val" in other and record["held_out"] and now["held_out"]:
+        count = trained_on(listed, data)
+        drawn = f"{'some' if count is None else count} of the {len(data.val)} validation images were trained on"
+        if place is None:
+            what = changes(listed, data, record, now)
+            raise ValueError(
+                f"images were added or removed since the training, and the validation images are drawn anew: {drawn} "
+                f"({what}); put the images back, or give the --data-dir of other images"
+            )
+        notes += [f"by their names {drawn}"] if count else []
+    return notes

@@ -1,0 +1,347 @@
+"""`unloaf train`: a run from its folder to its result, which signals, faults and restarts cannot spoil."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from rich.console import Console
+from torch import nn
+
+from unloaf.config import Config, as_begun, load_config
+from unloaf.data import Data, explain_worker_death
+from unloaf.data.fingerprint import listing, read_listing, record_of
+from unloaf.display import SILENT, Display, RunConsole, show_progress
+from unloaf.engine.advice import learning_rate_advice
+from unloaf.engine.changed_images import check_images
+from unloaf.engine.checkpoint import Checkpoint, point_to
+from unloaf.engine.devices import find_devices, total
+from unloaf.engine.figures import epoch_line, step_line, summary
+from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
+from unloaf.engine.resuming import check_settings, find_checkpoint, on_all, opening_lines
+from unloaf.engine.run_folder import RunFolder, open_run
+from unloaf.engine.signals import StopRequest, stop_requests
+from unloaf.engine.snapshots import Saver, capture, restore
+from unloaf.environment import bits_depend_on, environment
+from unloaf.errors import NonFiniteLossError, StoppedError
+from unloaf.evaluation import Accuracy
+from unloaf.models.preprocessing import HEADER, as_text
+from unloaf.stages import inner_module
+
+_BATCHES_BETWEEN_QUESTIONS = 10  # of a validation, in which processes have nothing else to wait for each other for
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run: its folder, and the accuracy of its main network on the test images, or where there are none on
+    the validation images.
+    """
+
+    path: Path
+    split: str
+    test: Accuracy
+
+
+def train(
+    config: Config,
+    *,
+    console: Console,
+    resume: str | None = None,
+    folder: RunFolder | None = None,
+    data: Data | None = None,
+    model: nn.Module | None = None,
+    allow_changed_data: bool = False,
+) -> TrainResult:
+    """Trains a run and keeps its record and its checkpoints in its folder. Every process of a run calls it.
+
+    Args:
+        config: the run.
+        console: shows a progress bar on a terminal, plain lines elsewhere.
+        resume: see `open_run`.
+        folder: of the run, when it is opened already.
+        data: the image set when it is loaded already.
+        model: train this network instead of config.model.
+        allow_changed_data: go on with a run though its training or validation images are others now.
+
+    Raises:
+        ValueError: bad input; nothing was trained.
+        NonFiniteLossError: the run stopped; its checkpoint has the last finite weights.
+        StoppedError: a signal stopped the run; its checkpoint is of the last step.
+        CheckpointError: a checkpoint could not be written or read; the one before it is intact.
+    """
+    if folder is None and int(os.environ.get("RANK", "0")) == 0:
+        folder = open_run(config, resume=resume)
+    try:
+        accelerator = find_devices(config, folder=folder.path if folder else None)
+        path = Path(on_all(accelerator, str(folder.path) if folder else None))
+        if (path / "args.yaml").is_file():
+            config = as_begun(config, load_config(path / "args.yaml"))
+        found, notes = find_checkpoint(accelerator, folder)
+        if found is not None:
+            before = on_all(accelerator, folder.epochs_before if folder else None)
+            notes += check_settings(config, found, longer_than=before)
+        training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found is not None)
+        record = record_of(training.data)
+        if found is not None:
+            listed = read_listing(path / "images.csv.gz")
+            notes += check_images(training.data, record, found, listed, allow=allow_changed_data)
+    except BaseException:
+        if folder is not None:
+            folder.discard()
+        raise
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
+        if folder is not None:
+            stack.callback(folder.close)
+        run = Run(training, record, folder, stop, stack, console)
+        run.begin(found, notes)
+        run.train()
+        return run.result(path)
+
+
+class Run:
+    """A training with its record: what happens between two steps."""
+
+    def __init__(
+        self,
+        training: Training,
+        record: Mapping[str, Any],
+        folder: RunFolder | None,
+        stop: StopRequest,
+        stack: ExitStack,
+        console: Console,
+    ) -> None:
+        self.training, self.record, self.folder, self.stop = training, dict(record), folder, stop
+        self.config, self.accelerator = training.config, training.accelerator
+        self.stack, self.console = stack, console
+        self.display: Display = SILENT
+        stack.callback(training.batches.close)
+        self.environment = environment(processes=self.accelerator.num_processes, device=training.device)
+        self.saver: Saver | None = None
+        if folder is not None:
+            metadata = {
+                "format": "pt",
+                "unloaf_config": json.dumps(asdict(self.config)),
+                HEADER: as_text(training.data),
+            }
+            self.saver = Saver(folder, keep=self.config.checkpoint_hist, metadata=metadata)
+            stack.callback(self.saver.close)
+        self.since, self.steps_since = time.perf_counter(), 0
+        self.judged_batches = 0
+        self.told_bad: set[str] = set()
+
+    def begin(self, checkpoint: Checkpoint | None, notes: Sequence[str]) -> None:
+        """Says what is run, and puts a resumed run where it was."""
+        training, config = self.training, self.config
+        if checkpoint is not None:
+            restore(training, checkpoint)
+            self._link(checkpoint)
+        had = checkpoint.state.get("data") if checkpoint else None
+        if had is not None and had["splits"]["val"] != self.record["splits"]["val"]:
+            training.position.best_top1 = -1.0  # of other images
+        if self.folder is not None:
+            if had != self.record:
+                self.folder.keep_images(self.record, listing(training.data))
+            if checkpoint is None:
+                self.folder.begin(config, self.environment)
+            elif (before := self.folder.epochs_before) and before < config.epochs:
+                self.folder.grow(config, before=before, epoch=training.position.epoch)
+            notes = [*notes, *self.folder.cut_back(checkpoint.state["files"] if checkpoint else None)]
+            total_steps = config.epochs * training.steps_per_epoch
+            progress = show_progress(
+                self.console, total=total_steps, done=training.steps_by_epochs, label=config.method
+            )
+            self.display = self.stack.enter_context(progress)
+        for line in notes:
+            self.say(line)
+        for line in self._opening(checkpoint):
+            self.say(line)
+        if config.trackers:
+            settings = {name: str(value) for name, value in asdict(config).items()}
+            self.accelerator.init_trackers("unloaf", config=settings)
+            self.stack.callback(self.accelerator.end_training)
+
+    def _link(self, checkpoint: Checkpoint) -> None:
+        """The run may have been killed between writing this checkpoint and pointing to it."""
+        if self.folder is not None:
+            point_to(self.folder.path / "last", checkpoint.path)
+            if checkpoint.state.get("best"):
+                point_to(self.folder.path / "model_best", checkpoint.path)
+
+    def _opening(self, checkpoint: Checkpoint | None) -> list[str]:
+        training, config, world = self.training, self.config, self.accelerator.num_processes
+        parts = config.batch_size, world, config.accumulation(world)
+        blocks = sum(len(stage.blocks) for stage in training.stages)
+        lines = [
+            f"global batch {parts[0] * parts[1] * parts[2]} = {parts[0]} x {parts[1]} x {parts[2]} "
+            "(images, devices, accumulated batches)",
+            f"{config.model}: {sum(p.numel() for p in training.model.parameters()):,} parameters, "
+            f"{blocks} blocks in {len(training.stages)} stages",
+            f"{training.data.name}: {len(training.data.train)} images, {training.steps_per_epoch} steps per epoch",
+            *training.data.notes,
+            *training.opening,
+        ]
+        if checkpoint is None:
+            lines += learning_rate_advice(config, inner_module(training.model))
+        else:
+            lines += opening_lines(training, checkpoint)
+            lines += self._differences(checkpoint.state["bits_depend_on"])
+        return lines
+
+    def _differences(self, before: Mapping[str, Any]) -> list[str]:
+        """Why the resumed run may not be the uninterrupted one to the last bit."""
+        now = bits_depend_on(self.environment)
+        reasons = [f"{name} is {now[name]}, was {before.get(name)}" for name in now if now[name] != before.get(name)]
+        if self.training.device.type != "cpu" and not self.config.deterministic:
+            reasons.append("without --deterministic kernels of this device may differ in the last bits")
+        return [f"not bit for bit the uninterrupted run: {reason}" for reason in reasons]
+
+    def train(self) -> None:
+        """Trains what is left; whatever ends it, what is learned so far is on the disk."""
+        training = self.training
+        try:
+            while not training.finished:
+                row = train_epoch(training, on_step=self.after_step, on_eval_batch=self._stop_in_validation)
+                self.after_epoch(row)
+            if self.saver is not None:
+                self.saver.wait()
+        except Exception as error:
+            # Several processes can only save together, so only where all of them know of the end; and what an error
+            # in the middle of a step leaves behind is no state of the run.
+            alone = self.accelerator.num_processes == 1 and training.position.whole
+            if alone or isinstance(error, (StoppedError, NonFiniteLossError)):
+                self._save_after(error)
+            reason = explain_worker_death(error)
+            first_line = (reason or str(error)).strip().partition("\n")[0]
+            with suppress(OSError):  # the disk that ended the run may have no room for this line either
+                self.say(f"stopped at step {training.steps_done}: {first_line}")
+            if reason is not None:
+                raise RuntimeError(reason) from error
+            raise
+
+    def _save_after(self, error: Exception) -> None:
+        if isinstance(error, StoppedError):
+            self.save(best=False)
+            if self.saver is not None:
+                self.saver.wait()
+            return
+        with suppress(Exception):  # the error that ended the run is the one to tell
+            self.save(best=False)
+            if self.saver is not None:
+                self.saver.wait()
+
+    def after_step(self, row: StepRow) -> None:
+        """Log, checkpoint, stop: what may be due between two steps."""
+        config = self.config
+        if self.saver is not None:
+            self.saver.check()
+        self.steps_since += 1
+        self.display.advance(f"loss {row.loss:.3f}")
+        if not row.made:
+            self.say(f"step {row.step} left out: {row.terms} is not finite, or float16 overflowed")
+        if row.step % config.log_interval == 0:
+            self._log_step(row)
+        self._stop()
+        due = config.checkpoint_interval and row.step % config.checkpoint_interval == 0
+        if due and self.training.position.step < self.training.steps_per_epoch:
+            self.save(best=False)  # the end of an epoch has its own, after validation
+
+    def _stop(self) -> None:
+        """Raises StoppedError if a signal came, to any of the processes."""
+        code = self.stop.code
+        if self.accelerator.num_processes > 1:
+            codes = total(self.accelerator, torch.tensor(float(code), device=self.training.device))
+            code = code or (143 if float(codes) else 0)
+        if code:
+            unread = isinstance(self.console, RunConsole) and self.console.unread
+            reason = "as nobody reads its output" if unread else "by Ctrl-C" if code == 130 else "by SIGTERM"
+            where = f"; go on with --resume {self.folder.path}" if self.folder else ""
+            raise StoppedError(f"stopped {reason} after step {self.training.steps_done}{where}", code=code)
+
+    def _stop_in_validation(self) -> None:
+        """Before each batch; all processes have the same number of batches, and ask each other at some of them."""
+        self.judged_batches += 1
+        if self.accelerator.num_processes == 1 or self.judged_batches % _BATCHES_BETWEEN_QUESTIONS == 0:
+            self._stop()
+
+    def _log_step(self, row: StepRow) -> None:
+        now = time.perf_counter()
+        seconds = (now - self.since) / max(1, self.steps_since)
+        self.since, self.steps_since = now, 0
+        self.say(step_line(row, self.training, seconds))
+        if self.folder is not None:
+            self.folder.event("step", {**asdict(row), "subnets": [str(subnet) for subnet in row.subnets]})
+        self.track({"train_loss": row.loss, "lr": row.lr, **row.terms}, row.step)
+
+    def after_epoch(self, row: EpochRow) -> None:
+        """Record and checkpoint of an epoch."""
+        position = self.training.position
+        best = row.eval is not None and row.eval.main.top1 > position.best_top1
+        if row.eval is not None and best:
+            position.best_top1 = row.eval.main.top1
+        values = summary(row, self.config)
+        if self.folder is not None:
+            self.folder.epoch(values)
+            if row.eval is not None and row.eval.subnets:
+                rows = {str(judged.subnet): judged.top1 for judged in row.eval.subnets}
+                self.folder.event("subnets", {"epoch": row.epoch, "top1": rows})
+        self.say(epoch_line(row, self.config))
+        if self.config.bad_images == "skip":
+            replaced = self.training.batches.bad_images
+            self._tell_bad_images(f"epoch {row.epoch} took the neighbours of", replaced, row.epoch)
+            if row.eval is not None:
+                self._tell_bad_images("validation left out", row.eval.bad_images, row.epoch)
+        self.track({key: value for key, value in values.items() if value is not None}, self.training.steps_done)
+        self.save(best=best)
+        self.since, self.steps_since = time.perf_counter(), 0
+        if not self.training.finished:
+            self._stop()
+
+    def _tell_bad_images(self, what: str, names: Sequence[str], epoch: int) -> None:
+        """Which images were skipped for the first time, by any process."""
+        if self.accelerator.num_processes > 1:
+            names = gather_object(list(names))
+        new = sorted(set(names) - self.told_bad)
+        self.told_bad.update(new)
+        if not new:
+            return
+        some = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+        self.say(f"{what} {len(new)} image(s) that cannot be read: {some}")
+        if self.folder is not None:
+            self.folder.event("bad_images", {"epoch": epoch, "images": new})
+
+    def save(self, *, best: bool) -> None:
+        """Begins to write a checkpoint of the present position."""
+        weights, state = capture(self.training)
+        state |= {"bits_depend_on": bits_depend_on(self.environment), "best": best, "data": self.record}
+        if self.saver is not None:
+            self.saver.save(self.training.steps_done, weights, state, best=best)
+
+    def result(self, path: Path) -> TrainResult:
+        """Judges the finished network."""
+        split = "test" if len(self.training.data.test) else "val" if len(self.training.data.val) else "train"
+        test = self.training.evaluate(split).main
+        if self.folder is not None:
+            figures = {f"{split}_loss": test.loss, f"{split}_top1": test.top1, f"{split}_top5": test.top5}
+            self.folder.event("result", figures)
+        self.say(f"{split} top-1 {test.top1:.2f} %")
+        return TrainResult(path, split, test)
+
+    def say(self, line: str) -> None:
+        """Shows a line and keeps it in log.txt, on the first process."""
+        self.display.line(line)
+        if self.folder is not None:
+            self.folder.log(line)
+
+    def track(self, values: Mapping[str, Any], step: int) -> None:
+        """Sends figures to the trackers."""
+        if self.config.trackers:
+            self.accelerator.log(dict(values), step=step)

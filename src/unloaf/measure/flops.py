@@ -1,0 +1,200 @@
+"""The least arithmetic a step needs: each distinct block application once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from unloaf.inputs import View, batch_size, first_examples
+from unloaf.methods import TrainingMethod
+from unloaf.passes import Readout, SubnetPass, logits_of
+from unloaf.stages import Stage, between_blocks, call_model, copy_of, evaluating, inner_module
+from unloaf.subnet import Subnet, active_subnet, check_stages
+
+
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, *(_with_heads_of(query, shape) for shape in (key, value)))
+
+
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, *(_with_heads_of(query, shape) for shape in (key, value)))
+
+
+def _with_heads_of(query: torch.Size, shape: torch.Size) -> tuple[int, ...]:
+    """A head of keys may serve several of the queries: as many products, which torch 2.11 refuses to count."""
+    return (shape[0], query[1], *shape[2:])
+
+
+# The counter of torch 2.11 leaves out the fused attention that CPUs compute with; later ones count it the same way.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def counting_flops() -> FlopCounterMode:
+    """Torch's flop counter: convolutions, linear layers, attention.
+
+    >>> with counting_flops() as counter:
+    ...     _ = nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 2, 50, 16))
+    >>> counter.get_total_flops() == 2 * 2 * (2 * 50 * 16 * 50)  # two heads, two products: 50x16 by 16x50, and back
+    True
+    """
+    return FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of one example in a step, forward and backward (a multiply-add counts as two).
+
+    Attributes:
+        common: of common training.
+        shared: with exact prefix sharing, the least possible.
+        separate: with a complete pass for each subnet.
+    """
+
+    common: float
+    shared: float
+    separate: float
+
+
+def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFlops:
+    """Mean `StepFlops` of a method over the draws of the given steps.
+
+    Args:
+        method: any; its step counter is left as it is.
+        x: a batch of the size that is trained; the network runs on its first example.
+        steps: which steps' draws to count, e.g. ``range(100)``.
+    """
+    return StepCounter(method.model, method.stages, x, readout=method.readout).mean(method, x, steps)
+
+
+def step_flops(model: nn.Module, stages: Sequence[Stage], x: Any, passes: Sequence[SubnetPass]) -> StepFlops:
+    """FLOPs of a step that trains the main network and these subnets.
+
+    Counted by torch's flop counter on forward passes of separate subnets, independently of the shared passes; a
+    backward costs twice its forward, but for the first layer, whose input needs no gradient.
+
+    Args:
+        model: any network with these stages; run in eval mode on the first example.
+        stages: from `find_stages`.
+        x: a batch, as the model takes it, of the size that is trained.
+        passes: the subnets, and what each sees of the batch.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> from unloaf.measure.flops import step_flops
+    >>> from unloaf.passes import SubnetPass
+    >>> model, x = resnet18(), torch.randn(1, 3, 64, 64)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> flops = step_flops(model, stages, x, [SubnetPass(unloaf.Subnet.from_depths(stages, (2, 2, 1, 2)))])
+    >>> round(flops.shared / flops.common, 2), round(flops.separate / flops.common, 2)
+    (1.23, 1.87)
+    """
+    return StepCounter(model, stages, x)(passes, main=True)
+
+
+class StepCounter:
+    """Counts `StepFlops` of steps; each forward pass runs once, whatever steps it is a part of.
+
+    Args:
+        model: any network with these stages; a copy of it runs.
+        stages: from `find_stages`.
+        x: a batch of the size that is trained.
+        readout: from the model's output to the logits.
+
+    >>> import torch, unloaf
+    >>> from torchvision.models import resnet18
+    >>> from unloaf.passes import SubnetPass
+    >>> model, x = resnet18(), torch.randn(1, 3, 64, 64)
+    >>> stages = unloaf.find_stages(model, x)
+    >>> count = StepCounter(model, stages, x)
+    >>> whole = count([SubnetPass(unloaf.Subnet.full(stages))], main=True)
+    >>> whole.shared == whole.common, whole.separate == 2 * whole.common
+    (True, True)
+    """
+
+    def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any, *, readout: Readout | None = None) -> None:
+        self.readout = readout
+        self.model, self.stages = copy_of(inner_module(model)), stages
+        self.x, self.batch_size = first_examples(x, 1), batch_size(x)
+        self.blocks = check_stages(self.model, stages)
+        self.between = dict(between_blocks(self.model, self.blocks))
+        self.events = cache(self._events)
+        self.main = self.events(Subnet.full(stages), None)
+        forward = sum(flops for _, flops in self.main)
+        self.saved = 1 - self._forward_and_backward() / (3 * forward)  # share that the first layer's backward spares
+
+    def __call__(self, passes: Sequence[SubnetPass], *, main: bool) -> StepFlops:
+        """FLOPs of one example in a step with these subnets and, with ``main``, the main network."""
+        seen: set[tuple[Any, ...]] = set()
+        common = 3 * sum(flops for _, flops in self.main) * (1 - self.saved)
+        shared = self._new(View(), self.main, seen) if main else 0.0
+        separate = common if main else 0.0
+        for request in passes:
+            events = self.events(request.subnet, request.side)
+            shared += self._new(request.view, events, seen)
+            separate += self._new(request.view, events, set())
+        return StepFlops(common, shared, separate)
+
+    def mean(self, method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFlops:
+        """Mean over what the method draws in these steps for such a batch."""
+        counted = [self(method.draw(x, step=step), main=method.trains_main) for step in steps]
+        return StepFlops(*(sum(column) / len(counted) for column in zip(*counted, strict=True)))
+
+    def _new(self, view: View, events: Sequence[tuple[str, int]], seen: set[tuple[Any, ...]]) -> float:
+        """FLOPs of what follows the longest prefix seen before."""
+        prefix: tuple[Any, ...] = (view,)
+        fresh = prefix not in seen
+        seen.add(prefix)
+        total = 0
+        for path, flops in events:
+            prefix = (*prefix, path)
+            total += 0 if prefix in seen else flops
+            seen.add(prefix)
+        share = 1 if view.examples is None else view.examples / self.batch_size
+        return 3 * total * share * ((1 - self.saved) if fresh else 1)
+
+    def _events(self, subnet: Subnet, side: int | None) -> tuple[tuple[str, int], ...]:
+        """Calls of blocks and of modules between them in a pass, with the FLOPs since the call before."""
+        events: list[tuple[str, int]] = []
+        kept = subnet.modes(self.stages)
+        with evaluating(self.model), counting_flops() as counter:
+            counted = 0
+
+            def record(path: str) -> None:
+                nonlocal counted
+                total = counter.get_total_flops()
+                events.append((path, total - counted))
+                counted = total
+
+            paths = [path for path in self.blocks if path in kept]
+            hooked = self._hooked({p: self.blocks[p] for p in paths} | self.between, record)
+            with hooked, active_subnet(self.model, self.stages, subnet):
+                call_model(self.model, View(side=side).of(self.x))
+            record("output")
+        return tuple(events)
+
+    @contextmanager
+    def _hooked(self, modules: dict[str, nn.Module], record: Any) -> Iterator[None]:
+        handles = [module.register_forward_hook(lambda *_, path=path: record(path)) for path, module in modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _forward_and_backward(self) -> int:
+        with evaluating(self.model), torch.enable_grad(), counting_flops() as counter:
+            logits: Tensor = logits_of(call_model(self.model, self.x), self.readout)
+            torch.autograd.grad(
+                logits.sum(), [p for p in self.model.parameters() if p.requires_grad], allow_unused=True
+            )
+            return counter.get_total_flops()

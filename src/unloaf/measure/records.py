@@ -1,0 +1,106 @@
+"""Judged and measured subnets as tables and records: rows in, text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unloaf.evaluation import SubnetRow
+    from unloaf.measure.costs import Timing
+    from unloaf.subnet import Subnet
+
+_AS_IT_STANDS = "(running)"  # the main network with its running statistics
+
+
+def cost_records(rows: Sequence[SubnetRow], times: Sequence[Sequence[Timing]] = ()) -> list[dict[str, Any]]:
+    """A flat record of each row, for a CSV or JSON file; columns that no row has are left out.
+
+    Args:
+        rows: the subnets.
+        times: timings of each, from `time_subnets`; empty where nothing was measured.
+
+    >>> from unloaf import Subnet, SubnetRow
+    >>> from unloaf.measure.costs import Timing
+    >>> row, timing = SubnetRow(Subnet(((True, False),)), params=10, gmacs=0.5), Timing(1, 2.0, 2.5, 30, "cpu", 1)
+    >>> cost_records([row], [[timing]])[0]["b1_median_ms"]
+    2.0
+    """
+    records = [
+        _record(row) | _timing_record(timings) for row, timings in zip(rows, times or [()] * len(rows), strict=True)
+    ]
+    known = {name for record in records for name, value in record.items() if value is not None}
+    return [{name: value for name, value in record.items() if name in known} for record in records]
+
+
+def _record(row: SubnetRow) -> dict[str, Any]:
+    main = row.running
+    return {
+        "subnet": str(row.subnet),
+        "top1": row.top1,
+        "top5": row.top5,
+        "loss": row.loss,
+        "params": row.params,
+        "gmacs": row.gmacs,
+        "statistics": row.statistics,
+        "running_top1": main.top1 if main else None,
+        "running_top5": main.top5 if main else None,
+        "running_loss": main.loss if main else None,
+    }
+
+
+def _timing_record(timings: Sequence[Timing]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for timing in timings:
+        for name in ("median_ms", "p95_ms", "images_per_second"):
+            record[f"b{timing.batch_size}_{name}"] = getattr(timing, name)
+    for timing in timings[:1]:
+        record |= {"repeats": timing.repeats, "device": timing.device, "threads": timing.threads}
+    return record
+
+
+def cost_table(
+    rows: Sequence[SubnetRow], times: Sequence[Sequence[Timing]] = (), front: Set[Subnet] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the rows, for a table of text.
+
+    The main network has a line more where it was judged both ways, with its running statistics.
+
+    Args:
+        rows: not empty.
+        times: timings of each, or empty.
+        front: subnets that get a star; with it the rows have an accuracy, which is shown.
+
+    >>> from unloaf import Subnet, SubnetRow
+    >>> row = SubnetRow(Subnet(((True, False),)), top1=91.5, params=1_234, gmacs=0.5)
+    >>> cost_table([row], front={row.subnet})
+    (['depths', '', 'top-1 %', 'parameters', 'GMACs'], [['1', '*', '91.50', '1,234', '0.5']])
+    """
+    judged, best = front is not None, front or set()
+    heads = ["depths", *(["", "top-1 %"] if judged else []), "parameters", "GMACs"]
+    heads += [f"{name}, batch of {t.batch_size}" for t in (times or [()])[0] for name in ("ms (p95)", "images/s")]
+    lines = []
+    for row, timings in zip(rows, times or [()] * len(rows), strict=True):
+        costs = [f"{row.params:,}", f"{row.gmacs:.4g}"]
+        for t in timings:
+            costs += [f"{t.median_ms:.4g} ({t.p95_ms:.4g})", f"{t.images_per_second:,.0f}"]
+        if judged and row.running is not None:
+            lines.append([f"{row.subnet} {_AS_IT_STANDS}", "", f"{row.running.top1:.2f}", *costs])
+        lines.append([str(row.subnet), *(["*" * (row.subnet in best), f"{row.top1:.2f}"] if judged else []), *costs])
+    return heads, lines
+
+
+def accuracy_table(rows: Sequence[SubnetRow]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of judged subnets; the main network has two lines where it was judged both ways.
+
+    >>> from unloaf import Subnet, SubnetRow
+    >>> accuracy_table([SubnetRow(Subnet(((True,),)), 91.5, 99.0, 0.25, 1_234, 0.5)])[1]
+    [['1', '91.50', '99.00', '0.2500', '1,234', '0.5']]
+    """
+    lines = []
+    for row in rows:
+        costs = [f"{row.params:,}", f"{row.gmacs:.4g}"]
+        for name, found in ((f"{row.subnet} {_AS_IT_STANDS}", row.running), (str(row.subnet), row)):
+            if found is not None:
+                lines.append([name, f"{found.top1:.2f}", f"{found.top5:.2f}", f"{found.loss:.4f}", *costs])
+    return ["depths", "top-1 %", "top-5 %", "loss", "parameters", "GMACs"], lines

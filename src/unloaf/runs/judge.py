@@ -1,0 +1,317 @@
+"""A trained run in, the accuracy of its network and of the networks inside it out. Never trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from unloaf.config import Config, load_config
+from unloaf.data.fingerprint import read_listing
+from unloaf.display import show_progress
+from unloaf.engine.changed_images import check_judged
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from unloaf.engine.in_sight import checkpoints_in_sight
+from unloaf.engine.resuming import check_settings
+from unloaf.engine.run_folder import run_of
+from unloaf.engine.setup import Evaluation, Training, prepare
+from unloaf.errors import CheckpointError
+from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subnets
+from unloaf.files.tensors import load_strictly
+from unloaf.measure.costs import (
+    Timing,
+    gmacs,
+    measure_subnets,
+    measured_rounds,
+    time_subnets,
+    with_latency,
+    write_csv,
+)
+from unloaf.measure.pareto import pareto_front
+from unloaf.measure.records import cost_records
+from unloaf.stages import Stage, inner_module
+from unloaf.subnet import Subnet
+
+_MOST_JUDGED = 256  # by pareto, which nobody asked to take a day
+
+
+@dataclass(frozen=True)
+class RunJudgement:
+    """How good a run is at one of its checkpoints.
+
+    Attributes:
+        run: its folder.
+        checkpoint: name of the checkpoint's folder.
+        epoch: whole epochs that were trained by then.
+        weights: "model", or "model_ema" for the moving average.
+        params: parameters of the main network.
+        gmacs: billions of multiply-adds of the main network for one image.
+        main: the main network as it stands, with its running batch-norm statistics, by split.
+        split: the images that judged the subnets.
+        subnets: those that were asked for, the main network first; of pareto, smallest first.
+        judged: all that were judged, the main network first and among its subnets judged as they are, with re-estimated
+            statistics.
+        notes: what a reader has to know of the checkpoint, the images and the choice of the subnets.
+        times: of each of `judged` the measured time by batch size, where that was asked for; else empty.
+    """
+
+    run: Path
+    checkpoint: str
+    epoch: int
+    weights: str
+    params: int
+    gmacs: float
+    main: dict[str, Accuracy]
+    split: str
+    subnets: tuple[SubnetRow, ...]
+    judged: tuple[SubnetRow, ...]
+    notes: tuple[str, ...]
+    times: tuple[tuple[Timing, ...], ...] = ()
+
+
+def judge_run(
+    run: Path,
+    *,
+    subnets: str | None = None,
+    recalibrate: int | None = None,
+    checkpoint: str = "last",
+    split: str | None = None,
+    ema: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    data_dir: str | None = None,
+    device: str = "auto",
+    timed: Sequence[int] = (),
+    repeats: int = 30,
+    console: Console | None = None,
+) -> RunJudgement:
+    """Judges a run at a checkpoint; writes nothing, and the run may still be training.
+
+    The main network is judged as it was while it trained, with its running batch-norm statistics: the accuracy on the
+    validation images is the one in summary.csv, digit for digit, on the same kind of device. Beside its subnets it is
+    judged as they are too, with statistics that were re-estimated.
+
+    Args:
+        run: a folder that `unloaf train` made.
+        subnets: "all" ordered ones, "pareto" for those that no other beats, a number for so many, drawn as
+            `--eval-subnets` draws them, or None.
+        recalibrate: training images that re-estimate a subnet's batch-norm statistics; default: as in the run.
+        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
+        split: "val" or "test"; default: both for the main network, val for the subnets if there is one.
+        ema: judge the moving average of the weights.
+        batch_size: images in a pass; default: as in the run.
+        workers: processes that read images; default: as in the run.
+        data_dir: where the images are now; default: as in the run.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        timed: batch sizes at which the time of the judged subnets is measured.
+        repeats: passes that are timed, of each subnet and batch size.
+        console: shows a progress bar where it is a terminal.
+
+    Raises:
+        ValueError: the folder is no run, has no such checkpoint or images, its args.yaml was changed, or the network
+            has no subnets.
+        CheckpointError: no checkpoint is intact.
+    """
+    config, found, weights, notes = open_checkpoint(run, checkpoint, ema=ema)
+    training = prepare_for_one_process(
+        config, found, recalibrate=recalibrate, workers=workers, data_dir=data_dir, device=device
+    )
+    listed = read_listing(run / "images.csv.gz")
+    notes += check_judged(training.data, found, config, listed, place=data_dir)
+    if batch_size is not None:
+        training = replace(training, config=replace(training.config, batch_size=batch_size))
+    load_weights(inner_module(training.model), found, weights)
+    splits = _splits(training, split, run)
+    judged = {name: training.evaluate(name) for name in splits}
+    chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
+    rows = _judge(training, chosen, split=splits[0], console=console)
+    times = _times(training, chosen, timed=timed, repeats=repeats, console=console) if timed and chosen else []
+    rows = with_latency(rows, times) if times else rows
+    position: Any = found.state["position"]
+    network = inner_module(training.model)
+    return RunJudgement(
+        run=run,
+        checkpoint=found.path.name,
+        epoch=position["epoch"] - 1,
+        weights=weights,
+        params=sum(p.numel() for p in network.parameters()),
+        gmacs=gmacs(network, _example(training)),
+        main={name: evaluation.main for name, evaluation in judged.items()},
+        split=splits[0],
+        subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
+        judged=tuple(rows),
+        notes=(*notes, *_left_out(judged), *more),
+        times=tuple(times),
+    )
+
+
+def _left_out(judged: Mapping[str, Evaluation]) -> list[str]:
+    """A note for each split of which images cannot be read."""
+    counts = {split: len(evaluation.bad_images) for split, evaluation in judged.items()}
+    return [f"{n} of the {split} images cannot be read and were left out" for split, n in counts.items() if n]
+
+
+def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
+    """The newest good checkpoint of a run ("last") or its best one, and what is to be said of damaged ones."""
+    if not checkpoints_in_sight(run):
+        raise ValueError(f"{run} has no checkpoint yet; the first is written at the end of an epoch")
+    best = run / "model_best"
+    if which == "best":
+        if best.is_symlink() and not best.exists():
+            raise ValueError(f"{best} leads to {best.readlink()}, which is not there; leave --checkpoint out")
+        if not best.exists():
+            raise ValueError(f"{run} has no model_best: no epoch was validated yet; leave --checkpoint out")
+        return _patiently(lambda: load_checkpoint(best)), []
+    found, notes = _patiently(lambda: newest_checkpoint(run / "checkpoints"))
+    if found is None:
+        raise ValueError(f"{run} has no checkpoint any more; look at {run / 'checkpoints'}")
+    return found, notes
+
+
+def open_checkpoint(run: Path, which: str, *, ema: bool) -> tuple[Config, Checkpoint, str, list[str]]:
+    """The settings of a run, one of its checkpoints, the name of the weights to take, and notes on what was found.
+
+    Raises:
+        ValueError: the folder is no run, it has no such checkpoint or weights, or the checkpoint was trained with other
+            settings than args.yaml has.
+        CheckpointError: no checkpoint is intact.
+    """
+    config = load_config(run_of(run) / "args.yaml")
+    found, notes = checkpoint_of(run, which)
+    check_settings(config, found)
+    weights = "model_ema" if ema else "model"
+    if weights not in found.weights:
+        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
+    return config, found, weights, notes
+
+
+def _patiently(read: Any) -> Any:
+    """A run that trains on may replace a checkpoint while it is read: what fails is tried again."""
+    for _ in range(2):
+        try:
+            return read()
+        except CheckpointError:
+            continue
+    return read()
+
+
+def prepare_for_one_process(config: Config, checkpoint: Checkpoint, **given: Any) -> Training:
+    """The run for weights of a checkpoint, without what only training needs: several devices, trackers, a second copy.
+
+    What is given as None stays as in the run. Classes that are numbers are as many as in training: other images may
+    lack the last ones.
+    """
+    record: Any = checkpoint.state.get("data")
+    if record is not None and record["class_names"] is None:
+        given["num_classes"] = record["num_classes"]
+    alone = replace(
+        config,
+        amp=False,
+        cutmix=0.0,
+        fsdp=False,
+        grad_checkpointing=False,
+        mixup=0.0,
+        model_ema=False,
+        sync_bn=False,
+        torchcompile=False,
+        trackers=(),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return prepare(alone, resumed=True)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:
+    """Puts the weights of a checkpoint, "model" or "model_ema", into the network that its args.yaml describes."""
+    # The weights alone: batch-norm statistics of several processes are merged in them, as they were when judged.
+    try:
+        load_strictly(model, checkpoint.weights[weights])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint.path} does not fit its args.yaml: {reason}") from error
+
+
+def _splits(training: Training, asked: str | None, run: Path) -> list[str]:
+    data = training.data
+    there = [name for name in ("val", "test") if len(getattr(data, name))]
+    if asked is not None and asked not in there:
+        raise ValueError(f"{run}: {data.name} has no {asked} images; it has {' and '.join(['train', *there])}")
+    if not there:
+        raise ValueError(f"{run}: {data.name} has neither validation nor test images; nothing can be judged")
+    if asked is not None:
+        return [asked]
+    return there[:1] if data.test is data.val else there
+
+
+def _chosen(stages: Sequence[Stage], asked: str | None, *, seed: int, run: Path) -> tuple[list[Subnet], list[str]]:
+    if asked is None:
+        return [], []
+    if not stages:
+        raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")
+    if asked == "all":
+        return choose_subnets(stages), []
+    if asked != "pareto":
+        return choose_subnets(stages, int(asked) + 1, seed=seed), []
+    chosen = choose_subnets(stages, _MOST_JUDGED, seed=seed)
+    count = prod(len(stage.legal_depths) for stage in stages)
+    note = (
+        f"{len(chosen)} of {count} ordered subnets were drawn; others may be better "
+        "(give all instead of pareto to judge every one)"
+    )
+    return chosen, [note] if len(chosen) < count else []
+
+
+def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console: Console | None) -> list[SubnetRow]:
+    if not chosen:
+        return []
+    model, stages = inner_module(training.model), training.stages
+    batches, calibration = training.eval_batches(split), training.calibration_batches()
+    console = console or Console(quiet=True)
+    with show_progress(console, total=len(chosen), label="subnets", lines=True) as display:
+        rows = evaluate_subnets(
+            model,
+            stages,
+            batches,
+            subnets=chosen,
+            calibration=calibration,
+            on_row=lambda row: display.advance(str(row.subnet)),
+        )
+    with show_progress(console, total=len(chosen), label="GMACs", lines=True) as display:
+        example = _example(training)
+        return measure_subnets(model, stages, example, rows, on_row=lambda row: display.advance(str(row.subnet)))
+
+
+def _times(
+    training: Training, chosen: Sequence[Subnet], *, timed: Sequence[int], repeats: int, console: Console | None
+) -> list[tuple[Timing, ...]]:
+    console = console or Console(quiet=True)
+    with show_progress(console, total=measured_rounds(repeats), label="time", lines=True) as display:
+        return time_subnets(
+            inner_module(training.model),
+            training.stages,
+            _example(training),
+            chosen,
+            batch_sizes=timed,
+            repeats=repeats,
+            on_pass=lambda: display.advance(""),
+        )
+
+
+def _example(training: Training) -> torch.Tensor:
+    data = training.data
+    return torch.zeros(1, data.in_chans, data.img_size, data.img_size, device=training.device)
+
+
+def write_subnets(judgement: RunJudgement, path: Path) -> None:
+    """Writes every subnet that was judged as a CSV file, in one piece; an older one is replaced.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    shared = {"split": judgement.split, "weights": judgement.weights, "checkpoint": judgement.checkpoint}
+    write_csv([record | shared for record in cost_records(judgement.judged)], path)
