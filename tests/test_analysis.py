@@ -3,10 +3,10 @@
 import pytest
 import torch
 from tests.reference import separate_passes as twin
-from tests.toy_networks import ToyNetwork
 from torch import nn
 
 import unloaf
+from toy_networks import ToyNetwork
 from unloaf.measure.flops import method_flops, step_flops
 from unloaf.measure.step_memory import peak_bytes
 from unloaf.measure.step_time import flop_counter, run_step, separate_backward, step_time_rows

@@ -1,9 +1,9 @@
 """The warning about a default learning rate; what is usual is what the optimizers' papers and classes say."""
 
 import pytest
-import tiny
 from torch import nn
 
+import tiny
 from unloaf.config import Config
 from unloaf.engine.advice import learning_rate_advice
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_tools import STATE, WEIGHTS, reseal, same, save_tiny, write_manifest
 
+from checkpoint_tools import STATE, WEIGHTS, reseal, same, save_tiny, write_manifest
 from unloaf.engine.checkpoint import (
     clean_up,
     load_checkpoint,

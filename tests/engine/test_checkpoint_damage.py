@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_tools import STATE, forge_state, reseal, same, save_tiny
 
+from checkpoint_tools import STATE, forge_state, reseal, same, save_tiny
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from unloaf.errors import CheckpointError
 

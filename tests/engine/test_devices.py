@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from timm.models import create_model
 from torch import nn
 
+import tiny
 from unloaf.config import Config
 from unloaf.engine import devices
 from unloaf.engine.devices import find_devices, share_model, usable_device

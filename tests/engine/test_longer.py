@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from unloaf.config import load_config
 from unloaf.engine.run_folder import open_run
 from unloaf.runs.judge import judge_run

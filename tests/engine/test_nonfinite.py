@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 
+import tiny
 from unloaf.commands import main as cli
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.loop import Training, prepare, train_epoch, train_step

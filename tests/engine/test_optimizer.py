@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 import torch
 from timm.optim import list_optimizers
 
+import tiny
 from unloaf.engine import optimizer
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.loop import Training, prepare, train_epoch

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 from rich.console import Console
 
+import tiny
 import unloaf
 from unloaf.commands import main as cli
 from unloaf.config import Config, load_config

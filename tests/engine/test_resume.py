@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
+import tiny
 from unloaf.config import Config
 from unloaf.engine import setup as training
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint

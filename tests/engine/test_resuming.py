@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from unloaf.commands import main as cli
 from unloaf.config import Config, load_config
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint

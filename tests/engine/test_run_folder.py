@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from unloaf.config import Config, load_config
 from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, open_run, run_of
 from unloaf.errors import DiskFullError

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tiny
 from torch import Tensor
 
+import tiny
 from unloaf.commands import main as cli
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.run import train

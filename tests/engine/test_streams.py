@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 
 import pytest
-import tiny
 
+import tiny
 from unloaf.commands.main import main
 from unloaf.display import RunConsole, show_progress
 

@@ -5,9 +5,9 @@ import math
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from unloaf.config import Config
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.loop import prepare, train_epoch

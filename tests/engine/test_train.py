@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
+import tiny
 from unloaf.config import Config, load_config
 from unloaf.data import load_data
 from unloaf.engine.checkpoint import load_checkpoint

@@ -4,9 +4,9 @@ import io
 import os
 
 import pytest
-from image_files import png, write_folders
 from rich.console import Console
 
+from image_files import png, write_folders
 from unloaf.config import Config
 from unloaf.data import check_images, load_data
 from unloaf.data.folders import open_folder_split

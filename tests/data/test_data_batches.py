@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 import torch
-from image_files import reds
 
+from image_files import reds
 from unloaf.config import Config
 from unloaf.data import EvalBatches, TrainBatches, load_data
 from unloaf.data.augment import epoch_order

@@ -4,12 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 import torchvision
 import transformers
 from safetensors.torch import load_file
 
+import tiny
 import unloaf
 from unloaf.config import Config
 from unloaf.engine.setup import prepare

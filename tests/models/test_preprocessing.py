@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy
 import pytest
 import timm
-import tiny
 import torch
 import transformers
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+import tiny
 from unloaf.config import Config, load_config
 from unloaf.data import EvalBatches, load_data
 from unloaf.engine.run import train

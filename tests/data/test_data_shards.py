@@ -7,8 +7,8 @@ import tarfile
 import threading
 
 import pytest
-from image_files import png, write_shard
 
+from image_files import png, write_shard
 from unloaf.config import Config
 from unloaf.data import check_images, load_data
 from unloaf.data.tars import open_tar_split

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import timm
-import tiny
 import torch
 import torchvision
 import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+import tiny
 import unloaf
 from unloaf.errors import CheckpointError
 from unloaf.models.cifar import CifarResNet

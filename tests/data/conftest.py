@@ -1,8 +1,8 @@
 """Small image sets for the tests of unloaf.data."""
 
 import pytest
-from image_files import write_folders
 
+from image_files import write_folders
 from unloaf.config import Config
 from unloaf.data import load_data
 

@@ -415,7 +415,7 @@ def test_help_of_bench_is_that_of_its_one_benchmark(capsys, flag):
 
 
 def section(command):
-    text = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
     return text.partition(f"\n## unloaf {command}\n")[2].partition("\n## ")[0]
 
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 
+import tiny
 from unloaf.errors import DiskFullError
 from unloaf.files import writing as files
 from unloaf.files.writing import check_writable, new_folder, read_text, write_whole
@@ -172,10 +172,10 @@ def test_no_file_is_written_past_the_helper():
         if ".write_text(" in line or ".write_bytes(" in line or '.open("w"' in line or ".savefig(" in line
     }
     assert found == {
-        'analysis/plots.py: figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, '
+        'pages/plots.py: figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, '
         '"Description": about}, **look)',
-        'engine/checkpoint/manifest.py: (folder / "manifest.json").write_bytes(_manifest_bytes(fields))',
-        'saved.py: (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")',
+        'files/manifest.py: (folder / "manifest.json").write_bytes(_manifest_bytes(fields))',
+        'release/subnet_files.py: (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")',
     }
 
 

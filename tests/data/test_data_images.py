@@ -11,9 +11,9 @@ import zlib
 
 import numpy as np
 import pytest
-from image_files import png
 from PIL import Image
 
+from image_files import png
 from unloaf.data import check_images, load_data
 from unloaf.data.images import BadImageError, _own_limit, decode, read_image_file, traits
 

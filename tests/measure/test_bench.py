@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.toy_networks import ToyNetwork
 
 import unloaf
+from toy_networks import ToyNetwork
 from unloaf import bench
 from unloaf.bench import tables, write_rows
 from unloaf.commands import main as cli

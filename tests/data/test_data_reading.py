@@ -9,9 +9,9 @@ import time
 
 import pytest
 import torch
-from image_files import png, reds, write_folders, write_shard
 from rich.console import Console
 
+from image_files import png, reds, write_folders, write_shard
 from unloaf.config import Config
 from unloaf.data import EvalBatches, TrainBatches, check_images, explain_worker_death, load_data
 from unloaf.data.augment import epoch_order

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 import torch
-from image_files import png, write_folders, write_shard
 
+from image_files import png, write_folders, write_shard
 from unloaf.config import Config
 from unloaf.data import load_data
 
