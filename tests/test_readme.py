@@ -11,14 +11,19 @@ import torch
 
 import unloaf
 import unloaf.bench
+import unloaf.commands.train
 import unloaf.data
 import unloaf.demo
 import unloaf.release.exports
 import unloaf.runs.histories
 import unloaf.runs.judge
 from unloaf.commands import main as cli
-from unloaf.commands import options as arguments
+from unloaf.commands.bench import BenchStep
+from unloaf.commands.check_data import CheckData
+from unloaf.commands.demo import Demo
+from unloaf.commands.eval import Eval
 from unloaf.commands.predict import Predict
+from unloaf.commands.report import Report
 from unloaf.config import Config, dump_config
 from unloaf.engine.figures import summary
 from unloaf.engine.loop import EpochRow
@@ -67,7 +72,7 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         raise SystemExit(0)
 
     for module, name in (
-        (cli, "open_run"),
+        (unloaf.commands.train, "open_run"),
         (unloaf.demo, "run_demo"),
         (unloaf.bench, "bench_step"),
         (unloaf.runs.judge, "judge_run"),
@@ -143,13 +148,13 @@ def test_card_states_every_parameter_with_its_default(card: str):
 @pytest.mark.parametrize(
     ("heading", "kind"),
     [
-        ("unloaf demo", arguments.Demo),
+        ("unloaf demo", Demo),
         ("unloaf train", Config),
-        ("unloaf eval", arguments.Eval),
+        ("unloaf eval", Eval),
         ("unloaf predict", Predict),
-        ("unloaf report", arguments.Report),
-        ("unloaf check-data", arguments.CheckData),
-        ("unloaf bench step", arguments.BenchStep),
+        ("unloaf report", Report),
+        ("unloaf check-data", CheckData),
+        ("unloaf bench step", BenchStep),
     ],
 )
 def test_options_are_stated_with_their_defaults(heading: str, kind: type):

@@ -17,8 +17,10 @@ from PIL import Image
 import unloaf
 import unloaf.release.exports
 from unloaf.commands import main as cli
-from unloaf.commands import options as arguments
-from unloaf.commands.options import _ABOUT_TRAIN
+from unloaf.commands.export import Export
+from unloaf.commands.inspect import Inspect
+from unloaf.commands.subnets import Subnets
+from unloaf.commands.train import _ABOUT_TRAIN
 from unloaf.errors import CheckpointError, NonFiniteLossError, StoppedError
 from unloaf.recipes import recipe_names
 
@@ -426,9 +428,7 @@ def test_examples_of_export_parse(capsys, exports):
         assert in_process(capsys, "export", *shlex.split(words, comments=True))[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("command", "kind"), [("subnets", arguments.Subnets), ("inspect", arguments.Inspect), ("export", arguments.Export)]
-)
+@pytest.mark.parametrize(("command", "kind"), [("subnets", Subnets), ("inspect", Inspect), ("export", Export)])
 def test_options_are_stated_with_their_defaults(command, kind):
     stated = dict(re.findall(r"^\| `--([\w-]+)` \| `([^`]*)` \|", section(command), flags=re.M))
     positional = {"source", "model", "run"}

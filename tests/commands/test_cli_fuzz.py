@@ -14,7 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unloaf.commands import main as cli
-from unloaf.commands import options as arguments
+from unloaf.commands.bench import BenchStep
+from unloaf.commands.check_data import CheckData
+from unloaf.commands.demo import Demo
+from unloaf.commands.eval import Eval
+from unloaf.commands.report import Report
 from unloaf.config import Config, dump_config
 
 FIELDS = [*Config.__dataclass_fields__]
@@ -25,7 +29,7 @@ LONG = 2_000  # configurations; a quarter as many command lines
 def nothing_trained() -> Iterator[None]:
     """Commands end where they would begin to work; files that they write would lie in an empty folder."""
     with contextlib.ExitStack() as stack:
-        for name in ("cli.open_run", "engine.train.train", "demo.run_demo", "bench.bench_step"):
+        for name in ("commands.train.open_run", "engine.run.train", "demo.run_demo", "bench.bench_step"):
             stack.enter_context(mock.patch(f"unloaf.{name}", side_effect=SystemExit(0)))
         stack.enter_context(mock.patch("unloaf.data.check_images", side_effect=SystemExit(0)))
         stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
@@ -94,12 +98,12 @@ texts = st.one_of(
 )
 
 COMMANDS = {
-    "demo": arguments.Demo,
+    "demo": Demo,
     "train": Config,
-    "eval": arguments.Eval,
-    "report": arguments.Report,
-    "check-data": arguments.CheckData,
-    "bench step": arguments.BenchStep,
+    "eval": Eval,
+    "report": Report,
+    "check-data": CheckData,
+    "bench step": BenchStep,
 }
 EXTRA = [
     "-c",

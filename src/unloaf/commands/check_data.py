@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from unloaf.commands.options import CheckData
+import tyro
+
 from unloaf.commands.parsing import parse
+from unloaf.config import Config
+from unloaf.config.fields import Dataset
 from unloaf.streams import say
 
 if TYPE_CHECKING:
     from unloaf.data import CheckReport
 
 
-def check_data(words: list[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CheckData:
+    """Open every image of an image set, count them, and list those that cannot be read."""
+
+    dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    """Folder of the image set."""
+    dataset: Dataset = "imagefolder"
+    """What lies in the folder, as for train."""
+    train_split: str = "train"
+    """Folder, split or shard prefix of the training images."""
+    val_split: str | None = None
+    """The same for validation; default: val, validation or test, whichever there is."""
+    input_key: str = "image"
+    """Column of the images, for hf."""
+    target_key: str = "label"
+    """Column of the labels, for hf."""
+    num_classes: int | None = None
+    """Classes that the labels must have; default: what the image set says."""
+    max_pixels: int = Config.max_pixels
+    """Files: width x height above which an image is not decoded but bad."""
+    workers: Annotated[int, tyro.conf.arg(aliases=["-j"])] = 4
+    """Threads that open images."""
+
+    def config(self) -> Config:
+        """The part of a run's configuration that decides how images are read; nothing is held out."""
+        return Config(
+            dataset=self.dataset,
+            data_dir=self.dir,
+            train_split=self.train_split,
+            val_split=self.val_split,
+            input_key=self.input_key,
+            target_key=self.target_key,
+            num_classes=self.num_classes,
+            max_pixels=self.max_pixels,
+            workers=self.workers,
+            val_fraction=0.0,
+        )
+
+
+def run(words: list[str]) -> int:
     """Prints what is there and what is wrong.
 
     Raises:

@@ -59,7 +59,7 @@ class Predict:
         check_least(self, top_k=1, recalibrate=0, batch_size=1)
 
 
-def predict(words: list[str]) -> int:
+def run(words: list[str]) -> int:
     """Prints the classes of every image that can be read.
 
     Raises:

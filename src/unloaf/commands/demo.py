@@ -1,0 +1,42 @@
+"""`unloaf demo`: a small network by every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from unloaf.commands.parsing import parse
+from unloaf.commands.tables import print_table
+from unloaf.streams import say, standard_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train a small network by every method and show what became of the networks inside it."""
+
+    output: str = "output/demo"
+    """Folder for report.html, results.json and results.csv."""
+    seeds: int = 1
+    """Repeat with this many seeds; gives mean and spread."""
+    epochs: int | None = None
+    """Train for another number of epochs, for a quick look."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds {self.seeds}: give at least 1")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs {self.epochs}: give at least 1")
+
+
+def run(words: list[str]) -> int:
+    """Trains, prints the table, says where the report is."""
+    options = parse(Demo, words, prog="unloaf demo")
+    from unloaf.demo import run_demo, table
+
+    result = run_demo(
+        output=options.output, seeds=options.seeds, epochs=options.epochs, console=Console(file=standard_error())
+    )
+    print_table(table(result.rows))
+    say(f"report: {result.report}")
+    return 0

@@ -1,0 +1,48 @@
+"""`unloaf report`: runs compared by what is in their folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from unloaf.commands.parsing import parse
+from unloaf.commands.tables import show
+from unloaf.files.writing import write_whole
+from unloaf.printable import printable
+from unloaf.streams import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Compare runs by what is in their folders, also while they train."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN...")] = ()
+    """Folders of the runs, or folders that hold runs, as OUTPUT of train does: then all of them."""
+    output: str | None = None
+    """Write a page with the curves of the runs to this .html file."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("report: give at least one run folder")
+
+
+def run(words: list[str]) -> int:
+    """Prints the comparison, writes the page if asked to."""
+    options = parse(Report, words, prog="unloaf report")
+    from unloaf.runs.histories import differences, read_histories, run_row, table_of
+
+    histories = read_histories(options.runs)
+    show(*table_of([run_row(history) for history in histories]))
+    different = differences(histories)
+    if different:
+        heads = ["settings that differ", *(printable(history.label) for history in histories)]
+        show(heads, [[name, *values] for name, values in different.items()])
+    if options.output is not None:
+        from unloaf.pages.runs import runs_page
+
+        write_whole(Path(options.output), runs_page(histories))
+        say(f"report: {options.output}")
+    return 0

@@ -1,0 +1,128 @@
+"""`unloaf subnets`: what the subnets of a run or a model cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from unloaf.commands.judged import main_lines, say_subnets
+from unloaf.commands.options import check_least
+from unloaf.commands.parsing import parse
+from unloaf.commands.tables import show
+from unloaf.config.checks import check_device
+from unloaf.files.writing import check_writable
+from unloaf.streams import say, standard_error
+
+if TYPE_CHECKING:
+    from unloaf.evaluation import SubnetRow
+    from unloaf.measure.costs import Timing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subnets:
+    """What the subnets of a run or of a model cost, and of a run how good they are."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
+    """Folder of a run, or a network as for train."""
+    num: str = "16"
+    """How many ordered subnets beside the main network, all, or, of a run, pareto for those that no other beats."""
+    latency: bool = False
+    """Measure how long a forward pass takes."""
+    batch_size: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["-b"])] = (1, 32)
+    """Images in a measured pass, one number or several."""
+    repeats: int = 30
+    """Passes that are timed, of each subnet and batch size."""
+    device: str = "auto"
+    """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Of a run: the newest checkpoint that is not damaged, or the one with the best validation accuracy."""
+    split: Literal["val", "test"] | None = None
+    """Of a run: images that judge the subnets; default: val if there is one."""
+    ema: bool = False
+    """Of a run: judge the moving average of the weights."""
+    data_dir: str | None = None
+    """Of a run: folder of the image set; default: as in the run."""
+    img_size: int | None = None
+    """Of a model: side of the images in pixels; default: its own."""
+    num_classes: int | None = None
+    """Of a model: classes of the head; default: 1000, 10 for cifar/."""
+    output: str | None = None
+    """Write the table to this CSV file too; its folder is made."""
+
+    def __post_init__(self) -> None:
+        if self.num not in ("all", "pareto") and not (re.fullmatch("[0-9]{1,5}", self.num) and int(self.num)):
+            raise ValueError(f"num {self.num!r}: give all, pareto or a number from 1 to 99999")
+        if not self.batch_size or min(self.batch_size) < 1:
+            raise ValueError(f"batch_size {self.batch_size}: give one or more numbers of at least 1")
+        check_device(self.device)
+        check_least(self, repeats=1, img_size=1, num_classes=1)
+
+    @property
+    def timed(self) -> tuple[int, ...]:
+        """Batch sizes to measure."""
+        return self.batch_size if self.latency else ()
+
+
+def run(words: list[str]) -> int:
+    """Prints the table, writes it to a file if asked to."""
+    options = parse(Subnets, words, prog="unloaf subnets")
+    from unloaf.measure.costs import write_csv
+    from unloaf.measure.pareto import pareto_front
+    from unloaf.measure.records import cost_records, cost_table
+
+    if options.output is not None:
+        check_writable(Path(options.output))
+    rows, times = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
+    cost = "latency_ms" if options.timed else "gmacs"
+    front = {row.subnet for row in pareto_front(rows, cost=cost)} if rows[0].top1 is not None else None
+    shown = [i for i, row in enumerate(rows) if not front or options.num != "pareto" or row.subnet in front]
+    show(*cost_table([rows[i] for i in shown], [times[i] for i in shown] if times else [], front))
+    for timing in times[0][:1] if times else []:
+        print(f"median and 95th percentile of {timing.repeats} passes, on {timing.device}, {timing.threads} thread(s)")
+    if front is not None:
+        price = "milliseconds at the smallest batch" if options.timed else "GMACs"
+        print(f"* no other subnet is as accurate and as cheap in {price}, and better in one of the two")
+    if options.output is not None:
+        records = cost_records(rows, times)
+        if front is not None:
+            records = [record | {"pareto": row.subnet in front} for record, row in zip(records, rows, strict=True)]
+        write_csv(records, Path(options.output))
+        say(f"all {len(rows)}: {options.output}")
+    return 0
+
+
+def _is_run(source: str) -> bool:
+    family, slash, _ = source.partition("/")
+    is_model = not slash or family in ("cifar", "timm", "tv", "hf")
+    return not is_model or (Path(source) / "args.yaml").is_file()
+
+
+def _costs_of_run(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Sequence[Timing]]]:
+    if options.img_size is not None or options.num_classes is not None:
+        raise ValueError("a run has its images and classes; leave --img-size and --num-classes out")
+    from unloaf.runs.judge import judge_run
+
+    given = {
+        name: getattr(options, name)
+        for name in ("checkpoint", "split", "ema", "data_dir", "device", "timed", "repeats")
+    }
+    judgement = judge_run(Path(options.source), subnets=options.num, **given, console=Console(file=standard_error()))
+    for line in main_lines(judgement):
+        say(line)
+    say_subnets(judgement)
+    return judgement.judged, judgement.times
+
+
+def _costs_of_model(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Sequence[Timing]]]:
+    if options.num == "pareto":
+        raise ValueError("num pareto: a model that is not trained has no accuracy; give a run, or all or a number")
+    from unloaf.inspection import cost_of_model
+
+    given = {name: getattr(options, name) for name in ("timed", "repeats", "device", "img_size", "num_classes")}
+    return cost_of_model(options.source, number=options.num, **given, console=Console(file=standard_error()))
