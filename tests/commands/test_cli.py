@@ -48,6 +48,20 @@ def in_process(capsys, *words):
     return code, *capsys.readouterr()
 
 
+def cpu_seconds(code, *words):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result
+
+
+@pytest.fixture(scope="module")
+def bound():
+    """400 ms, or on a slow machine a multiple of what the libraries of a command line take there."""
+    libraries = min(cpu_seconds("import rich.console, rich.table, tyro, yaml")[0] for _ in range(3))
+    return max(0.4, 2.5 * libraries)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -64,22 +78,19 @@ def in_process(capsys, *words):
         ["report", "norun"],
     ],
 )
-def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words):
-    # The best of six: other work on the machine can only add.
-    seconds = []
+def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words, bound):
     code = (
         "import sys, atexit\n"
         "atexit.register(lambda: print('heavy', {'torch', 'timm', 'numpy'} & sys.modules.keys()))\n"
         "from unloaf.commands.main import main; sys.exit(main())"
     )
-    for _ in range(6):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    taken = []
+    while not taken or (min(taken) > bound and len(taken) < 6):  # other work on the machine can only add
+        seconds, result = cpu_seconds(code, *words)
+        taken.append(seconds)
         assert result.returncode == (0 if "--help" in words else 2), result.stderr
         assert result.stdout.endswith("heavy set()\n")
-    assert min(seconds) <= 0.4
+    assert min(taken) <= bound
 
 
 @pytest.mark.parametrize(
@@ -223,7 +234,7 @@ def test_exit_code_of_a_stopped_run(capsys, monkeypatch, error, code, text):
         raise error
 
     monkeypatch.setattr("unloaf.engine.run.train", stop)
-    monkeypatch.setattr(cli, "open_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("unloaf.commands.train.open_run", lambda *args, **kwargs: None)
     assert in_process(capsys, "train") == (code, "", f"unloaf: error: {text}\n")
 
 
