@@ -20,7 +20,7 @@ KINDS, MODES = ["st", "st++", "gkt"], ["lean", "one graph"]
 # In float32 only the mean itself rounds: each rank computes its own gradient as it would alone.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 DTYPES = list(TOLERANCE)
-SECONDS = 180
+SECONDS = 600
 # Labels of the second rank: some, or all, of its examples have none.
 UNLABELLED = {"some": [0, -100, 2, -100], "all": [-100] * 4}
 

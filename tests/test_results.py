@@ -477,7 +477,7 @@ def test_the_command_ends_its_processes_when_it_is_told_to(tmp_path):
     assert "cost of stochastic depth" in study.stdout.readline()
     time.sleep(0.5)
     study.send_signal(signal.SIGTERM)
-    out, _ = study.communicate(timeout=60)
+    out, _ = study.communicate(timeout=180)
     assert (study.returncode, "give the same command again" in out) == (run.UNFINISHED, True)
 
 

@@ -276,7 +276,7 @@ def test_reader_that_leaves_early_ends_the_command_quietly(words):
     os.close(reader)  # gone before the first word, as `head -0` would be
     process = subprocess.Popen(unloaf_command(*words), stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (0, "")
 
 

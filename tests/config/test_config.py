@@ -207,7 +207,7 @@ def test_merged_mappings_do_not_multiply(tmp_path):
     lines = ["a0: &a0 {lr: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 9))]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
     code = "import sys; from unloaf.commands.main import main; sys.exit(main(['train', '-c', sys.argv[1]]))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.yaml")], timeout=20, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.yaml")], timeout=90, capture_output=True)
     assert (done.returncode, b"write" in done.stderr) == (2, True)
 
 

@@ -179,7 +179,7 @@ def test_a_killed_worker_is_told_in_one_line(folder_config):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"^data worker [01] \(pid \d+\) was killed by SIGKILL; .*memory") as told:
         list(batches)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     assert "\n" not in str(told.value)
 
 

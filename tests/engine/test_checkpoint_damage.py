@@ -113,7 +113,7 @@ def test_the_payloads_are_live(tmp_path: Path, name: str):
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-    assert appears(canary, 10)
+    assert appears(canary, 60)
 
 
 @pytest.mark.parametrize("name", PAYLOADS)

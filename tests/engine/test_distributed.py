@@ -36,7 +36,7 @@ from unloaf.engine.snapshots import capture
 from unloaf.errors import StoppedError
 from unloaf.stages import inner_module
 
-RANKS, SECONDS = 2, 240
+RANKS, SECONDS = 2, 600
 METHODS = ["st", "st++", "gkt"]
 # 10 steps per epoch of 16 images, 5 images left over.
 CONFIG = Config(model="small", method="st", epochs=2, batch_size=8, global_batch_size=16, lr=0.05, num_subnets=2,
@@ -563,8 +563,8 @@ def test_a_killed_rank_ends_all_and_the_next_start_finishes(torchrun, tmp_path):
     assert len(ranks) == RANKS
     ranks[1].kill()
     start = time.monotonic()
-    assert launcher.wait(timeout=15) != 0
-    _, alive = psutil.wait_procs(ranks, timeout=max(0, start + 15 - time.monotonic()))
+    assert launcher.wait(timeout=60) != 0
+    _, alive = psutil.wait_procs(ranks, timeout=max(0, start + 60 - time.monotonic()))
     assert not alive
     print(f"everything was gone {time.monotonic() - start:.2f} s after the kill")
     assert "test top-1" not in log.read_text()
@@ -579,6 +579,6 @@ def test_sigterm_to_the_launcher_ends_with_a_checkpoint_of_the_last_step(torchru
     launcher = torchrun()
     wait_for("epoch 2/10", log)
     launcher.terminate()
-    assert launcher.wait(timeout=40) != 0
+    assert launcher.wait(timeout=120) != 0
     [line] = [line for line in log.read_text().splitlines() if "stopped by SIGTERM" in line]
     assert f"after step {load_checkpoint(tmp_path / 'run' / 'last').step};" in line

@@ -294,10 +294,10 @@ def test_data_workers_of_a_killed_run_end_by_themselves(tmp_path):
     os.kill(again, signal.SIGKILL)
     os.waitpid(again, 0)
     assert len(workers) == 2
-    wait_for(lambda: not any(_alive(pid) for pid in workers), seconds=15)
+    wait_for(lambda: not any(_alive(pid) for pid in workers), seconds=90)
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

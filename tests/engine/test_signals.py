@@ -104,7 +104,7 @@ def test_run_whose_lines_nobody_reads_ends_with_a_checkpoint(tmp_path):
             while b"epoch 1/500" not in run.stderr.readline():
                 assert run.poll() is None
             run.stderr.close()
-            assert run.wait(timeout=60) == 143
+            assert run.wait(timeout=180) == 143
         finally:
             run.kill()
     assert 7 <= load_checkpoint(tmp_path / "run" / "last").step < 500 * 7
@@ -189,7 +189,7 @@ def stop(
     command: Callable[..., int], output: Path, send: Callable[[int, int], None], number: int, *words: str
 ) -> tuple[int, Path]:
     """Exit code of a run whose processes get a signal, and its folder."""
-    run, settled = output / "run", time.monotonic() + 30
+    run, settled = output / "run", time.monotonic() + 180
 
     def work() -> int:
         os.setsid()

@@ -103,7 +103,7 @@ def _export_until_killed(output: Path) -> int:
             (folder / "model.safetensors").write_text("half")
             time.sleep(60)
 
-    child, end = tiny.fork(work), time.monotonic() + 20
+    child, end = tiny.fork(work), time.monotonic() + 120
     while not list(output.parent.glob(".*/model.safetensors")):
         assert time.monotonic() < end
         time.sleep(0.005)
