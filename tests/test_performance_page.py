@@ -25,6 +25,15 @@ def test_every_measured_time_stands_in_the_table_of_its_record(path: Path):
     assert stated == [(method, *(f"{number:.2f}" for number in numbers)) for method, *numbers in figures]
 
 
+def test_readme_states_the_step_of_its_record():
+    rows = json.loads((RECORDS[0].parent / "step-time-resnet50-64px-batch32.json").read_text("utf-8"))["rows"]
+    [row] = [row for row in rows if row["method"] == "st-inter-stage"]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    stated = re.search(r"at 64 pixels: ([\d.]+) times common training, with separate passes ([\d.]+)\)", readme)
+    assert stated is not None
+    assert stated.groups() == (f"{row['relative']:.2f}", f"{row['separate']:.2f}")
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_no_record_names_a_path_of_a_machine(path: Path):
     assert not re.search(r'["\s](/|[A-Z]:\\)\w', path.read_text(encoding="utf-8"))

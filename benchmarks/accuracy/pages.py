@@ -1,10 +1,10 @@
-"""Writes the tables of docs/results.md and README.md and the picture of the results anew, from docs/results.
+"""Writes the tables of `PAGES` and the picture of the results from the records in docs/results.
 
     python -m benchmarks.accuracy.pages [--check]
 
-A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with
-"headline" after it for its rows of the first tier alone, "differences" or "inside" for those views of it. --check
-writes nothing and says what is out of date. Code 2, and nothing written: a record has other settings than its table.
+A table stands between <!-- results: NAME --> and <!-- end of results -->; NAME is a table of tables.py, with "first",
+"differences" or "inside" after it for those views of it. --check writes nothing and says what is out of date. Code 2,
+and nothing written: a record has other settings than its table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from unloaf.pages.plots import CostPoint, accuracy_over_cost
 ROOT = Path(__file__).resolve().parents[2]
 
 Records = Sequence[Mapping[str, Any]]
-PAGES = ("README.md", "docs/results.md")
+# Each with the path from it to the records.
+PAGES = {"README.md": "docs/results/", "docs/results.md": "results/", "docs/results/trials.md": ""}
+# Of the table at the head of README.md.
+FIRST_ROWS = ("common training", "ST", "ST++, 1 subnet, ordered", "GKT")
 PICTURE = "accuracy-over-cost.svg"
 PICTURED = {"cifar100-cpu": "5,000 images, 40 epochs", "cifar100-cpu-few": "2,500 images, 80 epochs"}
 _PLACE = re.compile(r"(<!-- results: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end of results -->)", re.S)
@@ -51,8 +54,8 @@ def by_row(table: Table, records: Records) -> dict[str, list[Mapping[str, Any]]]
     return {label: found for label, found in rows.items() if found}
 
 
-def accuracies(table: Table, records: Records) -> list[str]:
-    """A line for each row: main network, its subnets, cost."""
+def accuracies(table: Table, records: Records, *, without: Collection[str] = ()) -> list[str]:
+    """A line for each row: main network, its subnets, cost; `without` names columns that are left out."""
     costs = any(r["cost_time"] is not None for r in records)
     heads = ["", "epochs", "main, %", "mean subnet, %", "worst subnet, %", *["cost", "FLOPs"] * costs, "seeds"]
     lines = []
@@ -62,6 +65,8 @@ def accuracies(table: Table, records: Records) -> list[str]:
         cells += [mean([pick(tops) for tops in subnets]) if all(subnets) else "" for pick in (statistics.fmean, min)]
         cells += [_cost(found[0][name]) for name in ("cost_time", "cost_flops") if costs]
         lines.append([*cells, str(len(found))])
+    kept = [number for number, head in enumerate(heads) if head not in without]
+    heads, *lines = ([cells[number] for number in kept] for cells in (heads, *lines))
     diverged = sorted({r["row"] for r in records if r["top1"] is None})
     return [*_table(heads, lines), *[f"\nDiverged: {'; '.join(diverged)}."] * bool(diverged)]
 
@@ -69,6 +74,12 @@ def accuracies(table: Table, records: Records) -> list[str]:
 def _cost(value: float | None) -> str:
     """A network trained alone has no method whose cost could be compared."""
     return "" if value is None else f"{value:.2f}"
+
+
+def first(table: Table, records: Records) -> list[str]:
+    """`FIRST_ROWS` in the columns that need no explanation."""
+    chosen = [r for r in records if r["row"] in FIRST_ROWS]
+    return accuracies(table, chosen, without=("epochs", "FLOPs", "seeds"))
 
 
 def differences(table: Table, records: Records) -> list[str]:
@@ -87,8 +98,8 @@ def differences(table: Table, records: Records) -> list[str]:
         if label == base or label in equal:
             continue
         same_epochs = label not in longer
-        dearer = [e for e in (base, *equal) if cost(rows[e]) >= cost(found) - 0.005]
-        against = min(dearer, key=lambda e: cost(rows[e]), default=None)
+        as_costly = [e for e in (base, *equal) if cost(rows[e]) >= cost(found) - 0.005]
+        against = min(as_costly, key=lambda e: cost(rows[e]), default=None)
         cells = [label, over(found, rows[base]) if same_epochs else ""]
         cells += [over(found, rows[against]), against] if against else ["", ""]
         if "ST" in rows:
@@ -113,13 +124,13 @@ def over(found: Records, base: Records) -> str:
 
 
 # Records of older runs have the main network with its running statistics alone.
-_JUDGED = {"the whole": "top1", "the whole, statistics re-estimated": "top1_reestimated"}
+_JUDGED = {"main network": "top1", "main network, statistics re-estimated": "top1_reestimated"}
 
 
 def inside(table: Table, records: Records) -> list[str]:
     """A line for each subnet: trained alone, and inside the networks of each method.
 
-    Subnets have re-estimated batch-norm statistics; the whole network is judged with its running ones, and as they are.
+    Subnets have re-estimated batch-norm statistics; the main network is evaluated with its running ones and with these.
     """
     rows = by_row(table, records)
     # Also those that are not trained alone yet: what they are worth inside is known before.
@@ -139,7 +150,11 @@ def inside(table: Table, records: Records) -> list[str]:
     return _table(["subnet", "alone", *(f"inside {label}" for label in methods)], lines)
 
 
-_VIEWS: dict[str, Callable[[Table, Records], list[str]]] = {"differences": differences, "inside": inside}
+_VIEWS: dict[str | None, Callable[[Table, Records], list[str]]] = {
+    None: accuracies,
+    "differences": differences,
+    "inside": inside,
+}
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -166,21 +181,19 @@ def _command(name: str, dataset: str) -> str:
 
 
 def written(text: str, results: Results, *, links: str) -> str:
-    """A page with its tables written anew."""
+    """A page with its tables from the records, to whose folder `links` leads."""
 
     def place(match: re.Match[str]) -> str:
         start, name, view, end = match.groups()
         table, records = TABLES[name], results.records(name)
         if not records:
             return f"{start}Not run yet: `{_command(name, table.common['dataset'])}`.\n{end}"
-        if view in _VIEWS:
-            lines = [*_VIEWS[view](table, records)]
-        else:
-            if view == "headline":
-                records = [r for r in records if table.row(r["row"]).tier == 1]
-            record = f"([records]({links}results/{name}.json))"
-            below = textwrap.fill(f"{about(table, records)} {record}.", 120, break_on_hyphens=False)
-            lines = [*accuracies(table, records), "", below]
+        if view == "first":  # no blank lines: it has to fit on one screen with its example
+            return start + "\n".join([*first(table, records), ""]) + end
+        lines = _VIEWS[view](table, records)
+        if not view:
+            record = f"([records]({links}{name}.json))"
+            lines += ["", textwrap.fill(f"{about(table, records)} {record}.", 120, break_on_hyphens=False)]
         return start + "\n".join(["", *lines, "", ""]) + end
 
     return _PLACE.sub(place, text)
@@ -220,10 +233,8 @@ def main() -> int:
         print("records that are not of their tables; move them away or put the table back:", *wrong, sep="\n")
         return 2
     texts = {options.results / PICTURE: picture(results) + "\n"}
-    for name in PAGES:
-        page = ROOT / name
-        before = page.read_text(encoding="utf-8")
-        texts[page] = written(before, results, links="docs/" if page.parent == ROOT else "")
+    for name, links in PAGES.items():
+        texts[ROOT / name] = written((ROOT / name).read_text(encoding="utf-8"), results, links=links)
     stale = []
     for path, text in texts.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:

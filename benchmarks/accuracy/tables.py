@@ -17,8 +17,8 @@ class Row:
     """A line of a table: settings beside the table's own, trained once for each seed.
 
     `tuned` names a method of the table's trials, whose best settings come first. `costs_as` makes the number of epochs
-    that at which the run costs as much as the runs of those rows, the dearest one counting. Rows of a lower `tier` are
-    trained first, in all seeds.
+    that at which the run costs as much as the most expensive run of those rows. Rows of a lower `tier` are trained
+    first, in all seeds.
     """
 
     label: str
@@ -100,10 +100,10 @@ HEADLINE = (
     Row(label="ST++", tuned="st++"),
     Row(label="GKT", tuned="gkt"),
     Row(label="common training, cost of ST", tuned="common", costs_as=("ST",)),
-    Row(label="common training, cost of the dearest", tuned="common", costs_as=("ST", "ST++", "GKT")),
+    Row(label="common training, cost of the most expensive", tuned="common", costs_as=("ST", "ST++", "GKT")),
 )
 # On validation images one subnet gained nearly as much as six, and ordered sampling, which also draws the small ones,
-# cured the subnets: the table of ST++ part by part.
+# repaired the subnets: the table of ST++ part by part.
 _ONE_SUBNET = {"num_subnets": 1, "subnet_weight": 1.0}
 _ONE_ORDERED = _ONE_SUBNET | {"sampler": "ordered"}
 ONE_SUBNET = (
@@ -160,13 +160,13 @@ def combinations(half: int) -> tuple[Row, ...]:
 
 
 # The best of ST++ on validation images. It costs so much that common training gets a row of its own, and so does mixup,
-# as good a cure of over-fitting.
+# as good a remedy for overfitting.
 THE_PAPERS: dict[str, Any] = {"subnet_weight": 1.0, "eps": 1e-7, "min_ratio": 0.43, "per": "subnet"}
-_AS_DEAR: dict[str, Any] = {"tuned": "common", "costs_as": ("ST++, the paper's settings",), "tier": 2}
+_EQUAL_COST: dict[str, Any] = {"tuned": "common", "costs_as": ("ST++, the paper's settings",), "tier": 2}
 AS_PUBLISHED = (
     *changed_rows("ST++", {"amplitude 3": {"amplitude": 3.0}, "the paper's settings": THE_PAPERS}, tier=2),
-    Row(label="common training, cost of ST++, the paper's settings", **_AS_DEAR),
-    Row(label="mixup 1, cost of ST++, the paper's settings", settings={"mixup": 1.0}, **_AS_DEAR),
+    Row(label="common training, cost of ST++, the paper's settings", **_EQUAL_COST),
+    Row(label="mixup 1, cost of ST++, the paper's settings", settings={"mixup": 1.0}, **_EQUAL_COST),
 )
 
 
@@ -396,7 +396,7 @@ def gpu_tables(network: str) -> tuple[Table, Table]:
     trials = Table(
         name=f"cifar100-gpu-{network}-trials",
         title=f"Trials for {settings['model']} on CIFAR-100",
-        about="the same number of trials for each method, 30 epochs, judged on 5,000 validation images",
+        about="the same number of trials for each method, 30 epochs, evaluated on 5,000 validation images",
         common=settings | {"epochs": 30},
         rows=trial_rows(lrs, decays, methods),
         seeds=(0,),
@@ -431,7 +431,7 @@ _ALL = [
     Table(
         name="cifar100-cpu-trials",
         title="Trials for the table above",
-        about=f"{_SMALL}; 8 epochs, one seed, judged on 5,000 validation images",
+        about=f"{_SMALL}; 8 epochs, one seed, evaluated on 5,000 validation images",
         common=CPU | {"epochs": 8},
         rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS),
         seeds=(0,),
@@ -449,7 +449,7 @@ _ALL = [
     Table(
         name="cifar100-cpu-few-trials",
         title="Trials with fewer images",
-        about=f"{_FEW}; 40 epochs, one seed, judged on 5,000 validation images",
+        about=f"{_FEW}; 40 epochs, one seed, evaluated on 5,000 validation images",
         common=CPU_FEW | {"epochs": 40},
         rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS, fourth=True),
         seeds=(0,),
@@ -467,7 +467,7 @@ _ALL = [
     Table(
         name="baselines-cpu",
         title="Common training, more regularised",
-        about=f"{_FEW}; epochs at which each row costs as much as 80 of ST++, judged on 5,000 validation images",
+        about=f"{_FEW}; epochs at which each row costs as much as 80 of ST++, evaluated on 5,000 validation images",
         common=CPU_FEW | {"epochs": 189},
         rows=(
             Row(label="common training", tuned="common"),
@@ -491,7 +491,7 @@ _ALL = [
     ),
     *one_factor_tables(
         "cpu",
-        about=f"{_FEW}; 80 epochs, judged on 5,000 validation images",
+        about=f"{_FEW}; 80 epochs, evaluated on 5,000 validation images",
         common=CPU_FEW,
         seeds=(0, 1),
         trials="cifar100-cpu-few-trials",
@@ -499,7 +499,7 @@ _ALL = [
     Table(
         name="cifar100-cpu-vit-trials",
         title="Trials for the ViT",
-        about=f"{_SMALL_VIT}; 40 epochs, one seed, judged on 5,000 validation images",
+        about=f"{_SMALL_VIT}; 40 epochs, one seed, evaluated on 5,000 validation images",
         common=CPU_VIT | {"epochs": 40},
         rows=trial_rows((1e-3, 5e-4), (0.05, 0.1), {name: METHODS[name] for name in CPU_VIT_METHODS}, fourth=True),
         seeds=(0,),
@@ -510,13 +510,13 @@ _ALL = [
         title="A small ViT on CIFAR-100, as large as two CPU cores allow",
         about=f"{_SMALL_VIT}; 80 epochs",
         common=CPU_VIT,
-        rows=tuple(row for row in HEADLINE if row.tuned in CPU_VIT_METHODS and "dearest" not in row.label),
+        rows=tuple(row for row in HEADLINE if row.tuned in CPU_VIT_METHODS and "most expensive" not in row.label),
         trials="cifar100-cpu-vit-trials",
     ),
     Table(
         name="cifar100-cpu-mobilenetv3-trials",
         title="Trials for MobileNetV3",
-        about=f"{_SMALL_MOBILENET}; 40 epochs, one seed, judged on 5,000 validation images",
+        about=f"{_SMALL_MOBILENET}; 40 epochs, one seed, evaluated on 5,000 validation images",
         common=CPU_MOBILENET | {"epochs": 40},
         rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), CPU_MOBILENET_METHODS, fourth=True),
         seeds=(0,),
@@ -534,7 +534,7 @@ _ALL = [
             Row(label="ST", tuned="st"),
             Row(label="ST++, 1 subnet, ordered", tuned="st++"),
             Row(
-                label="common training, cost of the dearest",
+                label="common training, cost of the most expensive",
                 tuned="common",
                 costs_as=("ST", "ST++, 1 subnet, ordered"),
             ),
@@ -552,8 +552,8 @@ _ALL = [
     Table(
         name="few-classes-cpu",
         title="KL- on ten classes",
-        about="Digits, ResNet-26 of width 8, 25 epochs; settings of unloaf.recipes.digits but for those named, judged "
-        "on 300 validation images",
+        about="Digits, ResNet-26 of width 8, 25 epochs; settings of unloaf.recipes.digits but for those named, "
+        "evaluated on 300 validation images",
         common=_DIGITS,
         rows=few_classes_rows(),
         split="val",
@@ -582,7 +582,7 @@ _ALL = [
     Table(
         name="cifar100-gpu-quick-trials",
         title="Trials for ResNet-18 in 30 epochs",
-        about="8 epochs, one seed, judged on 5,000 validation images",
+        about="8 epochs, one seed, evaluated on 5,000 validation images",
         common=QUICK | {"epochs": 8},
         rows=trial_rows((0.2, 0.1), (5e-4, 1e-3), METHODS),
         seeds=(0,),
@@ -609,7 +609,7 @@ _ALL = [
     ),
     *one_factor_tables(
         "gpu",
-        about="CIFAR-100, 45,000 training images, ResNet-18, 60 epochs, bf16, judged on 5,000 validation images",
+        about="CIFAR-100, 45,000 training images, ResNet-18, 60 epochs, bf16, evaluated on 5,000 validation images",
         common=GPU | NETWORKS["resnet18"] | {"epochs": 60},
         seeds=(0, 1, 2),
         trials="cifar100-gpu-resnet18-trials",
