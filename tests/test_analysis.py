@@ -128,7 +128,7 @@ def test_mean_flops_of_six_subnets_of_resnet50_agree_with_the_table(sampler, sep
 def test_separate_passes_give_the_gradients_of_the_twin(network):
     model, stages, x, y = network
     method = unloaf.GroupKnowledgeTraining(model, stages, groups=2, loops=2)
-    subnets = [request.subnet for request in method.draw(x)]
+    subnets = [request.subnet for request in method.draw(len(x), x.shape[-1])]
     separate_backward(method, x, y)
     assert twin.distance(model, twin.group_knowledge(model, stages, subnets, x, y, groups=2, loops=2, ema=0.5)) < 1e-12
     assert method.step == 1

@@ -11,7 +11,7 @@ from torch import nn
 
 import unloaf
 from toy_networks import ToyNetwork
-from unloaf.batchnorm import frozen_statistics
+from unloaf.batchnorm import Statistics
 
 
 def batches(count=3, shape=(4, 2)):
@@ -206,7 +206,7 @@ def test_no_batch_is_refused_and_changes_nothing():
     assert equal(statistics(model), before)
 
 
-# --- frozen_statistics
+# --- Statistics.frozen
 
 NORMS = {
     "batch": (lambda: nn.BatchNorm1d(2), (4, 2)),
@@ -222,7 +222,7 @@ def test_frozen_statistics_stay_bit_equal(name):
     norm = build().train()
     norm(torch.randn(shape))
     before = statistics(norm)
-    with frozen_statistics(norm):
+    with Statistics(norm).frozen():
         norm(torch.randn(shape))
     assert equal(statistics(norm), before)
 
@@ -231,14 +231,14 @@ def test_frozen_statistics_stay_bit_equal(name):
 def test_frozen_passes_use_the_statistics_of_the_batch(name):
     build, shape = NORMS[name]
     norm, x = build().train(), torch.randn(shape) * 3 + 5
-    with frozen_statistics(norm):
+    with Statistics(norm).frozen():
         frozen = norm(x)
     torch.testing.assert_close(frozen, build().train()(x), rtol=0, atol=0)
 
 
 def test_frozen_passes_in_eval_mode_use_running_statistics():
     norm = nn.BatchNorm1d(2).eval()
-    with frozen_statistics(norm):
+    with Statistics(norm).frozen():
         y = norm(torch.full((4, 2), 5.0))
     torch.testing.assert_close(y, torch.full((4, 2), 5.0 / (1 + 1e-5) ** 0.5))
 
@@ -248,7 +248,7 @@ def test_statistics_move_again_after_an_exception(name):
     build, shape = NORMS[name]
     norm = build().train()
     before = statistics(norm), copy.copy(norm.__dict__)
-    with pytest.raises(ZeroDivisionError), frozen_statistics(norm):
+    with pytest.raises(ZeroDivisionError), Statistics(norm).frozen():
         raise ZeroDivisionError
     assert norm.__dict__ == before[1]
     norm(torch.randn(shape) + 5)

@@ -93,7 +93,7 @@ def test_stimulative_plus(network, per):
     takes_any_size = type(model).__name__ not in ("VisionTransformer", "SwinTransformer", "MlpMixer")
     sides = unloaf.SmallerInputs(per=per, sides=(32, 48, 64) if takes_any_size else (64,))
     method = unloaf.stimulative_plus(model, stages, num_subnets=4, subnet_inputs=sides, amplitude=2.0, seed=3)
-    drawn = [request.side for request in method.draw(x, step=3)]
+    drawn = [request.side for request in method.draw(len(x), x.shape[-1], step=3)]
     expected = None
     for mode in ("lean", "one graph"):
         subnets = gradients_of(method, x, y, mode)
@@ -115,7 +115,7 @@ def test_subnets_on_a_part_of_the_batch(network):
         "gkt": unloaf.GroupKnowledgeTraining(model, stages, subnet_batch_fraction=0.6, **settings),
     }
     for name, method in methods.items():
-        assert {request.examples for request in method.draw(x)} == {3}
+        assert {request.examples for request in method.draw(len(x), x.shape[-1])} == {3}
         for mode in ("lean", "one graph"):
             subnets = gradients_of(method, x, y, mode)
             if name == "st":

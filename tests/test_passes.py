@@ -83,7 +83,7 @@ def test_subnets_on_a_part_of_the_batch_share_with_each_other_alone(chain, mode)
 def test_a_part_of_the_batch_has_two_examples_at_least(chain, fraction, size, examples):
     model, stages, _, _ = chain
     method = unloaf.StimulativeTraining(model, stages, subnet_batch_fraction=fraction)
-    assert [request.examples for request in method.draw(torch.zeros(size, 5))] == [examples]
+    assert [request.examples for request in method.draw(size)] == [examples]
 
 
 def test_a_nested_chain_is_a_path_of_the_trie(chain):
@@ -331,9 +331,11 @@ def test_a_mapping_of_inputs_and_an_output_with_logits():
     stages = unloaf.find_stages(model, batch)
     method = unloaf.StimulativeTraining(model, stages, num_subnets=2)
     out = method.backward(batch, torch.tensor([0, 1, 2, 0]))
-    main, [first, _] = one_graph(model, stages, batch, [SubnetPass(subnet) for subnet in out.subnets])
-    torch.testing.assert_close(main, out.logits)
-    assert first.shape == (4, 3)
+    passes = [SubnetPass(subnet) for subnet in out.subnets]
+    losses = {"main_loss": lambda main: main, "subnet_loss": lambda index, logits, main, known: logits}
+    step = one_graph(model, stages, batch, passes, **losses)
+    torch.testing.assert_close(step.main_loss, out.logits)
+    assert step.subnet_losses[0].shape == (4, 3)
 
 
 def test_a_loss_may_wait_for_logits_that_come_later_in_depth_first_order(chain):

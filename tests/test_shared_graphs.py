@@ -253,7 +253,7 @@ def test_images_that_need_a_gradient_on_smaller_sides(mode):
     stages = unloaf.find_stages(model, pixels)
     method = unloaf.StimulativeTraining(model, stages, subnet_inputs=unloaf.SmallerInputs(sides=(4, 6)), num_subnets=4)
     subnets = [unloaf.Subnet.from_depths(stages, depths) for depths in NESTED]
-    sides = [request.side for request in method.draw(pixels)]
+    sides = [request.side for request in method.draw(len(pixels), pixels.shape[-1])]
     x, y = pixels.clone().requires_grad_(), torch.tensor([0, 1, 2])
     gradients_by(method, mode, x, y, subnets)
     again = pixels.clone().requires_grad_()

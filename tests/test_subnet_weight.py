@@ -85,7 +85,7 @@ def test_a_number_of_any_library_is_a_weight(kind, weight):
 @every_method
 def test_subnets_that_are_given_are_run_at_any_weight(kind):
     method = build(kind, 0.0)
-    subnets = [request.subnet for request in build(kind, 1.0).draw(batch()[0])]
+    subnets = [request.subnet for request in build(kind, 1.0).draw(len(batch()[0]))]
     out = method.backward(*batch(), subnets=subnets)
     assert out.subnets == tuple(subnets)
     assert {float(term) for name, term in out.terms.items() if name != "main"} == {0.0}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unloaf.batchnorm import frozen_statistics, other_buffers
-from unloaf.buffers import Buffers
+from unloaf.batchnorm import Statistics
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import check_stages, foreign_forward
 
@@ -55,12 +54,6 @@ def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
             block.__dict__["forward"] = MethodType(_recomputing(function), block)
 
 
-@contextmanager
-def _as_before(block: nn.Module, start: Buffers) -> Iterator[None]:
-    with frozen_statistics(block), start.again():
-        yield
-
-
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -70,7 +63,7 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
             functools.partial(forward, block, **kwargs),
             *args,
             use_reentrant=False,
-            context_fn=lambda: (nullcontext(), _as_before(block, other_buffers(block))),
+            context_fn=lambda: (nullcontext(), Statistics(block).frozen()),
         )
 
     run.__dict__["unloaf_recomputes"] = True

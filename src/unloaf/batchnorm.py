@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -49,82 +49,66 @@ _STATISTICS = ("running_mean", "running_var")
 _READS_NONE = ("torch.nn.modules.", "timm.layers.")
 
 
-def other_buffers(model: nn.Module) -> Buffers:
-    """All buffers as they are now, but those of norms that `frozen_statistics` can hold without a copy."""
-    return Buffers(_split(model)[1])
-
-
 # The buffers of each norm, and those that stand in for them while its statistics are frozen: kept, because making them
 # anew costs small networks more than the norm itself.
 _standins: WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Passes inside normalise with their batch's statistics, as in training, but leave all buffers alone.
+class Statistics:
+    """Running statistics of a model's norms and all its other buffers, as they are now."""
 
-    Batch norms move buffers of the same shape that stand in for the model's: so a norm does the same with and without,
-    and a compiled block needs no second graph; a ``state_dict`` taken inside holds them. Modules in eval mode keep
-    using their running statistics. What else the passes change is put back.
-    """
-    norms, others = _split(model)
-    with Buffers(others).again(), _standing_in(norms):
-        yield
+    def __init__(self, model: nn.Module) -> None:
+        self._norms, others = _split(model)
+        self._others = Buffers(others)
 
+    @contextmanager
+    def frozen(self) -> Iterator[Callable[[], None]]:
+        """Passes inside normalise with their batch's statistics, as in training, but leave all buffers alone.
 
-@contextmanager
-def _standing_in(norms: Iterable[nn.Module]) -> Iterator[None]:
-    held = [(norm, dict(norm._buffers)) for norm in norms if norm.training]
-    try:
-        for norm, buffers in held:
-            known = _standins.setdefault(norm, {})
-            for name, own in buffers.items():
-                if own is None or (name in known and known[name][1] is own):  # frozen already
-                    continue
-                if name not in known or known[name][0] is not own:
-                    known[name] = own, torch.zeros_like(own)
-                norm._buffers[name] = known[name][1]
-        yield
-    finally:
-        for norm, buffers in held:
-            norm._buffers.update(buffers)
+        Batch norms move buffers of the same shape that stand in for the model's: so a norm does the same with and
+        without, and a compiled block needs no second graph; a ``state_dict`` taken inside holds them. Modules in eval
+        mode keep using their running statistics. All other buffers begin as they were when this object was made, again
+        after each call of the function that is given, and end as they are now.
+        """
+        held = [(norm, dict(norm._buffers)) for norm in self._norms if norm.training]
+        with self._others.again() as begin:
+            try:
+                for norm, buffers in held:
+                    known = _standins.setdefault(norm, {})
+                    for name, own in buffers.items():
+                        if own is None or (name in known and known[name][1] is own):  # frozen already
+                            continue
+                        if name not in known or known[name][0] is not own:
+                            known[name] = own, torch.zeros_like(own)
+                        norm._buffers[name] = known[name][1]
+                yield begin
+            finally:
+                for norm, buffers in held:
+                    norm._buffers.update(buffers)
 
+    @contextmanager
+    def unless_raised(self) -> Iterator[None]:
+        """Passes inside move running statistics and other buffers; if anything raises, a failed step, all are put back.
 
-# Models inside `statistics_unless_raised`.
-_guarded: WeakSet[nn.Module] = WeakSet()
-
-
-@contextmanager
-def statistics_unless_raised(model: nn.Module) -> Iterator[None]:
-    """Passes inside move running statistics and other buffers; if anything raises, a failed step, all are put back.
-
-    Inside another one for the same model it does nothing: a loop that undoes a whole step undoes its parts.
-    """
-    if model in _guarded:
-        yield
-        return
-    buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    norms, rest = _split(model)
-    others = Buffers(rest)
-    for norm in norms:
-        if norm.training:
-            for buffer in norm._buffers.values():
-                if buffer is not None:
-                    buffers.setdefault((buffer.device, buffer.dtype), []).append(buffer)
-    # One copy of all buffers of a kind instead of one of each: this runs in every step.
-    before = [(group, torch.cat([buffer.flatten() for buffer in group])) for group in buffers.values()]
-    _guarded.add(model)
-    try:
-        yield
-    except BaseException:
-        others.put_back()
-        with torch.no_grad():
-            for group, values in before:
-                for buffer, value in zip(group, values.split([b.numel() for b in group]), strict=True):
-                    buffer.copy_(value.view_as(buffer))
-        raise
-    finally:
-        _guarded.discard(model)
+        To be entered before the first pass.
+        """
+        buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for norm in self._norms:
+            if norm.training:
+                for buffer in norm._buffers.values():
+                    if buffer is not None:
+                        buffers.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+        # One copy of all buffers of a kind instead of one of each: this runs in every step.
+        before = [(group, torch.cat([buffer.flatten() for buffer in group])) for group in buffers.values()]
+        try:
+            yield
+        except BaseException:
+            self._others.put_back()
+            with torch.no_grad():
+                for group, values in before:
+                    for buffer, value in zip(group, values.split([b.numel() for b in group]), strict=True):
+                        buffer.copy_(value.view_as(buffer))
+            raise
 
 
 def _averages_without_momentum(norm: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -68,22 +68,31 @@ class Buffers:
             held.write_back()
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """Passes inside begin with the buffers as they were here, and leave them as they are now."""
+    def again(self) -> Iterator[Callable[[], None]]:
+        """Passes inside begin with the buffers as they were here, and leave them as they are now.
+
+        Gives a function that lets one more pass begin with them.
+        """
         moved = [(held, held.now) for held in self._held if held.moved]
         still = [held for held in self._held if not held.moved and not held.grown]
-        # Passes before may hold the moved ones in their graph: these get copies of their own.
-        copies = {id(held.copy): held.copy.clone() for held, _ in moved}
-        for held, _ in moved:
-            held.put(copies[id(held.copy)])
-        try:
-            yield
-        finally:
-            for held, buffer in moved:
-                assert buffer is not None
-                if held.now is copies[id(held.copy)] or not held.grown:
-                    held.put(buffer)
+
+        def begin() -> None:
             for held in still:
                 if not held.grown:
                     held.put(held.buffer)
                 held.write_back()
+            # Passes before may hold the moved ones in their graph: these get copies of their own.
+            copies = {id(held.copy): held.copy.clone() for held, _ in moved}
+            for held, _ in moved:
+                if not held.grown:
+                    held.put(copies[id(held.copy)])
+
+        begin()
+        try:
+            yield begin
+        finally:
+            begin()
+            for held, buffer in moved:
+                if not held.grown:
+                    assert buffer is not None
+                    held.put(buffer)

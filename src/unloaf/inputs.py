@@ -140,6 +140,15 @@ def first_tensor(inputs: Any) -> Tensor:
     return batch
 
 
+def side_of(inputs: Any) -> int | None:
+    """The shorter side of a batch of images, in pixels; None for any other batch.
+
+    >>> side_of(torch.zeros(2, 3, 32, 64)), side_of(torch.zeros(2, 3))
+    (32, None)
+    """
+    return min(inputs.shape[-2:]) if isinstance(inputs, Tensor) and inputs.ndim == 4 else None
+
+
 class View(NamedTuple):
     """What a pass sees of a batch.
 

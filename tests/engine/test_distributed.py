@@ -492,7 +492,7 @@ def test_each_accumulated_batch_draws_subnets_of_its_own():
     for index, batch in enumerate(step):
         model = Small(dtype=torch.float64)
         twin = unloaf.StimulativeTraining(model, unloaf.find_stages(model, batch.x))
-        twin.backward(*batch, [method.draw(batch.x, step=index)[0].subnet], loss_scale=0.5)
+        twin.backward(*batch, [method.draw(len(batch.x), step=index)[0].subnet], loss_scale=0.5)
         expected = expected + flat(p.grad for p in model.parameters())
     grads = []
     training.optimizer.optimizer.register_step_pre_hook(

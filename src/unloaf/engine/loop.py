@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unloaf.batchnorm import statistics_unless_raised
+from unloaf.batchnorm import Statistics
 from unloaf.config import Config
 from unloaf.data import Batch, Data
 from unloaf.engine.devices import adding_gradients, total
@@ -142,7 +142,7 @@ def train_step(training: Training, batches: Sequence[Batch]) -> StepRow:
     lr, before = training.optimizer.param_groups[0]["lr"], training.method.state_dict()
     _forget_gradients(training)
     try:
-        with statistics_unless_raised(inner_module(training.model)):
+        with Statistics(inner_module(training.model)).unless_raised():
             terms, subnets = _gradients(training, batches)
     except NonFiniteLossError as error:
         _forget_gradients(training)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from unloaf.inputs import View, batch_size, first_examples
+from unloaf.inputs import View, batch_size, first_examples, side_of
 from unloaf.methods import TrainingMethod
 from unloaf.passes import Readout, SubnetPass, logits_of
 from unloaf.stages import Stage, between_blocks, call_model, copy_of, evaluating, inner_module
@@ -146,7 +146,7 @@ class StepCounter:
 
     def mean(self, method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFlops:
         """Mean over what the method draws in these steps for such a batch."""
-        counted = [self(method.draw(x, step=step), main=method.trains_main) for step in steps]
+        counted = [self(method.draw(batch_size(x), side_of(x), step=step), main=method.trains_main) for step in steps]
         return StepFlops(*(sum(column) / len(counted) for column in zip(*counted, strict=True)))
 
     def _new(self, view: View, events: Sequence[tuple[str, int]], seen: set[tuple[Any, ...]]) -> float:

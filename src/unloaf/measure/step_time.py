@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unloaf.batchnorm import frozen_statistics
+from unloaf.batchnorm import Statistics
+from unloaf.inputs import batch_size, side_of
 from unloaf.measure.flops import StepFlops
 from unloaf.measure.quick_flops import QuickCounter
 from unloaf.measure.step_memory import peak_bytes
@@ -236,7 +237,7 @@ class _Bench:
 
     def _counted(self, label: str, step: int) -> StepFlops:
         method = self.methods[label]
-        return self.flops(method.draw(self.x, step=step), main=method.trains_main)
+        return self.flops(method.draw(batch_size(self.x), side_of(self.x), step=step), main=method.trains_main)
 
     def _row(self, label: str, peaks: Mapping[str, int]) -> StepTimeRow:
         mine = self.pairs[label, False]
@@ -294,14 +295,14 @@ def run_step(
 
 def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
     """The same step with a complete forward and backward pass for each subnet: what sharing is measured against."""
-    passes, losses = method.draw(x), method.losses(y)
+    passes, losses = method.draw(batch_size(x), side_of(x)), method.losses(y)
     model = inner_module(method.model)
     logits = logits_of(call_model(method.model, x), method.readout)
     _backward(losses.main(logits))
     teacher = logits.detach()
     known: list[Tensor | None] = [None] * len(passes)
     for index, request in enumerate(passes):
-        with active_subnet(model, method.stages, request.subnet), frozen_statistics(model):
+        with active_subnet(model, method.stages, request.subnet), Statistics(model).frozen():
             student = logits_of(call_model(model, request.view.of(x)), method.readout)
         known[index] = student.detach()
         _backward(method.weighted_term(losses, index, student, teacher, known))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from torch import nn
 
@@ -33,11 +32,11 @@ class CommonTraining(SinglePassTraining):
     def __init__(self, model: nn.Module, *, criterion: Criterion | None = None, readout: Readout | None = None) -> None:
         super().__init__(model, criterion=criterion, readout=readout)
 
-    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
+    def draw(self, examples: int, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
         """No pass beside the main one."""
         return []
 
-    def _active(self, x: Any, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
+    def _active(self, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
         if subnets:
             raise ValueError(f"common training runs no subnets, but {len(subnets)} are given; leave subnets out")
         return nullcontext(())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -95,13 +95,16 @@ class GroupKnowledgeTraining(SubnetTraining):
         chains = {"groups": self.groups, "chains": self.loops, "seed": self.seed, "step": step}
         return sample_chains(self.sampler, self.stages, **chains)
 
-    def _passes(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
+    def _passes(self, subnets: Sequence[Subnet], examples: int, side: int | None, step: int) -> list[SubnetPass]:
         count = self.groups * self.loops
         if len(subnets) != count:
             raise ValueError(
                 f"{len(subnets)} subnets are given for {self.loops} loops of {self.groups} groups; give {count}"
             )
-        return [SubnetPass(subnet, needs=self._teachers(index)) for index, subnet in enumerate(subnets)]
+        return super()._passes(subnets, examples, side, step)
+
+    def _request(self, index: int, subnet: Subnet, side: int | None, step: int) -> SubnetPass:
+        return SubnetPass(subnet, needs=self._teachers(index))
 
     def _teachers(self, index: int) -> tuple[int, ...]:
         """The passes whose logits make up the teacher of this one; none, where that is the main network."""

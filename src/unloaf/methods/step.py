@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unloaf.batchnorm import statistics_unless_raised
-from unloaf.inputs import batch_size, first_tensor
+from unloaf.batchnorm import Statistics
+from unloaf.inputs import batch_size, first_tensor, side_of
 from unloaf.losses import is_binary, is_regression, takes_softmax
 from unloaf.methods.terms import Criterion, Distance, StepLosses, innermost
-from unloaf.passes import Readout, StepTerms, SubnetPass, check_gradient, lean_backward, logits_of, one_graph_losses
+from unloaf.passes import (
+    Readout,
+    StepTerms,
+    SubnetPass,
+    advice_on_small_batches,
+    check_batch,
+    check_gradient,
+    lean_backward,
+    logits_of,
+    one_graph,
+    tell_what_is_not_compiled,
+)
 from unloaf.stages import Stage, call_model, inner_module
 from unloaf.subnet import Subnet, check_stages
 
@@ -89,10 +99,9 @@ class TrainingMethod(ABC):
             y: targets for the criterion: class indices or soft labels.
             subnets: train these instead of drawing.
         """
-        self._check_batch(x, y)
-        with _advice_on_small_batches(x), statistics_unless_raised(inner_module(self.model)):
+        check_batch(self.model, x, y)
+        with advice_on_small_batches(x):
             out = self._forward(x, y, subnets)
-            check_gradient(out.loss.requires_grad or not torch.is_grad_enabled())
         self.step += 1
         return out
 
@@ -113,8 +122,8 @@ class TrainingMethod(ABC):
                 "backward inside torch.no_grad() or torch.inference_mode() computes no gradient; leave it, or call "
                 "method(x, y) inside torch.no_grad() for the loss alone"
             )
-        self._check_batch(x, y)
-        with _advice_on_small_batches(x), statistics_unless_raised(inner_module(self.model)):
+        check_batch(self.model, x, y)
+        with advice_on_small_batches(x):
             out = self._backward(x, y, subnets, loss_scale)
         self.step += 1
         return out
@@ -132,8 +141,14 @@ class TrainingMethod(ABC):
         self.seed, self.step = state["seed"], state["step"]
 
     @abstractmethod
-    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
-        """The passes beside the main one that a step draws, by default the next one, for a batch like x."""
+    def draw(self, examples: int, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
+        """The passes beside the main one that a step draws: a pure function of these and the seed.
+
+        Args:
+            examples: in the batch.
+            side: the shorter one of its images, in pixels; None where it is no tensor of images.
+            step: which one; default the next one.
+        """
 
     @abstractmethod
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput: ...
@@ -145,57 +160,23 @@ class TrainingMethod(ABC):
         """The loss terms of a step with these targets."""
         return StepLosses(self.criterion, y, classes_last=self.readout is not None)
 
-    def _check_batch(self, x: Any, y: Any) -> None:
-        """All that can be told before a pass is: a batch refused here has changed nothing."""
-        batch = first_tensor(x)
-        model = inner_module(self.model)
-        first = next(model.parameters(), None)
-        if first is not None and (batch.device != first.device or (isinstance(y, Tensor) and y.device != first.device)):
-            _check_devices(model, batch, y)
-        # A mapping may hold anything: there the criterion tells whether y fits the logits.
-        if batch is x and isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
-            raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
-
-
-@contextmanager
-def _advice_on_small_batches(x: Any) -> Iterator[None]:
-    """What to do where torch's batch norm refuses a single value per channel; one image often has more."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        size = len(first_tensor(x))
-        raise ValueError(
-            f"batch norm: {error}. The batch has {size} example{'s' if size > 1 else ''}; give at least 2 "
-            "(DataLoader(..., drop_last=True) for the last batch), larger inputs, or put the norms in eval mode"
-        ) from error
-
-
-def _check_devices(model: nn.Module, x: Tensor, y: Any) -> None:
-    """Raise ValueError unless the batch is on one of the model's devices."""
-    devices = {parameter.device for parameter in model.parameters()}
-    if x.device not in devices:
-        where = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the batch is on {x.device}, the model on {where}; move the batch: x.to({where!r})")
-    if isinstance(y, Tensor) and y.device not in devices:
-        raise ValueError(f"y is on {y.device}, the model elsewhere; move the targets: y.to({str(x.device)!r})")
-
 
 class SinglePassTraining(TrainingMethod):
     """A method whose step is one pass, trained on the labels."""
 
     @abstractmethod
-    def _active(self, x: Any, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
+    def _active(self, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
         """Makes the model the network of the pass; gives the subnet if it is not the main network."""
 
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        with self._active(x, subnets) as trained:
-            return self._pass(x, y, trained)
+        with self._active(subnets) as trained, Statistics(inner_module(self.model)).unless_raised():
+            out = self._pass(x, y, trained)
+            check_gradient(out.loss.requires_grad or not torch.is_grad_enabled())
+        return out
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
         # What the model checkpoints itself is computed anew in the backward pass: by the same subnet.
-        with self._active(x, subnets) as trained:
+        with self._active(subnets) as trained, Statistics(inner_module(self.model)).unless_raised():
             out = self._pass(x, y, trained)
             check_gradient(out.loss.requires_grad)
             with torch.autocast(out.loss.device.type, enabled=False):
@@ -233,7 +214,7 @@ class SubnetTraining(TrainingMethod):
     ) -> None:
         super().__init__(model, criterion=criterion, seed=seed, readout=readout)
         self.subnet_loss = subnet_loss
-        _tell_what_is_not_compiled(model)
+        tell_what_is_not_compiled(model)
         _check_softmax(self.criterion, subnet_loss, readout)
         self._shares_known = False
         check_stages(model, stages)
@@ -258,30 +239,24 @@ class SubnetTraining(TrainingMethod):
             return _checked_weight(self._weight, "subnet_weight is")
         return _checked_weight(self._weight(step), f"subnet_weight({step}) returned")
 
-    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
-        """The subnet passes of a step, by default the next one, for a batch like x; none in a step of weight 0."""
+    def draw(self, examples: int, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
+        """The subnet passes of a step, by default the next one; none in a step of weight 0."""
         step = self.step if step is None else step
-        return self._views(x, self._draw_subnets(step), step) if self.weight_at(step) else []
+        return self._passes(self._draw_subnets(step), examples, side, step) if self.weight_at(step) else []
 
     @abstractmethod
     def _draw_subnets(self, step: int) -> list[Subnet]:
         """The subnets of a step: a pure function of (seed, step)."""
 
     @abstractmethod
-    def _passes(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
-        """The passes that train these subnets."""
+    def _request(self, index: int, subnet: Subnet, side: int | None, step: int) -> SubnetPass:
+        """The pass that trains a subnet on all examples of a batch of this side."""
 
-    def _requested(self, x: Any, subnets: Sequence[Subnet] | None) -> list[SubnetPass]:
-        return self.draw(x) if subnets is None else self._views(x, subnets, self.step)
-
-    def _views(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
-        """The passes, each on as much of the batch as subnets see."""
-        passes = self._passes(x, subnets, step)
-        if self.subnet_batch_fraction == 1:
-            return passes
-        size = batch_size(x)
-        examples = max(2, round(self.subnet_batch_fraction * size))
-        return passes if examples >= size else [request._replace(examples=examples) for request in passes]
+    def _passes(self, subnets: Sequence[Subnet], examples: int, side: int | None, step: int) -> list[SubnetPass]:
+        """The passes that train these subnets, each on as much of the batch as subnets see."""
+        passes = [self._request(index, subnet, side, step) for index, subnet in enumerate(subnets)]
+        seen = max(2, round(self.subnet_batch_fraction * examples))
+        return passes if seen >= examples else [request._replace(examples=seen) for request in passes]
 
     def losses(self, y: Any) -> StepLosses:
         """The loss terms of a step with these targets."""
@@ -310,7 +285,7 @@ class SubnetTraining(TrainingMethod):
         return f"subnet{index}"
 
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        return self._step(one_graph_losses, x, y, subnets)
+        return self._step(one_graph, x, y, subnets)
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
         return self._step(partial(lean_backward, scale=scale), x, y, subnets)
@@ -318,7 +293,9 @@ class SubnetTraining(TrainingMethod):
     def _step(self, run: Callable[..., StepTerms], x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
         if torch.is_inference_mode_enabled():
             raise ValueError("torch.inference_mode() hides which outputs are changed in place; use torch.no_grad()")
-        passes, losses = self._requested(x, subnets), self.losses(y)
+        losses, side = self.losses(y), side_of(x)
+        examples = batch_size(x) if self.subnet_batch_fraction < 1 else len(first_tensor(x))
+        passes = self.draw(examples, side) if subnets is None else self._passes(subnets, examples, side, self.step)
         step = run(
             self.model,
             self.stages,
@@ -334,16 +311,6 @@ class SubnetTraining(TrainingMethod):
         names = ["main", *map(self._term_name, range(len(passes)))]
         subnets = tuple(request.subnet for request in passes)
         return StepOutput(total, step.logits, dict(zip(names, terms, strict=True)), subnets)
-
-
-def _tell_what_is_not_compiled(model: nn.Module) -> None:
-    """Warn that steps bypass torch.compile of more than a block: such a graph holds the blocks of one subnet."""
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
-        warnings.warn(
-            "what torch.compile made of the model is not used: steps run subnets as they are, without compilation; "
-            "compile the blocks of the model itself instead: unloaf.compile_blocks(model, stages)",
-            stacklevel=4,
-        )
 
 
 def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout | None) -> None:

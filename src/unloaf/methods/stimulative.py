@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -83,12 +83,13 @@ class StimulativeTraining(SubnetTraining):
         self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
         self.num_subnets = check_count("num_subnets", num_subnets)
         shape = self.stages[0].input_shape if self.stages else None
-        self._fitting: dict[tuple[int, ...], SmallerInputs | None] = {}
+        self._fitting: dict[int, SmallerInputs | None] = {}  # by the side of the images
         if isinstance(subnet_inputs, str):
             if subnet_inputs != "auto":
                 raise ValueError(f"subnet_inputs is {subnet_inputs!r}; give SmallerInputs(...), 'auto' or None")
             self.subnet_inputs = fitting_inputs(model, SmallerInputs(), shape)
-            self._fitting = {} if shape is None else {shape: self.subnet_inputs}
+            if shape is not None and len(shape) == 3:
+                self._fitting[min(shape[1:])] = self.subnet_inputs
             return
         self.subnet_inputs = subnet_inputs
         if subnet_inputs is not None and shape is not None:
@@ -98,30 +99,28 @@ class StimulativeTraining(SubnetTraining):
         generators = [draw_generator(self.seed, step, index) for index in range(self.num_subnets)]
         return [self.sampler.sample(self.stages, generator) for generator in generators]
 
-    def _passes(self, x: Any, subnets: Sequence[Subnet], step: int) -> list[SubnetPass]:
-        return [SubnetPass(subnet, self._side(x, step, index)) for index, subnet in enumerate(subnets)]
-
-    def _side(self, x: Any, step: int, index: int) -> int | None:
-        """The side of one subnet's input; None for the full one, whose prefix is the main network's."""
-        rule = self._rule(x)
+    def _request(self, index: int, subnet: Subnet, side: int | None, step: int) -> SubnetPass:
+        rule = self._rule(side)
         if rule is None:
-            return None
-        if not isinstance(x, Tensor) or x.ndim != 4:
+            return SubnetPass(subnet)
+        if side is None:
             raise ValueError("smaller inputs need x as images (batch, channels, height, width); set subnet_inputs=None")
-        full = min(x.shape[-2:])
-        draw = 0 if rule.per == "step" else index
-        side = rule.draw(full, draw_generator(self.seed, step, draw, purpose="side"))
-        return None if side == full else side
+        drawn = rule.draw(side, draw_generator(self.seed, step, 0 if rule.per == "step" else index, purpose="side"))
+        return SubnetPass(subnet, None if drawn == side else drawn)  # the full one shares the main network's prefix
 
-    def _rule(self, x: Any) -> SmallerInputs | None:
-        """What subnets see; of sides that were found to fit one shape of images, those that fit this one."""
-        first = next(iter(self._fitting.values()), None)
-        if not self._fitting or self.subnet_inputs is not first or first == SmallerInputs():
+    def _rule(self, side: int | None) -> SmallerInputs | None:
+        """What subnets see; of sides that were found to fit images of one size, those that fit this one."""
+        shape = self.stages[0].input_shape if self._fitting else None
+        if (
+            shape is None
+            or self.subnet_inputs is not self._fitting[min(shape[1:])]
+            or self.subnet_inputs == SmallerInputs()
+        ):
             return self.subnet_inputs
-        shape = tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
-        if len(shape) == 3 and shape not in self._fitting:
-            self._fitting[shape] = fitting_inputs(self.model, SmallerInputs(), shape)
-        return self._fitting.get(shape, first)
+        if side is not None and side not in self._fitting:
+            sides = (round(length * side / min(shape[1:])) for length in shape[1:])
+            self._fitting[side] = fitting_inputs(self.model, SmallerInputs(), (shape[0], *sides))
+        return self._fitting[min(shape[1:]) if side is None else side]
 
     def teacher_of(self, index: int, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
         """The main network."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -67,16 +66,16 @@ class StochasticDepth(SinglePassTraining):
         if final_survival < 1:
             _check_waits_for_no_skipped_block(model)
 
-    def draw(self, x: Any, *, step: int | None = None) -> list[SubnetPass]:
-        """The one pass of a step, by default the next one."""
+    def draw(self, examples: int, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
+        """The one pass of a step, by default the next one, whatever the batch."""
         generator = draw_generator(self.seed, self.step if step is None else step, 0)
         return [SubnetPass(self.sampler.sample(self.stages, generator))]
 
     @contextmanager
-    def _active(self, x: Any, subnets: Sequence[Subnet] | None) -> Iterator[tuple[Subnet, ...]]:
+    def _active(self, subnets: Sequence[Subnet] | None) -> Iterator[tuple[Subnet, ...]]:
         if subnets is not None and len(subnets) != 1:
             raise ValueError(f"stochastic depth trains 1 subnet a step, but {len(subnets)} are given; give one")
-        subnet = self.draw(x)[0].subnet if subnets is None else subnets[0]
+        subnet = self.draw(1)[0].subnet if subnets is None else subnets[0]
         with active_subnet(self.model, self.stages, subnet):
             yield (subnet,)
 

@@ -5,23 +5,26 @@ for each distinct subnet; on a *replay* a module that was called in the same sta
 far to the same input) returns its recorded output instead of computing it. That works on any model, whatever lies
 between the blocks, and gives the gradients of separate passes.
 
-Two ways to use it: `lean_backward` keeps one suffix alive at a time, each starting from detached leaves whose gradients
-are handed back, and ends with one backward through the main graph; `one_graph` leaves everything in one autograd graph.
+`lean_backward` keeps one suffix alive at a time, each starting from detached leaves whose gradients are handed back,
+and ends with one backward through the main graph; `one_graph` leaves everything in one autograd graph.
 """
 
+from unloaf.passes.guards import advice_on_small_batches, check_batch, check_gradient, tell_what_is_not_compiled
 from unloaf.passes.lean import lean_backward
-from unloaf.passes.one_graph import one_graph, one_graph_losses
+from unloaf.passes.one_graph import one_graph
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.replay import Readout, logits_of
-from unloaf.passes.terms import StepTerms, check_gradient
+from unloaf.passes.readout import Readout, logits_of
+from unloaf.passes.terms import StepTerms
 
 __all__ = [
     "Readout",
     "StepTerms",
     "SubnetPass",
+    "advice_on_small_batches",
+    "check_batch",
     "check_gradient",
     "lean_backward",
     "logits_of",
     "one_graph",
-    "one_graph_losses",
+    "tell_what_is_not_compiled",
 ]

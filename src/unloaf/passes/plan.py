@@ -1,16 +1,12 @@
-"""The trie of a step: which passes there are, which share what, and in which order they run."""
+"""The plan of a step: which passes there are, what they share, and when each goes forward and backward. No tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Literal, NamedTuple
 
 from unloaf.inputs import View
-from unloaf.passes.containers import tensors_in
-from unloaf.passes.draws import RandomState
 from unloaf.stages import Stage
 from unloaf.subnet import BlockMode, Subnet
 
@@ -38,95 +34,116 @@ class SubnetPass(NamedTuple):
 
 
 @dataclass(eq=False)
-class Record:
-    """The output of a module call, the random state it left, and the gradients that later passes returned for it."""
+class Pass:
+    """One call of the model; requests for the same subnet with the same view share it.
 
-    value: Any
-    tensors: list[Tensor]
-    versions: list[int]
-    grads: list[Tensor | None]
-    random: RandomState
+    Attributes:
+        number: 0 for the main network, the others in the order of the requests.
+        view: what it sees of the batch.
+        modes: how it applies the blocks that it keeps, in the order of execution.
+        requests: indices of those that it serves.
+        needs: indices of the requests whose logits its losses read.
+        branch: the last state shared with an earlier pass; None where it shares none.
+        end: its last state.
+        children: the passes that leave it.
+    """
 
-    @classmethod
-    def of(cls, value: Any, random: RandomState = ()) -> Record:
-        """The record of a value, with the tensors in it."""
-        tensors = tensors_in(value)
-        return cls(value, tensors, [tensor._version for tensor in tensors], [None] * len(tensors), random)
-
-    def intact(self) -> bool:
-        """False once someone has overwritten the output in place (``bn -> ReLU(inplace=True)``)."""
-        return all(t._version == v for t, v in zip(self.tensors, self.versions, strict=True))
-
-
-@dataclass(eq=False)
-class State:
-    """A node of the trie: these blocks have been applied, in this order, to this input."""
-
-    owner: Run
-    following: dict[tuple[str, BlockMode], State] = field(default_factory=dict)
-    records: dict[tuple[str, int], Record] = field(default_factory=dict)
-    ending: Run | None = None
-    visits: int = 0
-
-
-@dataclass(eq=False)
-class Run:
-    """One call of the model; requests for the same subnet with the same view share it."""
-
+    number: int
     view: View
     modes: Mapping[str, BlockMode]
     requests: list[int] = field(default_factory=list)
     needs: set[int] = field(default_factory=set)
-    parent: Run | None = None
-    branch: State | None = None  # the last state shared with an earlier run
+    branch: State | None = None
     end: State | None = None
-    children: list[Run] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    leaves: list[tuple[Record, int, Tensor]] = field(default_factory=list)
-    logits: Tensor | None = None
-    done: bool = False
+    children: list[Pass] = field(default_factory=list)
 
-    def depth_first(self) -> Iterator[Run]:
-        """This run, then the runs that branch off it: all that need its graph, and no others in between."""
+    def depth_first(self) -> Iterator[Pass]:
+        """This pass, then those that branch off it: all that need its graph, and no others in between."""
         yield self
         for child in self.children:
             yield from child.depth_first()
 
 
+@dataclass(eq=False)
+class State:
+    """A node of the trie: these blocks have been applied, in this order, to this input; `owner` comes here first."""
+
+    owner: Pass
+    following: dict[tuple[str, BlockMode], State] = field(default_factory=dict)
+    ending: Pass | None = None
+    visits: int = 0
+
+
+class Move(NamedTuple):
+    """One thing to do: a pass goes forward, whereupon the losses of some passes can be called, or backward."""
+
+    kind: Literal["forward", "backward"]
+    of: Pass
+    losses: tuple[Pass, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.of.number}"
+
+
 class Plan:
-    """The trie of a step."""
+    """The trie of a step.
 
-    def __init__(self, stages: Sequence[Stage], passes: Sequence[SubnetPass]) -> None:
+    >>> from unloaf import Stage, Subnet
+    >>> stages = (Stage("layer1", ("a", "b", "c"), (False, True, True)),)
+    >>> plan = Plan(stages, [SubnetPass(Subnet.from_depths(stages, (depth,))) for depth in (2, 1)])
+    >>> print(*plan.moves(), sep=", ")
+    forward 0, forward 1, backward 1, forward 2, backward 2, backward 0
+    """
+
+    def __init__(self, stages: Sequence[Stage], requests: Sequence[SubnetPass]) -> None:
         self.roots: dict[View, State] = {}
+        self.passes: list[Pass] = []
         self.main = self._insert(View(), Subnet.full(stages).modes(stages))
-        firsts = [self.main]
-        for index, request in enumerate(passes):
-            run = self._insert(request.view, request.subnet.modes(stages))
-            run.requests.append(index)
-            run.needs.update(request.needs)
-            if run.parent is None and run not in firsts:
-                firsts.append(run)
-        self.runs = [run for first in firsts for run in first.depth_first()]
+        for index, request in enumerate(requests):
+            served = self._insert(request.view, request.subnet.modes(stages))
+            served.requests.append(index)
+            served.needs.update(request.needs)
 
-    def _insert(self, view: View, modes: Mapping[str, BlockMode]) -> Run:
-        run = Run(view, modes)
-        state = self.roots.get(view)
-        if state is None:
-            state = self.roots[view] = State(run)
+    def _insert(self, view: View, modes: Mapping[str, BlockMode]) -> Pass:
+        added = Pass(len(self.passes), view, modes)
+        state = self.roots.setdefault(view, State(added))
         path = [state]
-        branch = None if state.owner is run else state
         for step in modes.items():
-            if step in state.following:
-                state = branch = state.following[step]
-            else:
-                state.following[step] = state = State(run)
+            state = state.following.setdefault(step, State(added))
             path.append(state)
         if state.ending is not None:  # the same subnet again
             return state.ending
-        state.ending, run.end = run, state
+        state.ending, added.end = added, state
         for visited in path:
             visited.visits += 1
-        if branch is not None:
-            run.branch, run.parent = branch, branch.owner
-            branch.owner.children.append(run)
-        return run
+            if visited.owner is not added:
+                added.branch = visited
+        if added.branch is not None:
+            added.branch.owner.children.append(added)
+        self.passes.append(added)
+        return added
+
+    def moves(self) -> list[Move]:
+        """What to do, in order; the main network goes forward first and backward last.
+
+        Passes go forward depth first. A loss is called right after its pass, or after the last of those whose logits it
+        reads. A pass goes backward, its graph is gone, as soon as its losses are called and all that branch off it have
+        gone backward: so one suffix is alive at a time, or a chain of them.
+        """
+        moves: list[Move] = []
+        known: set[int] = set()
+        waiting: list[Pass] = []  # for logits that their losses read
+        alive: list[Pass] = []
+        done: set[Pass] = set()
+        for one in (one for first in self.passes if first.branch is None for one in first.depth_first()):
+            known.update(one.requests)
+            waiting.append(one)
+            moves.append(Move("forward", one, tuple(ready for ready in waiting if ready.needs <= known)))
+            waiting = [late for late in waiting if late not in moves[-1].losses]
+            alive.append(one)
+            for candidate in reversed(alive):
+                if candidate is not self.main and candidate not in waiting and done.issuperset(candidate.children):
+                    moves.append(Move("backward", candidate))
+                    done.add(candidate)
+            alive = [left for left in alive if left not in done]
+        return [*moves, Move("backward", self.main)]

@@ -1,4 +1,4 @@
-"""When the losses of a step are called: each as soon as what it reads is known."""
+"""The losses of a step: each is called as soon as what it reads is known."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from unloaf.passes.plan import Run
+from unloaf.passes.plan import Move, Pass
 
 MainLoss = Callable[[Tensor], Tensor]
 SubnetLoss = Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], Tensor]
+_MAIN = -1
 
 
 class StepTerms(NamedTuple):
@@ -30,53 +31,30 @@ class Terms:
 
     def __init__(self, requests: int, main_loss: MainLoss, subnet_loss: SubnetLoss) -> None:
         self._main_loss, self._subnet_loss = main_loss, subnet_loss
-        self.known: list[Tensor | None] = [None] * requests
-        self.losses: list[Tensor | None] = [None] * requests
-        self._waiting: list[Run] = []
+        self._known: list[Tensor | None] = [None] * requests
+        self._losses: dict[int, Tensor] = {}
+        self._waiting: dict[Pass, Tensor] = {}
 
-    def begin(self, main: Run) -> None:
-        """After the main pass: the main loss, and those of requests for the main network."""
-        assert main.logits is not None
-        self.main_logits = main.logits.detach()
-        self.main_loss = self._main_loss(main.logits)
-        self.add(main)
-
-    def add(self, run: Run) -> None:
-        """After a pass: all losses that can be called."""
-        assert run.logits is not None
-        for index in run.requests:
-            self.known[index] = run.logits.detach()
-        self._waiting.append(run)
-        for ready in [waiting for waiting in self._waiting if all(self.known[i] is not None for i in waiting.needs)]:
-            assert ready.logits is not None
+    def add(self, move: Move, logits: Tensor) -> None:
+        """After a pass has gone forward: call the losses that can be called."""
+        if move.of.number == 0:
+            self.main_logits = logits.detach()
+            self._losses[_MAIN] = self._main_loss(logits)
+        for index in move.of.requests:
+            self._known[index] = logits.detach()
+        self._waiting[move.of] = logits
+        for ready in move.losses:
+            logits = self._waiting.pop(ready)
             for index in ready.requests:
-                self.losses[index] = self._subnet_loss(index, ready.logits, self.main_logits, self.known)
-            self._waiting.remove(ready)
+                self._losses[index] = self._subnet_loss(index, logits, self.main_logits, self._known)
 
-    def of(self, run: Run) -> list[Tensor] | None:
-        """The losses of a run's requests; None if they were not called yet."""
-        return None if run in self._waiting else [loss for i in run.requests if (loss := self.losses[i]) is not None]
-
-    def detach(self, run: Run) -> None:
-        """Let go of the graphs of a run's losses."""
-        for index in run.requests:
-            loss = self.losses[index]
-            self.losses[index] = None if loss is None else loss.detach()
-
-    def finish(self, main: Run) -> None:
-        """Let go of the graph of the main pass."""
-        self.detach(main)
-        self.main_loss = self.main_loss.detach()
+    def hand_over(self, one: Pass) -> list[Tensor]:
+        """The losses of a pass, for its backward; without their graphs they stay."""
+        indices = [*([_MAIN] if one.number == 0 else []), *one.requests]
+        losses = [self._losses[index] for index in indices]
+        self._losses.update((index, loss.detach()) for index, loss in zip(indices, losses, strict=True))
+        return losses
 
     def result(self) -> StepTerms:
         """All of them."""
-        return StepTerms(self.main_logits, self.main_loss, [loss for loss in self.losses if loss is not None])
-
-
-def check_gradient(has_one: bool) -> None:
-    """Raise ValueError unless a loss of the step has a gradient."""
-    if not has_one:
-        raise ValueError(
-            "no loss of this step has a gradient: all parameters are frozen, or the losses are cut off from them; "
-            "set requires_grad_(True) for those to train"
-        )
+        return StepTerms(self.main_logits, self._losses[_MAIN], [self._losses[i] for i in range(len(self._known))])
