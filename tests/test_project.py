@@ -98,6 +98,13 @@ def test_core_imports_only_torch_and_the_standard_library(room: str):
     assert imported - sys.stdlib_module_names <= {"torch", "unloaf"}
 
 
+def test_contributing_says_what_lies_in_every_room():
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("| room |")[2].partition("\n\n")[0]
+    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", table, flags=re.M)))
+    rooms = {path.relative_to(ROOT / "src" / "unloaf").parts[0].removesuffix(".py") for path in SOURCES}
+    assert sorted(named) == sorted(rooms - {"__init__"})
+
+
 def test_tracked_files_name_no_machine_and_no_package_host():
     foreign = re.compile(
         r"(?<![\w.])/(work|tmp|root|home)/\w|\.\./shared\b|\bpypi\.[o]rg|[p]ythonhosted\.org|[d]ownload\.pytorch\.org"
