@@ -51,7 +51,7 @@ def step(method, x, y, mode):
     if mode == "lean":
         method.backward(x, y)
     else:
-        method(x, y).loss.backward()
+        method(x, y, lean=mode == "deferred").loss.backward()
     return torch.cat([p.grad.flatten() for p in method.model.parameters()])
 
 
@@ -68,6 +68,16 @@ def work(rank, folder):
         wrapped = DistributedDataParallel(model, broadcast_buffers=False)
         method = build(kind, wrapped, stages, rank)
         grads[f"{kind}/{mode}/{unlabelled}"] = step(method, x, labels_of(rank, unlabelled), mode)
+    for kind, mode in itertools.product(KINDS, ["lean", "deferred"]):
+        model, stages, x, y = network_and_batch(rank, torch.float32)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        method = build(kind, wrapped, stages, rank)
+        grads[f"{kind}/{mode}"] = step(method, x, y, mode)
+        wrapped.zero_grad()
+        with wrapped.no_sync():  # two batches in a step of the optimizer
+            step(method, x[:2], y[:2], mode)
+        grads[f"{kind}/{mode}/accumulated"] = step(method, x[2:], y[2:], mode)
+        grads[f"{kind}/{mode}/norm"] = torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 0.1)
     torch.save(grads, Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -115,6 +125,28 @@ def test_a_rank_without_labels_takes_part_with_no_gradient(ranks, kind, mode, un
     for grads in ranks:
         error = grads[f"{kind}/{mode}/{unlabelled}"] - expected
         assert error.norm() < TOLERANCE[torch.float64] * expected.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deferred_step_has_the_bits_of_a_lean_one(ranks, kind):
+    for grads in ranks:
+        assert torch.equal(grads[f"{kind}/deferred"], grads[f"{kind}/lean"])
+        accumulated = grads[f"{kind}/lean/accumulated"]
+        assert (grads[f"{kind}/deferred/accumulated"] - accumulated).norm() < 1e-6 * accumulated.norm()
+        torch.testing.assert_close(grads[f"{kind}/deferred/norm"], grads[f"{kind}/lean/norm"])
+    assert torch.equal(*(grads[f"{kind}/deferred/accumulated"] for grads in ranks))
+
+
+@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.filterwarnings("ignore:You passed find_unused_parameters=true to DistributedDataParallel")
+@pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+def test_a_deferred_step_refuses_a_wrapper_that_looks_for_parameters_in_the_graph(options):
+    torch.manual_seed(0)
+    model, x, y = ToyNetwork(), torch.randn(2, 4), torch.tensor([0, 2])
+    stages = unloaf.find_stages(model, x)
+    method = unloaf.StimulativeTraining(DistributedDataParallel(model, **options), stages)
+    with pytest.raises(ValueError, match=r"wrap the model without these options, or leave out lean=True"):
+        method(x, y, lean=True)
 
 
 # --- stochastic depth, whose skipped blocks have no gradient

@@ -17,6 +17,7 @@ from unloaf.inputs import batch_size, first_tensor, side_of
 from unloaf.losses import is_binary, is_regression, takes_softmax
 from unloaf.methods.terms import Criterion, Distance, StepLosses, innermost
 from unloaf.passes import (
+    Deferred,
     Readout,
     StepTerms,
     SubnetPass,
@@ -58,8 +59,9 @@ class StepOutput(NamedTuple):
 class TrainingMethod(ABC):
     """One training step of a method, for any training loop. It knows no device, optimizer or file.
 
-    ``backward(x, y)`` adds to ``.grad`` (lean in memory); ``method(x, y).loss.backward()`` gives the same gradients for
-    loops that own the backward pass. Draws depend on (seed, step) alone; ``step`` counts the steps made.
+    ``backward(x, y)`` adds to ``.grad`` (lean in memory); ``method(x, y).loss.backward()`` and, lean too,
+    ``method(x, y, lean=True).loss.backward()`` give the same gradients for loops that own the backward pass. Draws
+    depend on (seed, step) alone; ``step`` counts the steps made.
 
     Logits are (batch, ..., classes). The default criterion, torch's cross-entropy, is the mean over all leading
     dimensions, of which the targets have the shape. A criterion of another class gets the logits as they are, right
@@ -87,21 +89,38 @@ class TrainingMethod(ABC):
         self.seed = seed
         self.step = 0
 
-    def __call__(self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None) -> StepOutput:
+    def __call__(self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None, **lean: Any) -> StepOutput:
         """See `forward`."""
-        return self.forward(x, y, subnets)
+        return self.forward(x, y, subnets, **lean)
 
-    def forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None) -> StepOutput:
-        """All passes of the step in one autograd graph: the caller calls ``out.loss.backward()``.
+    def forward(
+        self,
+        x: Any,
+        y: Any,
+        subnets: Sequence[Subnet] | None = None,
+        *,
+        lean: bool = False,
+        loss_scale: float | Tensor = 1.0,
+    ) -> StepOutput:
+        """The step for loops that own the backward pass: the caller calls ``out.loss.backward()``.
 
         Args:
             x: a batch, as the model takes it.
             y: targets for the criterion: class indices or soft labels.
             subnets: train these instead of drawing.
+            lean: False leaves all passes in one autograd graph. True computes the gradients here, with the memory of
+                `backward` and a copy of the gradients, and the backward of the loss hands them over, times what comes
+                in there; it does so once, and before the next step.
+            loss_scale: with lean, the factor of a gradient scaler, so that no gradient in float16 is too small:
+                ``scaler.scale(method(x, y, lean=True, loss_scale=scaler.get_scale()).loss).backward()``. What is handed
+                over is divided by it.
         """
         check_batch(self.model, x, y)
         with advice_on_small_batches(x):
-            out = self._forward(x, y, subnets)
+            if lean and torch.is_grad_enabled():
+                out = self._deferred(x, y, subnets, loss_scale)
+            else:
+                out = self._forward(x, y, subnets)
         self.step += 1
         return out
 
@@ -155,6 +174,10 @@ class TrainingMethod(ABC):
 
     @abstractmethod
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput: ...
+
+    def _deferred(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
+        """A step of one pass is lean as it is."""
+        return self._forward(x, y, subnets)
 
     def losses(self, y: Any) -> StepLosses:
         """The loss terms of a step with these targets."""
@@ -213,7 +236,7 @@ class SubnetTraining(TrainingMethod):
         seed: int,
     ) -> None:
         super().__init__(model, criterion=criterion, seed=seed, readout=readout)
-        self.subnet_loss = subnet_loss
+        self.subnet_loss, self._defer = subnet_loss, Deferred()
         tell_what_is_not_compiled(model)
         _check_softmax(self.criterion, subnet_loss, readout)
         self._shares_known = False
@@ -289,6 +312,9 @@ class SubnetTraining(TrainingMethod):
 
     def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
         return self._step(partial(lean_backward, scale=scale), x, y, subnets)
+
+    def _deferred(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
+        return self._step(partial(self._defer, scale=scale), x, y, subnets)
 
     def _step(self, run: Callable[..., StepTerms], x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
         if torch.is_inference_mode_enabled():

@@ -9,6 +9,7 @@ between the blocks, and gives the gradients of separate passes.
 and ends with one backward through the main graph; `one_graph` leaves everything in one autograd graph.
 """
 
+from unloaf.passes.deferred import Deferred
 from unloaf.passes.guards import advice_on_small_batches, check_batch, check_gradient, tell_what_is_not_compiled
 from unloaf.passes.lean import lean_backward
 from unloaf.passes.one_graph import one_graph
@@ -17,6 +18,7 @@ from unloaf.passes.readout import Readout, logits_of
 from unloaf.passes.terms import StepTerms
 
 __all__ = [
+    "Deferred",
     "Readout",
     "StepTerms",
     "SubnetPass",
