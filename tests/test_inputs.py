@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import unloaf
+from test_methods_bad_input import refuses, toy
 from toy_networks import Block
 from unloaf import SmallerInputs
 from unloaf.inputs import first_examples, first_tensor, resize
+from unloaf.measure.flops import method_flops
 from unloaf.sampling import draw_generator
 
 # --- the rule
@@ -154,6 +156,87 @@ def test_sides_do_not_depend_on_the_global_generator():
     assert [images.shape for images in sides_of_a_step(SmallerInputs(), x=torch.ones(2, 3, 32, 32))] == one
 
 
+# --- a rule of the caller's own
+
+
+def noisy(batch, generator):
+    return batch[..., 8:] + torch.randn(batch[..., 8:].shape, generator=generator)
+
+
+def test_a_rule_of_ones_own_sees_the_main_batch_and_draws_by_seed_step_and_index():
+    x = torch.randn(2, 3, 32, 32)
+    main, *seen = sides_of_a_step(noisy, x=x, num_subnets=4, seed=5)
+    assert main is x
+    assert len(seen) == 4
+    for index, images in enumerate(seen):
+        assert torch.equal(images, noisy(x, draw_generator(5, 0, index, purpose="inputs")))
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_rule_of_ones_own_may_serve_a_whole_step():
+    calls = []
+
+    def rule(batch, generator):
+        calls.append(batch)
+        return noisy(batch, generator)
+
+    rule.per = "step"
+    _, *seen = sides_of_a_step(rule, num_subnets=4)
+    assert len(calls) == 1
+    assert len(seen) == 2  # of two subnets, each asked for twice
+    assert seen[0] is seen[1]
+
+
+def gradient(rule):
+    torch.manual_seed(0)
+    model, x = Looking().double(), torch.randn(2, 3, 32, 32).double()
+    stages = unloaf.find_stages(model, x)
+    method = unloaf.stimulative_plus(model, stages, subnet_inputs=rule, num_subnets=2)
+    method.backward(x, torch.tensor([0, 1]))
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_a_rule_that_resizes_is_as_smaller_inputs():
+    assert torch.equal(gradient(lambda batch, generator: resize(batch, 16)), gradient(SmallerInputs(sides=(16,))))
+
+
+def test_a_rule_of_ones_own_is_counted_in_the_cost_of_a_step():
+    model, stages = build("resnet18", layers=(2, 1, 1, 1), channels=(8, 8, 8, 8), num_classes=4)
+    rules = (lambda batch, generator: resize(batch, 32)), SmallerInputs(sides=(32,))
+    methods = [unloaf.StimulativeTraining(model, stages, subnet_inputs=rule) for rule in rules]
+    one, other = (method_flops(method, torch.zeros(2, 3, 64, 64), range(2)) for method in methods)
+    assert one == other
+    assert one.shared == one.separate  # a quarter of the pixels beside the main network's
+
+
+def changing(batch, generator):
+    return batch.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            lambda batch, generator: None,
+            r"returned NoneType for a batch of 4; give a function of \(batch, generator\)",
+        ),
+        (lambda batch, generator: batch[:3], "subnet_inputs returned a batch of 3 examples for a batch of 4"),
+        (changing, "subnet_inputs changed the batch that it was given in place"),
+    ],
+)
+def test_what_a_rule_may_not_return(rule, message):
+    method = unloaf.StimulativeTraining(*toy(), subnet_inputs=rule)
+    assert refuses(method, message, lambda: method.backward(torch.randn(4, 4), torch.tensor([0, 1, 2, 0])))
+
+
+@pytest.mark.parametrize("rule", [3, "smaller", SmallerInputs], ids=str)
+def test_what_is_no_rule_for_inputs(rule):
+    with pytest.raises(
+        ValueError, match=r"subnet_inputs is .*; give SmallerInputs\(\.\.\.\), 'auto' or None, or a function of"
+    ):
+        unloaf.StimulativeTraining(*toy(), subnet_inputs=rule)
+
+
 # --- models that cannot take them
 
 VIT = {"img_size": 64, "embed_dim": 24, "num_heads": 3, "num_classes": 4, "depth": 2}
@@ -258,12 +341,6 @@ def test_what_is_no_image_is_shown_as_it_is(kind):
     with pytest.warns(UserWarning, match="are no images"):
         method = unloaf.stimulative_plus(model, unloaf.find_stages(model, batch))
     assert method.backward(batch, torch.randint(3, (7,))).loss.isfinite()
-
-
-def test_a_rule_that_does_not_exist():
-    model, stages = build("resnet18", layers=(2, 1, 1, 1), channels=(64, 8, 8, 8), num_classes=4)
-    with pytest.raises(ValueError, match=r"subnet_inputs is 'legal'; give SmallerInputs\(\.\.\.\), 'auto' or None"):
-        unloaf.stimulative_plus(model, stages, subnet_inputs="legal")
 
 
 # --- mappings, whose order means nothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -140,6 +140,17 @@ def first_tensor(inputs: Any) -> Tensor:
     return batch
 
 
+def rows_of(inputs: Any) -> int | None:
+    """How many rows all tensors of a batch have; None where they differ, or where the batch is anything else.
+
+    >>> rows_of(torch.zeros(4, 3)), rows_of({"pixels": torch.zeros(4, 3), "edges": torch.zeros(2, 9)}), rows_of([1, 2])
+    (4, None, None)
+    """
+    held = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    rows = {len(value) for value in held if isinstance(value, Tensor) and value.ndim}
+    return rows.pop() if len(rows) == 1 else None
+
+
 def side_of(inputs: Any) -> int | None:
     """The shorter side of a batch of images, in pixels; None for any other batch.
 
@@ -155,6 +166,7 @@ class View(NamedTuple):
     Attributes:
         side: the images' shorter side in pixels; None for their own.
         examples: how many, the first ones of the batch; None for all.
+        change: makes another batch of it; None to leave it as it is.
 
     >>> View(side=16, examples=2).of(torch.zeros(4, 3, 32, 32)).shape
     torch.Size([2, 3, 16, 16])
@@ -162,11 +174,13 @@ class View(NamedTuple):
 
     side: int | None = None
     examples: int | None = None
+    change: Callable[[Any], Any] | None = None
 
     def of(self, inputs: Any) -> Any:
         """This view of a batch; the batch itself if nothing is left out."""
         some = inputs if self.examples is None else first_examples(inputs, self.examples)
-        return some if self.side is None else resize(some, self.side)
+        some = some if self.side is None else resize(some, self.side)
+        return some if self.change is None else self.change(some)
 
 
 def legal_sides(model: nn.Module, images: Tensor, sides: Sequence[int]) -> list[int]:

@@ -128,7 +128,7 @@ class StepCounter:
         self.blocks = check_stages(self.model, stages)
         self.between = dict(between_blocks(self.model, self.blocks))
         self.events = cache(self._events)
-        self.main = self.events(Subnet.full(stages), None)
+        self.main = self.events(Subnet.full(stages), View())
         forward = sum(flops for _, flops in self.main)
         self.saved = 1 - self._forward_and_backward() / (3 * forward)  # share that the first layer's backward spares
 
@@ -139,7 +139,7 @@ class StepCounter:
         shared = self._new(View(), self.main, seen) if main else 0.0
         separate = common if main else 0.0
         for request in passes:
-            events = self.events(request.subnet, request.side)
+            events = self.events(request.subnet, request.view._replace(examples=None))
             shared += self._new(request.view, events, seen)
             separate += self._new(request.view, events, set())
         return StepFlops(common, shared, separate)
@@ -162,7 +162,7 @@ class StepCounter:
         share = 1 if view.examples is None else view.examples / self.batch_size
         return 3 * total * share * ((1 - self.saved) if fresh else 1)
 
-    def _events(self, subnet: Subnet, side: int | None) -> tuple[tuple[str, int], ...]:
+    def _events(self, subnet: Subnet, view: View) -> tuple[tuple[str, int], ...]:
         """Calls of blocks and of modules between them in a pass, with the FLOPs since the call before."""
         events: list[tuple[str, int]] = []
         kept = subnet.modes(self.stages)
@@ -178,7 +178,7 @@ class StepCounter:
             paths = [path for path in self.blocks if path in kept]
             hooked = self._hooked({p: self.blocks[p] for p in paths} | self.between, record)
             with hooked, active_subnet(self.model, self.stages, subnet):
-                call_model(self.model, View(side=side).of(self.x))
+                call_model(self.model, view.of(self.x))
             record("output")
         return tuple(events)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from unloaf.inputs import View
 from unloaf.measure.flops import StepCounter
 from unloaf.subnet import Subnet
 
@@ -26,20 +27,23 @@ class QuickCounter(StepCounter):
 
     sides: Sequence[int] = ()
 
-    def _events(self, subnet: Subnet, side: int | None) -> tuple[tuple[str, int], ...]:
+    def _events(self, subnet: Subnet, view: View) -> tuple[tuple[str, int], ...]:
         full = Subnet.full(self.stages)
         if subnet == full:
-            return super()._events(subnet, side) if side is None or side in self.sides else self._between(full, side)
+            known = view.side is None or view.side in self.sides
+            return super()._events(subnet, view) if known else self._between(full, view)
         kept = subnet.modes(self.stages)
         return tuple(
-            (path, flops) for path, flops in self.events(full, side) if path in kept or path not in self.blocks
+            (path, flops) for path, flops in self.events(full, view) if path in kept or path not in self.blocks
         )
 
-    def _between(self, full: Subnet, side: int) -> tuple[tuple[str, int], ...]:
+    def _between(self, full: Subnet, view: View) -> tuple[tuple[str, int], ...]:
+        side = view.side
+        assert side is not None
         at = bisect_left(self.sides, side)
         if not 0 < at < len(self.sides):
-            return super()._events(full, side)
+            return super()._events(full, view)
         low, high = self.sides[at - 1], self.sides[at]
         share = (side**2 - low**2) / (high**2 - low**2)
-        below, above = self.events(full, low), self.events(full, high)
+        below, above = self.events(full, View(low)), self.events(full, View(high))
         return tuple((path, round(a + share * (b - a))) for (path, a), (_, b) in zip(below, above, strict=True))

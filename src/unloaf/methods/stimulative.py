@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unloaf.inputs import SmallerInputs, check_sides, fitting_inputs
 from unloaf.losses import Norm, direction_kl_loss, kl_loss, resolve_amplitude
+from unloaf.methods.changed_inputs import ChangedInputs, InputRule
 from unloaf.methods.step import SubnetTraining, Weight, check_count
 from unloaf.methods.terms import Criterion, DirectionCriterion, Distance
 from unloaf.passes import Readout, SubnetPass
@@ -30,7 +31,9 @@ class StimulativeTraining(SubnetTraining):
         num_subnets: subnets per step; their losses are summed.
         subnet_loss: from (student logits, teacher logits) to a loss of shape ().
         subnet_inputs: `SmallerInputs`, None for the main network's input, or "auto": `SmallerInputs` with the sides
-            that the model takes, and the main network's input, with a warning, where it takes no smaller ones.
+            that the model takes, and the main network's input, with a warning, where it takes no smaller ones. Or any
+            function (batch, generator) that returns another batch of as many examples: it is called for each subnet
+            with a generator of its own or, if it has an attribute ``per = "step"``, once for all subnets of a step.
         subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
             no subnet is run.
         subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
@@ -62,7 +65,7 @@ class StimulativeTraining(SubnetTraining):
         sampler: Sampler | None = None,
         num_subnets: int = 1,
         subnet_loss: Distance = kl_loss,
-        subnet_inputs: SmallerInputs | Literal["auto"] | None = None,
+        subnet_inputs: SmallerInputs | InputRule | Literal["auto"] | None = None,
         subnet_weight: Weight = 1.0,
         subnet_batch_fraction: float = 1.0,
         criterion: Criterion | None = None,
@@ -84,15 +87,20 @@ class StimulativeTraining(SubnetTraining):
         self.num_subnets = check_count("num_subnets", num_subnets)
         shape = self.stages[0].input_shape if self.stages else None
         self._fitting: dict[int, SmallerInputs | None] = {}  # by the side of the images
-        if isinstance(subnet_inputs, str):
-            if subnet_inputs != "auto":
-                raise ValueError(f"subnet_inputs is {subnet_inputs!r}; give SmallerInputs(...), 'auto' or None")
+        if isinstance(subnet_inputs, str) and subnet_inputs == "auto":
             self.subnet_inputs = fitting_inputs(model, SmallerInputs(), shape)
             if shape is not None and len(shape) == 3:
                 self._fitting[min(shape[1:])] = self.subnet_inputs
             return
+        if isinstance(subnet_inputs, (str, type)) or not (
+            subnet_inputs is None or isinstance(subnet_inputs, SmallerInputs) or callable(subnet_inputs)
+        ):
+            raise ValueError(
+                f"subnet_inputs is {subnet_inputs!r}; give SmallerInputs(...), 'auto' or None, or a function of "
+                "(batch, generator)"
+            )
         self.subnet_inputs = subnet_inputs
-        if subnet_inputs is not None and shape is not None:
+        if isinstance(subnet_inputs, SmallerInputs) and shape is not None:
             check_sides(model, subnet_inputs, shape)
 
     def _draw_subnets(self, step: int) -> list[Subnet]:
@@ -103,12 +111,15 @@ class StimulativeTraining(SubnetTraining):
         rule = self._rule(side)
         if rule is None:
             return SubnetPass(subnet)
+        if not isinstance(rule, SmallerInputs):
+            change = ChangedInputs.of(rule, "subnet_inputs", seed=self.seed, step=step, index=index)
+            return SubnetPass(subnet, change=change)
         if side is None:
             raise ValueError("smaller inputs need x as images (batch, channels, height, width); set subnet_inputs=None")
         drawn = rule.draw(side, draw_generator(self.seed, step, 0 if rule.per == "step" else index, purpose="side"))
         return SubnetPass(subnet, None if drawn == side else drawn)  # the full one shares the main network's prefix
 
-    def _rule(self, side: int | None) -> SmallerInputs | None:
+    def _rule(self, side: int | None) -> SmallerInputs | InputRule | None:
         """What subnets see; of sides that were found to fit images of one size, those that fit this one."""
         shape = self.stages[0].input_shape if self._fitting else None
         if (
@@ -133,7 +144,7 @@ def stimulative_plus(
     *,
     sampler: Sampler | None = None,
     num_subnets: int = 6,
-    subnet_inputs: SmallerInputs | Literal["auto"] | None = "auto",
+    subnet_inputs: SmallerInputs | InputRule | Literal["auto"] | None = "auto",
     amplitude: float | Literal["auto"] = "auto",
     norm: Norm = "layer_norm",
     eps: float = 1e-7,
@@ -152,7 +163,7 @@ def stimulative_plus(
         sampler: default `InterStageSampler`.
         num_subnets: subnets per step, 6 in the paper.
         subnet_inputs: "auto" for `SmallerInputs` with the sides that the model takes, or the main network's input, with
-            a warning, where it takes no smaller ones; `SmallerInputs`, or None for the main network's input.
+            a warning, where it takes no smaller ones; else as `StimulativeTraining`.
         amplitude: of the directions, see `direction_kl_loss`; the published runs used 1 on 1,000 classes.
         norm: "layer_norm" (published runs) or "l2" (text of the paper).
         eps: of the norm; two classes under layer_norm need 0.1 at least.

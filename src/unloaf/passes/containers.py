@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -31,6 +32,20 @@ def _collect(value: Any, found: list[Tensor]) -> bool:
         return True
     items = _items(value)
     return isinstance(value, _PLAIN) if items is None else all(_collect(item, found) for item in items)
+
+
+@contextmanager
+def unchanged(value: Any, name: str) -> Iterator[None]:
+    """Raise ValueError afterwards if a tensor of a batch was changed in place by what was called `name`.
+
+    >>> with unchanged(batch := torch.zeros(2), "loss"):
+    ...     batch + 1
+    tensor([1., 1.])
+    """
+    before = [(tensor, tensor._version) for tensor in tensors_in(value)]
+    yield
+    if any(tensor._version != version for tensor, version in before):
+        raise ValueError(f"{name} changed the batch that it was given in place, and other passes see it; copy it first")
 
 
 def with_tensors(value: Any, replace: Callable[[Tensor], Tensor]) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from unloaf.inputs import View
 from unloaf.stages import Stage
@@ -19,18 +19,20 @@ class SubnetPass(NamedTuple):
         side: resize the input's shorter side to this many pixels; None is the main network's input.
         needs: indices of the requests whose logits the loss of this one reads (the main network's are always there).
         examples: run on the first so many examples of the batch; None is all of them. Passes with the same view of the
-            batch, side and examples, share their prefixes.
+            batch, side, examples and change, share their prefixes.
+        change: makes another batch of what the subnet would see; None to leave it as it is.
     """
 
     subnet: Subnet
     side: int | None = None
     needs: tuple[int, ...] = ()
     examples: int | None = None
+    change: Callable[[Any], Any] | None = None
 
     @property
     def view(self) -> View:
         """What the pass sees of the batch."""
-        return View(self.side, self.examples)
+        return View(self.side, self.examples, self.change)
 
 
 @dataclass(eq=False)
