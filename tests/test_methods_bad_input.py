@@ -1,5 +1,6 @@
 """What a training step refuses, that it then changes nothing, and the arithmetic around a step."""
 
+import re
 from collections import namedtuple
 from functools import partial
 from types import SimpleNamespace
@@ -118,6 +119,16 @@ def test_smaller_inputs_on_a_batch_that_is_no_image(name, call):
     method.subnet_inputs = SmallerInputs()
     message = r"need x as images \(batch, channels, height, width\); set subnet_inputs=None"
     assert refuses(method, message, lambda: call(method, *batch()))
+
+
+@pytest.mark.parametrize(
+    ("readout", "shape"), [(lambda z: z[:3], "(3, 3)"), (lambda z: z.sum(), "()"), (lambda z: z.flatten(), "(12,)")]
+)
+@pytest.mark.parametrize("name", ["common", "st"])
+def test_a_readout_of_another_number_of_rows(name, readout, shape):
+    method = METHODS[name](*toy(), readout=readout)
+    message = rf"readout returned shape {re.escape(shape)} for a batch of 4 examples; give a row for each"
+    assert refuses(method, message, lambda: method.backward(*batch()))
 
 
 # --- subnets
@@ -624,6 +635,29 @@ class WithFurtherHead(ToyNetwork):
     def forward(self, x):
         between = self.first(x)
         return self.form(self.head(self.second(between)), self.middle(between))
+
+
+@pytest.mark.parametrize("name", ["common", "st"])
+def test_outputs_of_another_meaning_are_asked_about(name):
+    further = WithFurtherHead(norm=True)
+    further.form = lambda logits, boxes: {"logits": logits, "boxes": boxes}
+    further(torch.randn(4, 4))["boxes"].sum().backward()
+    for parameter in further.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    message = r"returned boxes beside its logits, and no loss reaches them.*GroundTruthTraining.*or give readout="
+    method = METHODS[name](further, toy()[1])
+    assert refuses(method, message, lambda: method.backward(*batch()))
+
+
+class Telling(ToyNetwork):
+    def forward(self, x):
+        features = self.second(self.first(x))
+        logits = self.head(features)
+        return {"logits": logits, "features": features.flatten(1), "probabilities": logits.softmax(1)}
+
+
+def test_outputs_made_on_the_way_to_the_logits_are_no_heads():
+    assert StimulativeTraining(Telling(), toy()[1]).backward(*batch()).loss.isfinite()
 
 
 @every_method

@@ -19,8 +19,8 @@ from unloaf.measure.quick_flops import QuickCounter
 from unloaf.measure.step_memory import peak_bytes
 from unloaf.methods import CommonTraining, TrainingMethod
 from unloaf.methods.step import SubnetTraining
-from unloaf.passes import logits_of
-from unloaf.stages import call_model, inner_module
+from unloaf.passes import call_for_logits
+from unloaf.stages import inner_module
 from unloaf.subnet import active_subnet
 
 
@@ -297,13 +297,13 @@ def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
     """The same step with a complete forward and backward pass for each subnet: what sharing is measured against."""
     passes, losses = method.draw(batch_size(x), side_of(x)), method.losses(y)
     model = inner_module(method.model)
-    logits = logits_of(call_model(method.model, x), method.readout)
+    logits = call_for_logits(method.model, x, readout=method.readout)
     _backward(losses.main(logits))
     teacher = logits.detach()
     known: list[Tensor | None] = [None] * len(passes)
     for index, request in enumerate(passes):
         with active_subnet(model, method.stages, request.subnet), Statistics(model).frozen():
-            student = logits_of(call_model(model, request.view.of(x)), method.readout)
+            student = call_for_logits(model, request.view.of(x), readout=method.readout)
         known[index] = student.detach()
         _backward(method.weighted_term(losses, index, student, teacher, known))
     method.step += 1

@@ -22,14 +22,14 @@ from unloaf.passes import (
     StepTerms,
     SubnetPass,
     advice_on_small_batches,
+    call_for_logits,
     check_batch,
     check_gradient,
     lean_backward,
-    logits_of,
     one_graph,
     tell_what_is_not_compiled,
 )
-from unloaf.stages import Stage, call_model, inner_module
+from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, check_stages
 
 Weight = float | Callable[[int], float]
@@ -40,7 +40,8 @@ class StepOutput(NamedTuple):
 
     Attributes:
         loss: the sum of all terms, shape (); carries the graph after ``method(x, y)``, detached after ``backward``.
-        logits: of the main network, detached, (batch, ..., classes); in stochastic depth, of the subnet that was drawn.
+        logits: of the main network, detached, (batch, ..., classes); in stochastic depth, of the subnet that was drawn;
+            None where the loss is the method's own business (`GroundTruthTraining`).
         terms: each loss term by name, as it enters the sum, detached, shape (): "main", of these logits and the labels,
             "subnet0" and so on for the subnets beside.
         subnets: the subnets that were trained, in the order of the terms.
@@ -51,7 +52,7 @@ class StepOutput(NamedTuple):
     """
 
     loss: Tensor
-    logits: Tensor
+    logits: Tensor | None
     terms: dict[str, Tensor]
     subnets: tuple[Subnet, ...]
 
@@ -74,18 +75,10 @@ class TrainingMethod(ABC):
 
     trains_main = True
     stages: tuple[Stage, ...] = ()
+    readout: Readout | None = None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        criterion: Criterion | None = None,
-        seed: int = 0,
-        readout: Readout | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
         self.model = model
-        self.criterion: Criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        self.readout = readout
         self.seed = seed
         self.step = 0
 
@@ -115,7 +108,7 @@ class TrainingMethod(ABC):
                 ``scaler.scale(method(x, y, lean=True, loss_scale=scaler.get_scale()).loss).backward()``. What is handed
                 over is divided by it.
         """
-        check_batch(self.model, x, y)
+        self._check_batch(x, y)
         with advice_on_small_batches(x):
             if lean and torch.is_grad_enabled():
                 out = self._deferred(x, y, subnets, loss_scale)
@@ -141,7 +134,7 @@ class TrainingMethod(ABC):
                 "backward inside torch.no_grad() or torch.inference_mode() computes no gradient; leave it, or call "
                 "method(x, y) inside torch.no_grad() for the loss alone"
             )
-        check_batch(self.model, x, y)
+        self._check_batch(x, y)
         with advice_on_small_batches(x):
             out = self._backward(x, y, subnets, loss_scale)
         self.step += 1
@@ -169,6 +162,10 @@ class TrainingMethod(ABC):
             step: which one; default the next one.
         """
 
+    def term_name(self, index: int) -> str:
+        """The name of the loss term of a subnet pass."""
+        return f"subnet{index}"
+
     @abstractmethod
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput: ...
 
@@ -179,13 +176,18 @@ class TrainingMethod(ABC):
         """A step of one pass is lean as it is."""
         return self._forward(x, y, subnets)
 
-    def losses(self, y: Any) -> StepLosses:
-        """The loss terms of a step with these targets."""
-        return StepLosses(self.criterion, y, classes_last=self.readout is not None)
+    def _check_batch(self, x: Any, y: Any) -> None:
+        check_batch(self.model, x, y)
 
 
 class SinglePassTraining(TrainingMethod):
     """A method whose step is one pass, trained on the labels."""
+
+    def __init__(
+        self, model: nn.Module, *, criterion: Criterion | None, readout: Readout | None, seed: int = 0
+    ) -> None:
+        super().__init__(model, seed=seed)
+        self.criterion, self.readout = criterion if criterion is not None else nn.CrossEntropyLoss(), readout
 
     @abstractmethod
     def _active(self, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
@@ -207,8 +209,8 @@ class SinglePassTraining(TrainingMethod):
         return out._replace(loss=out.loss.detach())
 
     def _pass(self, x: Any, y: Any, trained: tuple[Subnet, ...]) -> StepOutput:
-        logits = logits_of(call_model(self.model, x), self.readout)
-        loss = self.losses(y).main(logits)
+        logits = call_for_logits(self.model, x, readout=self.readout)
+        loss = StepLosses(self.criterion, y, classes_last=self.readout is not None).main(logits)
         return StepOutput(loss, logits.detach(), {"main": loss.detach()}, trained)
 
 
@@ -235,8 +237,9 @@ class SubnetTraining(TrainingMethod):
         subnet_batch_fraction: float,
         seed: int,
     ) -> None:
-        super().__init__(model, criterion=criterion, seed=seed, readout=readout)
-        self.subnet_loss, self._defer = subnet_loss, Deferred()
+        super().__init__(model, seed=seed)
+        self.criterion: Criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+        self.subnet_loss, self.readout, self._defer = subnet_loss, readout, Deferred()
         tell_what_is_not_compiled(model)
         _check_softmax(self.criterion, subnet_loss, readout)
         self._shares_known = False
@@ -258,9 +261,7 @@ class SubnetTraining(TrainingMethod):
         Raises:
             ValueError: the function that was given as weight returned no number from 0 up.
         """
-        if not callable(self._weight):
-            return _checked_weight(self._weight, "subnet_weight is")
-        return _checked_weight(self._weight(step), f"subnet_weight({step}) returned")
+        return weight_in(self._weight, step)
 
     def draw(self, examples: int, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
         """The subnet passes of a step, by default the next one; none in a step of weight 0."""
@@ -304,9 +305,6 @@ class SubnetTraining(TrainingMethod):
         teacher = self.teacher_of(index, seen, known)
         return losses.subnet(student, teacher, self.subnet_weight)
 
-    def _term_name(self, index: int) -> str:
-        return f"subnet{index}"
-
     def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
         return self._step(one_graph, x, y, subnets)
 
@@ -317,26 +315,42 @@ class SubnetTraining(TrainingMethod):
         return self._step(partial(self._defer, scale=scale), x, y, subnets)
 
     def _step(self, run: Callable[..., StepTerms], x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        if torch.is_inference_mode_enabled():
-            raise ValueError("torch.inference_mode() hides which outputs are changed in place; use torch.no_grad()")
         losses, side = self.losses(y), side_of(x)
         examples = batch_size(x) if self.subnet_batch_fraction < 1 else len(first_tensor(x))
-        passes = self.draw(examples, side) if subnets is None else self._passes(subnets, examples, side, self.step)
-        step = run(
-            self.model,
-            self.stages,
+        requests = self.draw(examples, side) if subnets is None else self._passes(subnets, examples, side, self.step)
+        out = step_output(
+            run,
+            self,
             x,
-            passes,
+            requests,
             main_loss=losses.main,
             subnet_loss=partial(self.weighted_term, losses),
-            readout=self.readout,
+            call=partial(call_for_logits, readout=self.readout),
         )
         self._shares_known = True
-        total = torch.stack([step.main_loss, *step.subnet_losses]).sum()
-        terms = [loss.detach() if loss.requires_grad else loss for loss in (step.main_loss, *step.subnet_losses)]
-        names = ["main", *map(self._term_name, range(len(passes)))]
-        subnets = tuple(request.subnet for request in passes)
-        return StepOutput(total, step.logits, dict(zip(names, terms, strict=True)), subnets)
+        return out
+
+
+def step_output(
+    run: Callable[..., StepTerms], method: TrainingMethod, x: Any, requests: Sequence[SubnetPass], **how: Any
+) -> StepOutput:
+    """What a step with subnets returns.
+
+    Args:
+        run: `lean_backward` or `one_graph`.
+        method: whose model is trained.
+        x: the batch.
+        requests: the passes beside the main one.
+        how: the losses and the call, as `lean_backward` takes them.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() hides which outputs are changed in place; use torch.no_grad()")
+    step = run(method.model, method.stages, x, requests, **how)
+    losses = [step.main_loss, *step.subnet_losses]
+    terms = [loss.detach() if loss.requires_grad else loss for loss in losses]
+    names = ["main", *map(method.term_name, range(len(requests)))]
+    subnets = tuple(request.subnet for request in requests)
+    return StepOutput(torch.stack(losses).sum(), step.logits, dict(zip(names, terms, strict=True)), subnets)
 
 
 def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout | None) -> None:
@@ -351,13 +365,16 @@ def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout
         )
 
 
-def _checked_weight(weight: float, found: str) -> float:
+def weight_in(weight: Weight, step: int) -> float:
+    """The weight in a step; ValueError for anything but a number from 0 up."""
+    value = weight(step) if callable(weight) else weight
     try:
-        if math.isfinite(weight) and weight >= 0:
-            return float(weight)
+        if math.isfinite(value) and value >= 0:
+            return float(value)
     except TypeError:  # no number
         pass
-    raise ValueError(f"{found} {weight!r}; give a finite number, 0 or above")
+    found = f"subnet_weight({step}) returned" if callable(weight) else "subnet_weight is"
+    raise ValueError(f"{found} {value!r}; give a finite number, 0 or above")
 
 
 def check_count(name: str, value: int) -> int:

@@ -14,15 +14,17 @@ from unloaf.passes.guards import advice_on_small_batches, check_batch, check_gra
 from unloaf.passes.lean import lean_backward
 from unloaf.passes.one_graph import one_graph
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.readout import Readout, logits_of
+from unloaf.passes.readout import Call, Readout, call_for_logits, logits_of
 from unloaf.passes.terms import StepTerms
 
 __all__ = [
+    "Call",
     "Deferred",
     "Readout",
     "StepTerms",
     "SubnetPass",
     "advice_on_small_batches",
+    "call_for_logits",
     "check_batch",
     "check_gradient",
     "lean_backward",

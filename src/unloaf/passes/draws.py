@@ -18,11 +18,11 @@ class Draws:
     What a module draws (dropout) comes with its recorded output, and passes that compute it draw for themselves. What
     the model's own forward draws is drawn by each pass, also in the prefix that it shares. Where the main pass is seen
     to do so, each other one begins with its random state, and a replayed call leaves the state that the call left: so
-    they draw what separate passes would, each begun with that state.
+    they draw what separate passes would, each begun with that state. With ``own`` that is so from the beginning.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.own = device, False
+    def __init__(self, device: torch.device, *, own: bool = False) -> None:
+        self.device, self.own = device, own
         self._start = self._last = self._end = self._now()
         self._python = self._python_end = random.getstate()
 

@@ -144,14 +144,41 @@ def not_compiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-def refuse_auxiliary(output: Any) -> None:
-    """Raises ValueError for logits of further heads, as torchvision's GoogLeNet and Inception return in training."""
+def refuse_auxiliary(output: Any, logits: Tensor) -> None:
+    """Raise ValueError for outputs of further heads, which no loss of the logits reaches.
+
+    They have parameters that the logits do not come from (boxes of a detector), or are named as torchvision's GoogLeNet
+    and Inception name them, whose heads would also be missed without gradients.
+    """
     fields = output._asdict() if hasattr(output, "_asdict") else getattr(output, "__dict__", {})
     entries = output if isinstance(output, Mapping) else fields
     found = [str(name) for name, value in entries.items() if value is not None and _AUXILIARY.match(str(name))]
+    others = {
+        str(name): value
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and value.grad_fn is not None and value is not logits and name != "loss"
+    }
+    reached = _parameters_of(logits) if others else set()
+    found += [name for name, value in others.items() if name not in found and not _parameters_of(value) <= reached]
     if found:
         raise ValueError(
             f"the model returned {', '.join(found)} beside its logits, and no loss reaches them: those heads would "
-            "never be trained; build it without them (torchvision: aux_logits=False), or give readout=lambda output: "
-            "output.logits to leave them as they are"
+            "never be trained; build it without them (torchvision: aux_logits=False), train them by a loss of your own "
+            "(unloaf.GroundTruthTraining, or a readout that joins them), or give readout=lambda output: output.logits "
+            "to leave them as they are"
         )
+
+
+def _parameters_of(tensor: Tensor) -> set[nn.Parameter]:
+    """The parameters that a tensor was made by."""
+    found: set[nn.Parameter] = set()
+    seen, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, nn.Parameter):
+                found.add(variable)
+    return found

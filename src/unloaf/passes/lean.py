@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from unloaf.passes.guards import check_gradient, shared_graphs_explained
 from unloaf.passes.plan import Move, Pass, SubnetPass
-from unloaf.passes.readout import Readout, logits_of
+from unloaf.passes.readout import Call, call_for_logits
 from unloaf.passes.replay import Session
 from unloaf.passes.standins import StandIn, parameters_replaced, undone_where_passes_met
 from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms
@@ -27,7 +26,8 @@ def lean_backward(
     *,
     main_loss: MainLoss,
     subnet_loss: SubnetLoss,
-    readout: Readout | None = None,
+    call: Call = call_for_logits,
+    alike: bool = False,
     scale: float | Tensor = 1.0,
 ) -> StepTerms:
     """Add the gradient of ``main_loss + sum of subnet losses`` to ``.grad``, one suffix alive at a time.
@@ -42,13 +42,14 @@ def lean_backward(
         stages: its stages.
         inputs: a batch, (batch, channels, height, width) if a request names a side.
         passes: the subnets to run.
-        main_loss: from the main logits to a loss of shape ().
-        subnet_loss: from (index of the request, its logits, detached main logits, detached logits of all requests
-            that are known by then) to a loss of shape ().
-        readout: from the model's output to the logits; default as `logits_of`.
+        main_loss: from what the main pass gave to a loss of shape ().
+        subnet_loss: from (index of the request, what its pass gave, the same of the main pass and of all requests that
+            are known by then, detached) to a loss of shape ().
+        call: from (model, what a pass sees of the batch) to what it gives, a tensor; default the model's logits.
+        alike: let all passes draw alike in modules too; else only what the model's own forward is seen to draw.
         scale: multiplies every gradient (1 / accumulation steps, a gradient scaler's factor), not the losses returned.
     """
-    session = Session(model, stages, inputs, passes, detach=True, read=partial(logits_of, readout=readout))
+    session = Session(model, stages, inputs, passes, detach=True, call=call, alike=alike)
     step = _LeanStep(session, Terms(len(passes), main_loss, subnet_loss), scale)
     first, *moves, last = session.plan.moves()
     with session.statistics.unless_raised():

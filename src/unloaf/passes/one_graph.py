@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from unloaf.passes.guards import check_gradient
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.readout import Readout, logits_of
+from unloaf.passes.readout import Call, call_for_logits
 from unloaf.passes.replay import Session
 from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms
 from unloaf.stages import Stage
@@ -25,7 +24,8 @@ def one_graph(
     *,
     main_loss: MainLoss,
     subnet_loss: SubnetLoss,
-    readout: Readout | None = None,
+    call: Call = call_for_logits,
+    alike: bool = False,
 ) -> StepTerms:
     """The losses of the main network and of each request, all in one autograd graph; arguments as `lean_backward`.
 
@@ -42,7 +42,7 @@ def one_graph(
     >>> terms.main_loss.shape, len(terms.subnet_losses)
     (torch.Size([]), 1)
     """
-    session = Session(model, stages, inputs, passes, detach=False, read=partial(logits_of, readout=readout))
+    session = Session(model, stages, inputs, passes, detach=False, call=call, alike=alike)
     terms = Terms(len(passes), main_loss, subnet_loss)
     first, *moves = [move for move in session.plan.moves() if move.kind == "forward"]
     with session.statistics.unless_raised():

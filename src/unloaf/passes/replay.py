@@ -16,7 +16,8 @@ from unloaf.passes.containers import tensors_in, with_tensors
 from unloaf.passes.draws import Draws, RandomState
 from unloaf.passes.guards import CheckpointGuard, not_compiled, uncompiled
 from unloaf.passes.plan import Pass, Plan, State, SubnetPass
-from unloaf.stages import Form, Stage, between_blocks, call_model, inner_module, stand_in
+from unloaf.passes.readout import Call
+from unloaf.stages import Form, Stage, between_blocks, inner_module, stand_in
 from unloaf.subnet import BlockMode, Subnet, branches, check_stages, check_subnet, replaced_forwards, replaces_forward
 
 Key = tuple[State, str, int]  # in this state the call of this module ("" for a block) of this number
@@ -129,7 +130,8 @@ class Session:
         inputs: the batch.
         requests: the subnets to run.
         detach: let each pass but the main one start from leaves, so that it has a graph of its own.
-        read: what a pass gives, from the model's output.
+        call: from (model, what a pass sees of the batch) to what it gives.
+        alike: every pass begins with the random state that the main one began with.
     """
 
     def __init__(
@@ -140,9 +142,10 @@ class Session:
         requests: Sequence[SubnetPass],
         *,
         detach: bool,
-        read: Callable[[Any], Any],
+        call: Call,
+        alike: bool,
     ) -> None:
-        self.model, self.inner, self.read = uncompiled(model), inner_module(model), read
+        self.model, self.inner, self.call = uncompiled(model), inner_module(model), call
         self.inputs, self.detach, self.cloning = inputs, detach, False
         self.inside = 0  # calls that are being computed: what they call is a part of them
         for request in requests:
@@ -154,7 +157,7 @@ class Session:
         self.statistics = Statistics(self.inner)
         self._records: dict[Key, Record] = {}
         self._guard = CheckpointGuard(type(self.inner).__name__, separate_graphs=detach)
-        self._draws = Draws(next(self.inner.parameters(), torch.empty(0)).device)
+        self._draws = Draws(next(self.inner.parameters(), torch.empty(0)).device, own=alike)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -174,8 +177,8 @@ class Session:
         with self.statistics.frozen() as self._rewind:
             yield
 
-    def forward(self, one: Pass) -> Any:
-        """Call the model as this pass; what is read of its output."""
+    def forward(self, one: Pass) -> Tensor:
+        """Call the model as this pass; what that gives."""
         try:
             output = self._call(one)
         except RuntimeError as error:
@@ -193,16 +196,16 @@ class Session:
             )
         return output
 
-    def _call(self, one: Pass) -> Any:
+    def _call(self, one: Pass) -> Tensor:
         self.current, self.state, self.traces[one] = one, self.plan.roots[one.view], Trace()
         self.calls: Counter[tuple[State, str]] = Counter()
         self._guard.begin()
         if one is self.plan.main:
             with self._draws.watched():
-                return self.read(call_model(self.model, self._input(one)))
+                return self.call(self.model, self._input(one))
         self._rewind()
         with self._draws.again():
-            return self.read(call_model(self.inner, self._input(one)))
+            return self.call(self.inner, self._input(one))
 
     def _input(self, one: Pass) -> Any:
         """What a pass sees of the batch.
