@@ -127,6 +127,7 @@ CARDS = {
     "stimulative-training": unloaf.StimulativeTraining,
     "stimulative-training-plus": unloaf.stimulative_plus,
     "group-knowledge-training": unloaf.GroupKnowledgeTraining,
+    "ground-truth-training": unloaf.GroundTruthTraining,
 }
 
 

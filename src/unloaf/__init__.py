@@ -28,6 +28,7 @@ _HOMES = {
     "compilation": ["compile_blocks"],
     "methods": [
         "CommonTraining",
+        "GroundTruthTraining",
         "GroupKnowledgeTraining",
         "StepOutput",
         "StimulativeTraining",
@@ -45,6 +46,7 @@ __all__ = [  # the same names again, for type checkers
     "CheckpointError",
     "CommonTraining",
     "ExponentialDecaySampler",
+    "GroundTruthTraining",
     "GroupKnowledgeTraining",
     "InterStageSampler",
     "NoResidualBlocksError",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from unloaf.measure.pareto import pick_subnet
     from unloaf.methods import (
         CommonTraining,
+        GroundTruthTraining,
         GroupKnowledgeTraining,
         StepOutput,
         StimulativeTraining,

@@ -6,6 +6,7 @@ the sum; batch-norm statistics are held by momentum 0.
 """
 
 import copy
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,12 @@ class Zero(nn.Module):
 
 
 def logits_of_subnet(model, stages, subnet, x):
+    with running_as(model, stages, subnet):
+        return model(x)
+
+
+@contextmanager
+def running_as(model, stages, subnet):
     handles, cut = [], []
     for stage, keep, shortcut in zip(stages, subnet.keep, subnet.shortcut or subnet.keep, strict=True):
         for path, kept, with_shortcut, additive in zip(stage.blocks, keep, shortcut, stage.additive, strict=True):
@@ -30,7 +37,7 @@ def logits_of_subnet(model, stages, subnet, x):
                 cut.append((block, block.downsample))
                 block.downsample = Zero()
     try:
-        return model(x)
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -104,6 +111,19 @@ def group_knowledge(model, stages, subnets, x, y, *, groups, loops, ema, weight=
             terms.append(gradients(model, weight * kl(student, knowledge[group - 1 if teacher == "group" else 0])))
             z = student.detach()
             knowledge[group] = z if loop == 1 else ema * knowledge[group] + (1 - ema) * z
+    return total(terms)
+
+
+def ground_truth(model, stages, subnets, loss, batches, *, weight=1.0):
+    """Gradients of any loss of the main network and each subnet, on a batch each, all begun in one random state."""
+    model, state = hold_statistics(model), torch.get_rng_state()
+    terms = []
+    for subnet, batch in zip([None, *subnets], batches, strict=True):
+        torch.set_rng_state(state)
+        with running_as(model, stages, subnet) if subnet is not None else nullcontext():
+            found = loss(model, batch)
+        term = sum(found.values()) if isinstance(found, dict) else found
+        terms.append(gradients(model, term if subnet is None else weight * term))
     return total(terms)
 
 
