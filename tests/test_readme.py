@@ -25,9 +25,9 @@ from unloaf.commands.eval import Eval
 from unloaf.commands.predict import Predict
 from unloaf.commands.report import Report
 from unloaf.config import Config, dump_config
-from unloaf.engine.figures import summary
+from unloaf.engine.changed_settings import FREE_SETTINGS
+from unloaf.engine.log_lines import summary
 from unloaf.engine.loop import EpochRow
-from unloaf.engine.run_folder import FREE_SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unloaf.display import show_progress
-from unloaf.engine.devices import usable_device
-from unloaf.engine.memory import keep_freed_memory
+from unloaf.engine.devices import keep_freed_memory, usable_device
 from unloaf.environment import environment
 from unloaf.files.writing import write_whole
 from unloaf.measure.bench import METHODS, MODES, Clock, Plan, measure

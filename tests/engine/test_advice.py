@@ -5,7 +5,7 @@ from torch import nn
 
 import tiny
 from unloaf.config import Config
-from unloaf.engine.advice import learning_rate_advice
+from unloaf.engine.optimizer import learning_rate_advice
 
 BATCH_NORM = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 LAYER_NORM = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))

@@ -30,9 +30,9 @@ from unloaf.config import Config
 from unloaf.data import Data
 from unloaf.data.images import ImageSet
 from unloaf.engine.checkpoint import load_checkpoint
+from unloaf.engine.checkpoint.capture import capture
 from unloaf.engine.loop import prepare, train_epoch, train_step
 from unloaf.engine.run import train
-from unloaf.engine.snapshots import capture
 from unloaf.errors import StoppedError
 from unloaf.stages import inner_module
 

@@ -7,7 +7,7 @@ import pytest
 # 40 MB: beyond the largest size that the library would keep by itself.
 SCRIPT = """
 import resource, sys, torch
-from unloaf.engine.memory import keep_freed_memory
+from unloaf.engine.devices import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
 for _ in range(20):  # until the heap has found its shape

@@ -15,9 +15,9 @@ from torch import Tensor
 import tiny
 from unloaf.commands import main as cli
 from unloaf.engine.checkpoint import load_checkpoint
+from unloaf.engine.checkpoint.capture import capture
 from unloaf.engine.loop import Training, prepare, train_epoch, train_step
 from unloaf.engine.run import train
-from unloaf.engine.snapshots import capture
 from unloaf.errors import NonFiniteLossError, NonFiniteWeightsError
 
 

@@ -11,8 +11,8 @@ from timm.optim import list_optimizers
 import tiny
 from unloaf.engine import optimizer
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
+from unloaf.engine.checkpoint.capture import capture, restore
 from unloaf.engine.loop import Training, prepare, train_epoch
-from unloaf.engine.snapshots import capture, restore
 from unloaf.models.build import build_model
 
 

@@ -178,7 +178,7 @@ def test_killed_before_a_link_was_set_it_is_set_when_resumed(tmp_path, monkeypat
     """The last checkpoint of the run, which is its best one too."""
     config = tiny.config(output=str(tmp_path), name="run", epochs=1)
     whole = outcome(tiny.run(replace(config, name="whole")).path)
-    module = {"last": "checkpoint.store", "model_best": "saving"}[link]
+    module = {"last": "checkpoint.store", "model_best": "checkpoint.saver"}[link]
     with monkeypatch.context() as patch:
         patch.setattr(f"unloaf.engine.{module}.point_to", die)
         with pytest.raises(KeyboardInterrupt):

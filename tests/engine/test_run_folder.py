@@ -15,7 +15,8 @@ import pytest
 
 import tiny
 from unloaf.config import Config, load_config
-from unloaf.engine.run_folder import FREE_SETTINGS, RunFolder, open_run, run_of
+from unloaf.engine.changed_settings import FREE_SETTINGS
+from unloaf.engine.run_folder import RunFolder, open_run, run_of
 from unloaf.errors import DiskFullError
 
 

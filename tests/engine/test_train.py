@@ -23,10 +23,10 @@ import tiny
 from unloaf.config import Config, load_config
 from unloaf.data import load_data
 from unloaf.engine.checkpoint import load_checkpoint
+from unloaf.engine.checkpoint.saver import Saver
 from unloaf.engine.loop import Training, fit, prepare, train_epoch
 from unloaf.engine.methods import check_classes
 from unloaf.engine.run import Run, train
-from unloaf.engine.snapshots import Saver
 from unloaf.errors import CheckpointError
 
 METHODS = ["common", "stochastic-depth", "st", "st++", "gkt"]

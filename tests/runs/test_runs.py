@@ -19,9 +19,9 @@ import unloaf
 from unloaf.commands import main as cli
 from unloaf.config import Config, load_config
 from unloaf.engine.checkpoint import load_checkpoint
+from unloaf.engine.checkpoint.capture import restore
 from unloaf.engine.run import train
 from unloaf.engine.setup import prepare
-from unloaf.engine.snapshots import restore
 from unloaf.measure.costs import gmacs
 from unloaf.measure.pareto import pareto_front
 from unloaf.models.build import build_model

@@ -6,7 +6,9 @@ influence training; whenever the network is judged or saved, the mean over the p
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, KwargsHandler, broadcast_object_list, gather_object
 from timm.layers import convert_sync_batchnorm
 from timm.utils import distribute_bn
 from torch import Tensor, nn
@@ -27,7 +29,6 @@ from torch.optim import Optimizer
 from unloaf.batchnorm import tracking_norms
 from unloaf.config import Config
 from unloaf.config.checks import check_device
-from unloaf.engine.memory import keep_freed_memory
 from unloaf.stages import inner_module
 
 
@@ -65,6 +66,9 @@ def usable_device(name: str) -> torch.device:
         torch.accelerator.set_device_index(asked.index)
     return asked
 
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
+_TWO_GIB = 2**31 - 1
 
 # Where things lie may differ between machines; only the first process writes.
 _OF_ONE_MACHINE = {"data_dir", "initial_checkpoint", "name", "output"}
@@ -229,6 +233,11 @@ def total(accelerator: Accelerator, values: Tensor) -> Tensor:
     return summed
 
 
+def on_all(accelerator: Accelerator, value: Any) -> Any:
+    """What the first process says, on every process."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
 @contextmanager
 def shared_statistics(accelerator: Accelerator, config: Config, *models: nn.Module) -> Iterator[None]:
     """Inside, batch norms hold the statistics with which a network is judged and saved; afterwards their own again."""
@@ -270,3 +279,19 @@ def put_statistics(accelerator: Accelerator, model: nn.Module, gathered: Tensor 
 
 def _statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for norm in tracking_norms(inner_module(model)) for buffer in norm.buffers(recurse=False)]
+
+
+def keep_freed_memory() -> bool:
+    """Let the GNU C library hand freed memory out again instead of returning it to the system.
+
+    Training allocates the same large tensors in every step; by default many are mapped anew, and the first touch of
+    a page is a fault. A step with six subnets of a ResNet-50 (64 px, batch 16, 2 cores) had 32,000 to 42,000 faults,
+    0.1 s of system time in 0.9 s; with this it has 3.
+
+    Returns:
+        Whether it was done; False where there is no such library.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(name, _TWO_GIB) for name in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 from torch import nn
@@ -20,16 +21,17 @@ from unloaf.config import Config, as_begun, load_config
 from unloaf.data import Data, explain_worker_death
 from unloaf.data.fingerprint import listing, read_listing, record_of
 from unloaf.display import SILENT, Display, RunConsole, show_progress
-from unloaf.engine.advice import learning_rate_advice
 from unloaf.engine.changed_images import check_images
-from unloaf.engine.checkpoint import Checkpoint, point_to
-from unloaf.engine.devices import find_devices, total
-from unloaf.engine.figures import epoch_line, step_line, summary
+from unloaf.engine.changed_settings import check_settings
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, point_to
+from unloaf.engine.checkpoint.capture import capture, restore
+from unloaf.engine.checkpoint.saver import Saver
+from unloaf.engine.devices import find_devices, on_all, total
+from unloaf.engine.log_lines import epoch_line, resumed_lines, step_line, summary
 from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
-from unloaf.engine.resuming import check_settings, find_checkpoint, on_all, opening_lines
+from unloaf.engine.optimizer import learning_rate_advice
 from unloaf.engine.run_folder import RunFolder, open_run
 from unloaf.engine.signals import StopRequest, stop_requests
-from unloaf.engine.snapshots import Saver, capture, restore
 from unloaf.environment import bits_depend_on, environment
 from unloaf.errors import NonFiniteLossError, StoppedError
 from unloaf.evaluation import Accuracy
@@ -84,7 +86,7 @@ def train(
         path = Path(on_all(accelerator, str(folder.path) if folder else None))
         if (path / "args.yaml").is_file():
             config = as_begun(config, load_config(path / "args.yaml"))
-        found, notes = find_checkpoint(accelerator, folder)
+        found, notes = _find_checkpoint(accelerator, folder)
         if found is not None:
             before = on_all(accelerator, folder.epochs_before if folder else None)
             notes += check_settings(config, found, longer_than=before)
@@ -105,6 +107,18 @@ def train(
         run.begin(found, notes)
         run.train()
         return run.result(path)
+
+
+def _find_checkpoint(accelerator: Accelerator, folder: RunFolder | None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest good checkpoint of a run that goes on, and what is to be said of the damaged ones."""
+    found: tuple[Checkpoint | None, list[str]] = (None, [])
+    if folder is not None and folder.checkpoints.is_dir():
+        found = newest_checkpoint(folder.checkpoints)
+    checkpoint, notes = found
+    path = on_all(accelerator, str(checkpoint.path) if checkpoint else None)
+    if checkpoint is None and path is not None:
+        checkpoint = load_checkpoint(Path(path))
+    return checkpoint, notes
 
 
 class Run:
@@ -192,7 +206,7 @@ class Run:
         if checkpoint is None:
             lines += learning_rate_advice(config, inner_module(training.model))
         else:
-            lines += opening_lines(training, checkpoint)
+            lines += resumed_lines(training, checkpoint)
             lines += self._differences(checkpoint.state["bits_depend_on"])
         return lines
 

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import errno
-import fcntl
 import io
 import json
 import math
 import os
 import re
-import socket
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
-from weakref import WeakSet
 
 from unloaf.config import Config, as_begun, dump_config, load_config
-from unloaf.engine.in_sight import checkpoints_in_sight
+from unloaf.engine.changed_settings import check_same
+from unloaf.files.lock import lock
 from unloaf.files.writing import check_own, disk_full, own_file, write_whole
 from unloaf.printable import printable
 
-# Settings that may change when a run is resumed: they decide where and how it runs, not what it learns.
-FREE_SETTINGS = frozenset({
-    "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "initial_checkpoint",
-    "log_interval", "name", "on_nan", "output", "trackers", "workers",
-})  # fmt: skip
 # What a run that was killed at once leaves behind.
 _BEFORE_BEGINNING = re.compile(
     r"run\.lock|env\.json|data\.json|images\.csv\.gz|\.(env\.json|args\.yaml|data\.json|images\.csv\.gz)-[0-9a-f]{8}"
 )
+_STEP = re.compile(r"step-\d{8,}")
 _FILES = (
     "args.yaml", "changes.jsonl", "data.json", "env.json", "images.csv.gz", "log.txt", "metrics.jsonl", "run.lock",
     "subnets.csv", "summary.csv",
@@ -66,7 +58,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             for name in (*_FILES, *_FOLDERS):
                 check_own(path / name, folder=name in _FOLDERS)
-            self._lock = _lock(path)
+            self._lock = lock(path)
         except OSError as error:
             full = disk_full(error, path, 0)
             raise full or ValueError(
@@ -195,68 +187,6 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lock(folder: Path) -> IO[str]:
-    """An open file that is locked as long as this process lives; children that it forks do not hold the lock."""
-    path = folder / "run.lock"
-    while True:
-        file = open(path, "a+", encoding="utf-8", errors="replace", opener=own_file)  # noqa: SIM115
-        try:
-            _take(file)
-        except BlockingIOError:
-            file.seek(0)
-            owner = printable(file.read(200).strip()) or "another process"
-            file.close()
-            raise ValueError(
-                f"run folder {folder} is in use by {owner}; wait for it, stop it or give another --name"
-            ) from None
-        if _is(path, file):
-            break
-        file.close()  # its owner removed it between our opening and locking it
-    _HELD.add(file)
-    file.truncate(0)
-    owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
-    with suppress(OSError):  # on a full disk the lock holds as well
-        os.write(file.fileno(), owner.encode())
-    return file
-
-
-def _take(file: IO[str]) -> None:
-    """Locks the open file, not the process.
-
-    A lock of the process is given up when any descriptor of the file is closed, by whatever reads it, and does not
-    keep the process itself out.
-    """
-    if hasattr(fcntl, "F_OFD_SETLK"):
-        whole_file = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of Linux
-        try:
-            fcntl.fcntl(file, fcntl.F_OFD_SETLK, whole_file)
-            return
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # before Linux 3.15
-                raise
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-# Locks of open files are inherited: a data worker would hold on to them after the run was killed.
-_HELD: WeakSet[IO[str]] = WeakSet()
-
-
-def _let_go() -> None:
-    for file in list(_HELD):
-        with suppress(OSError):
-            file.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _is(path: Path, file: IO[str]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
 def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
     """The folder of a new run, or of one that goes on.
 
@@ -283,7 +213,7 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
     if begun:
         checkpoints_in_sight(path)
         had = load_config(path / "args.yaml")
-        _check_same(as_begun(config, had), had, path)
+        check_same(as_begun(config, had), had, path)
         if resume != "auto":
             _check_place(config, had, path)
     folder = RunFolder(path)
@@ -291,20 +221,46 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
     return folder
 
 
-def lengths(run: Path) -> list[int]:
-    """The numbers of epochs that a run was to have, one after the other; none where it was never made longer.
+def checkpoints_in_sight(run: Path) -> bool:
+    """Whether a run that was begun has checkpoints.
 
     Raises:
-        ValueError: the record cannot be read.
+        ValueError: none can be seen, though the run wrote some: going on without them would begin anew.
     """
+    folder = run / "checkpoints"
     try:
-        lines = (run / "changes.jsonl").read_text(encoding="utf-8").splitlines()
-        found = [(int(change["before"]), int(change["now"])) for change in map(json.loads, lines)]
+        names = sorted(os.listdir(folder))
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run / 'changes.jsonl'} cannot be read ({error}); take it from a backup") from error
-    return [found[0][0], *(now for _, now in found)] if found else []
+        found = f"is a link to {folder.readlink()}, where nothing is" if folder.is_symlink() else "is missing"
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be read ({error.strerror}), and with it the checkpoints of the run; make it a folder "
+            "that you may read, or train anew under another --name"
+        ) from error
+    else:
+        if any(_STEP.fullmatch(name) for name in names):
+            return True
+        found = f"holds {', '.join(names[:3])} and no checkpoint" if names else "is empty"
+    traces = _traces(run)
+    if traces:
+        raise ValueError(
+            f"{folder} {found}, but there were checkpoints: {'; '.join(traces)}; bring it back (mount its disk, undo a "
+            "renaming, copy it from a backup), or train anew under another --name"
+        )
+    return False
+
+
+def _traces(run: Path) -> list[str]:
+    """What says that a run once had a checkpoint. The first one is written after the first line of summary.csv."""
+    found = [
+        f"{name} leads to {(run / name).readlink()}" for name in ("last", "model_best") if (run / name).is_symlink()
+    ]
+    try:
+        with (run / "summary.csv").open("rb") as file:
+            epochs = sum(1 for _ in file) - 1
+    except FileNotFoundError:
+        epochs = 0
+    return found + [f"summary.csv has {epochs} epochs"] * (epochs > 1)
 
 
 def run_of(path: Path) -> Path:
@@ -320,34 +276,6 @@ def run_of(path: Path) -> Path:
         )
         raise ValueError(f"{path} is no run: it has no args.yaml; give {what}")
     return path
-
-
-def different_settings(config: Config, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, as (before, now).
-
-    Args:
-        config: the settings now.
-        before: the ones before by name; what an older unloaf did not know has its default value. Lists of JSON count as
-            tuples.
-    """
-    had = dataclasses.asdict(Config()) | {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
-    return {name: (had[name], now) for name, now in dataclasses.asdict(config).items() if had[name] != now}
-
-
-def _check_same(config: Config, begun: Config, path: Path) -> None:
-    free = set(FREE_SETTINGS)
-    if not any(path.glob("checkpoints/step-*")):
-        free.remove("initial_checkpoint")  # it is where this run will start from
-    different = different_settings(config, dataclasses.asdict(begun))
-    other = {name: values for name, values in different.items() if name not in free}
-    if config.epochs > begun.epochs:
-        del other["epochs"]  # a run may be made longer
-    if other:
-        differences = ", ".join(f"{name} {had} (now {now})" for name, (had, now) in other.items())
-        raise ValueError(
-            f"run {path} was begun with {differences}; resume with the same settings (unloaf train --resume {path}; "
-            "epochs may grow), or give another --name"
-        )
 
 
 def _check_place(config: Config, begun: Config, path: Path) -> None:

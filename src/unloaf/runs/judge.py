@@ -16,10 +16,9 @@ from unloaf.config import Config, load_config
 from unloaf.data.fingerprint import read_listing
 from unloaf.display import show_progress
 from unloaf.engine.changed_images import check_judged
+from unloaf.engine.changed_settings import check_settings
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from unloaf.engine.in_sight import checkpoints_in_sight
-from unloaf.engine.resuming import check_settings
-from unloaf.engine.run_folder import run_of
+from unloaf.engine.run_folder import checkpoints_in_sight, run_of
 from unloaf.engine.setup import Evaluation, Training, prepare
 from unloaf.errors import CheckpointError
 from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subnets

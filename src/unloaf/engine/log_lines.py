@@ -1,11 +1,13 @@
-"""Steps and epochs as lines: of summary.csv, and of text."""
+"""What a run says: its epochs as lines of summary.csv; steps, epochs and going on as lines of text."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 from unloaf.config import Config
+from unloaf.engine.checkpoint import Checkpoint, steps_per_epoch
 from unloaf.engine.loop import EpochRow, StepRow, Training
 from unloaf.engine.setup import Evaluation
 
@@ -68,3 +70,36 @@ def epoch_line(row: EpochRow, config: Config) -> str:
         if row.eval.reestimated is not None:
             parts.append(f"main re-estimated {row.eval.reestimated.top1:.2f} %")
     return "  ".join([*parts, f"lr {row.lr:.2g}", f"{row.seconds:.1f} s"])
+
+
+def resumed_lines(training: Training, checkpoint: Checkpoint) -> list[str]:
+    """Where a resumed run goes on, and what becomes of its schedule if an epoch has other steps now."""
+    lines = [f"resumed at step {training.steps_done} (epoch {training.position.epoch})"]
+    position: Any = checkpoint.state["position"]
+    before, now = steps_per_epoch(position, checkpoint.step), training.steps_per_epoch
+    if before is not None and before != now:
+        lines.append(
+            f"an epoch has {now} steps now, it had {before}: the run and its schedule go on at the same share of epoch "
+            f"{training.position.epoch}, after {training.position.step} of {now} steps ({position['step']} of {before} "
+            f"before), and the numbers of steps only grow"
+        )
+    then = json.loads(checkpoint.metadata.get("unloaf_config", "{}")).get("epochs", training.config.epochs)
+    return lines + _longer(training, then) if then < training.config.epochs else lines
+
+
+def _longer(training: Training, before: int) -> list[str]:
+    """What it means for a run that it is to have more epochs than its checkpoint knows of."""
+    config, position = training.config, training.position
+    told = [f"longer: {config.epochs} epochs instead of {before}, from epoch {position.epoch} on"]
+    if config.sched in ("constant", "step", "multistep"):
+        told.append(f"--sched {config.sched} goes on as it was: it does not look at the number of epochs")
+    else:
+        now = training.optimizer.param_groups[0]["lr"]
+        told.append(
+            f"--sched {config.sched} is that of {config.epochs} epochs from here on: the learning rate was "
+            f"{position.lr:.3g} and is {now:.3g} now; a run of {config.epochs} epochs from the beginning would have "
+            "had another until here"
+        )
+    if config.subnet_schedule != "constant":
+        told.append(f"--subnet-schedule {config.subnet_schedule} is that of {config.epochs} epochs from here on, too")
+    return told
