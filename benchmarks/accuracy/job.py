@@ -29,7 +29,7 @@ from unloaf.environment import environment
 from unloaf.errors import NonFiniteLossError, StoppedError
 from unloaf.evaluation import SubnetRow, choose_subnets, evaluate_subnets
 from unloaf.measure.flops import method_flops
-from unloaf.runs.judge import checkpoint_of, load_weights
+from unloaf.runs.opened import checkpoint_of, load_weights
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from unloaf.config import Config, as_begun, load_config
 from unloaf.data import Data, explain_worker_death
+from unloaf.data.changed_images import check_resumed
 from unloaf.data.fingerprint import listing, read_listing, record_of
 from unloaf.display import SILENT, Display, RunConsole, show_progress
-from unloaf.engine.changed_images import check_images
 from unloaf.engine.changed_settings import check_settings
 from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, point_to
 from unloaf.engine.checkpoint.capture import capture, restore
@@ -94,7 +94,14 @@ def train(
         record = record_of(training.data)
         if found is not None:
             listed = read_listing(path / "images.csv.gz")
-            notes += check_images(training.data, record, found, listed, allow=allow_changed_data)
+            notes += check_resumed(
+                training.data,
+                record,
+                found.state.get("data"),
+                listed,
+                checkpoint=found.path.name,
+                allow=allow_changed_data,
+            )
     except BaseException:
         if folder is not None:
             folder.discard()

@@ -6,26 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 
-from unloaf.config import Config, load_config
-from unloaf.data.fingerprint import read_listing
 from unloaf.display import show_progress
-from unloaf.engine.changed_images import check_judged
-from unloaf.engine.changed_settings import check_settings
-from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
-from unloaf.engine.run_folder import checkpoints_in_sight, run_of
-from unloaf.engine.setup import Evaluation, Training, prepare
-from unloaf.errors import CheckpointError
+from unloaf.engine.setup import Evaluation, Training
 from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subnets
-from unloaf.files.tensors import load_strictly
 from unloaf.measure.costs import (
     Timing,
-    gmacs,
     measure_subnets,
     measured_rounds,
     time_subnets,
@@ -34,6 +23,7 @@ from unloaf.measure.costs import (
 )
 from unloaf.measure.pareto import pareto_front
 from unloaf.measure.records import cost_records
+from unloaf.runs.opened import open_trained
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet
 
@@ -117,35 +107,40 @@ def judge_run(
             has no subnets.
         CheckpointError: no checkpoint is intact.
     """
-    config, found, weights, notes = open_checkpoint(run, checkpoint, ema=ema)
-    training = prepare_for_one_process(
-        config, found, recalibrate=recalibrate, workers=workers, data_dir=data_dir, device=device
+    if recalibrate is not None and recalibrate < 2:
+        raise ValueError(f"recalibrate {recalibrate}: give at least 2 images")
+    opened = open_trained(
+        run,
+        checkpoint=checkpoint,
+        ema=ema,
+        recalibrate=recalibrate,
+        workers=workers,
+        data_dir=data_dir,
+        device=device,
+        need_subnets=False,
     )
-    listed = read_listing(run / "images.csv.gz")
-    notes += check_judged(training.data, found, config, listed, place=data_dir)
+    training = opened.training
     if batch_size is not None:
         training = replace(training, config=replace(training.config, batch_size=batch_size))
-    load_weights(inner_module(training.model), found, weights)
     splits = _splits(training, split, run)
     judged = {name: training.evaluate(name) for name in splits}
-    chosen, more = _chosen(training.stages, subnets, seed=config.seed, run=run)
+    chosen, more = _chosen(training.stages, subnets, seed=opened.config.seed, run=run)
     rows = _judge(training, chosen, split=splits[0], console=console)
     times = _times(training, chosen, timed=timed, repeats=repeats, console=console) if timed and chosen else []
     rows = with_latency(rows, times) if times else rows
-    position: Any = found.state["position"]
-    network = inner_module(training.model)
+    params, gmacs = opened.cost(opened.network)
     return RunJudgement(
         run=run,
-        checkpoint=found.path.name,
-        epoch=position["epoch"] - 1,
-        weights=weights,
-        params=sum(p.numel() for p in network.parameters()),
-        gmacs=gmacs(network, _example(training)),
+        checkpoint=opened.checkpoint,
+        epoch=opened.epoch,
+        weights=opened.weights,
+        params=params,
+        gmacs=gmacs,
         main={name: evaluation.main for name, evaluation in judged.items()},
         split=splits[0],
         subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
         judged=tuple(rows),
-        notes=(*notes, *_left_out(judged), *more),
+        notes=(*opened.notes, *_left_out(judged), *more),
         times=tuple(times),
     )
 
@@ -154,85 +149,6 @@ def _left_out(judged: Mapping[str, Evaluation]) -> list[str]:
     """A note for each split of which images cannot be read."""
     counts = {split: len(evaluation.bad_images) for split, evaluation in judged.items()}
     return [f"{n} of the {split} images cannot be read and were left out" for split, n in counts.items() if n]
-
-
-def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
-    """The newest good checkpoint of a run ("last") or its best one, and what is to be said of damaged ones."""
-    if not checkpoints_in_sight(run):
-        raise ValueError(f"{run} has no checkpoint yet; the first is written at the end of an epoch")
-    best = run / "model_best"
-    if which == "best":
-        if best.is_symlink() and not best.exists():
-            raise ValueError(f"{best} leads to {best.readlink()}, which is not there; leave --checkpoint out")
-        if not best.exists():
-            raise ValueError(f"{run} has no model_best: no epoch was validated yet; leave --checkpoint out")
-        return _patiently(lambda: load_checkpoint(best)), []
-    found, notes = _patiently(lambda: newest_checkpoint(run / "checkpoints"))
-    if found is None:
-        raise ValueError(f"{run} has no checkpoint any more; look at {run / 'checkpoints'}")
-    return found, notes
-
-
-def open_checkpoint(run: Path, which: str, *, ema: bool) -> tuple[Config, Checkpoint, str, list[str]]:
-    """The settings of a run, one of its checkpoints, the name of the weights to take, and notes on what was found.
-
-    Raises:
-        ValueError: the folder is no run, it has no such checkpoint or weights, or the checkpoint was trained with other
-            settings than args.yaml has.
-        CheckpointError: no checkpoint is intact.
-    """
-    config = load_config(run_of(run) / "args.yaml")
-    found, notes = checkpoint_of(run, which)
-    check_settings(config, found)
-    weights = "model_ema" if ema else "model"
-    if weights not in found.weights:
-        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
-    return config, found, weights, notes
-
-
-def _patiently(read: Any) -> Any:
-    """A run that trains on may replace a checkpoint while it is read: what fails is tried again."""
-    for _ in range(2):
-        try:
-            return read()
-        except CheckpointError:
-            continue
-    return read()
-
-
-def prepare_for_one_process(config: Config, checkpoint: Checkpoint, **given: Any) -> Training:
-    """The run for weights of a checkpoint, without what only training needs: several devices, trackers, a second copy.
-
-    What is given as None stays as in the run. Classes that are numbers are as many as in training: other images may
-    lack the last ones.
-    """
-    record: Any = checkpoint.state.get("data")
-    if record is not None and record["class_names"] is None:
-        given["num_classes"] = record["num_classes"]
-    alone = replace(
-        config,
-        amp=False,
-        cutmix=0.0,
-        fsdp=False,
-        grad_checkpointing=False,
-        mixup=0.0,
-        model_ema=False,
-        sync_bn=False,
-        torchcompile=False,
-        trackers=(),
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    return prepare(alone, resumed=True)
-
-
-def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:
-    """Puts the weights of a checkpoint, "model" or "model_ema", into the network that its args.yaml describes."""
-    # The weights alone: batch-norm statistics of several processes are merged in them, as they were when judged.
-    try:
-        load_strictly(model, checkpoint.weights[weights])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{checkpoint.path} does not fit its args.yaml: {reason}") from error
 
 
 def _splits(training: Training, asked: str | None, run: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run opened to be exported: its network with the weights of a checkpoint, and what its files are to say."""
+"""A run opened again, to be judged or exported: its network with the weights of a checkpoint. Never trains."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.batchnorm import recalibrate_bn
-from unloaf.config import Config
+from unloaf.config import Config, load_config
+from unloaf.data.changed_images import check_judged
 from unloaf.data.fingerprint import read_listing
-from unloaf.engine.changed_images import check_judged
-from unloaf.engine.setup import Training
+from unloaf.engine.changed_settings import check_settings
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
+from unloaf.engine.run_folder import checkpoints_in_sight, run_of
+from unloaf.engine.setup import Training, prepare
+from unloaf.errors import CheckpointError
 from unloaf.evaluation import Accuracy, accuracy
 from unloaf.export import export_subnet
+from unloaf.files.tensors import load_strictly
 from unloaf.measure.costs import gmacs
 from unloaf.models.hf import transformers_config
 from unloaf.printable import printable
-from unloaf.runs import judge as runs
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
 
@@ -134,11 +138,23 @@ def open_trained(
     checkpoint: str = "last",
     ema: bool = False,
     recalibrate: int | None = None,
+    workers: int | None = None,
     data_dir: str | None = None,
     device: str = "auto",
     need_subnets: bool = True,
 ) -> OpenedRun:
-    """Opens a run as `judge_run` does; writes nothing, and the run may still be training.
+    """Opens a run at a checkpoint; writes nothing, and the run may still be training.
+
+    Args:
+        run: a folder that `unloaf train` made.
+        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
+        ema: take the moving average of the weights.
+        recalibrate: training images that re-estimate a subnet's batch-norm statistics, 0 to leave them; default: as in
+            the run.
+        workers: processes that read images; default: as in the run.
+        data_dir: where the images are now; default: as in the run.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        need_subnets: refuse a network that has none.
 
     Raises:
         ValueError: the folder is no run, has no such checkpoint or images, ``recalibrate`` is out of range, or the
@@ -147,13 +163,13 @@ def open_trained(
     """
     if recalibrate is not None and recalibrate != 0 and recalibrate < 2:
         raise ValueError(f"recalibrate {recalibrate}: give at least 2 images, or 0 to leave the statistics as they are")
-    config, found, weights, notes = runs.open_checkpoint(run, checkpoint, ema=ema)
-    training = runs.prepare_for_one_process(
-        config, found, recalibrate=recalibrate or None, data_dir=data_dir, device=device
+    config, found, weights, notes = _open_checkpoint(run, checkpoint, ema=ema)
+    training = _prepare_for_one_process(
+        config, found, recalibrate=recalibrate or None, workers=workers, data_dir=data_dir, device=device
     )
     listed = read_listing(run / "images.csv.gz")
-    notes += check_judged(training.data, found, config, listed, place=data_dir)
-    runs.load_weights(inner_module(training.model), found, weights)
+    notes += check_judged(training.data, found.state.get("data"), listed, own=config.data_dir, place=data_dir)
+    load_weights(inner_module(training.model), found, weights)
     if need_subnets and not training.stages:
         raise ValueError(f"{run}: its network has no residual blocks that could be skipped, so it has no subnets")
     position: Any = found.state["position"]
@@ -167,6 +183,85 @@ def open_trained(
         recalibrate=config.recalibrate if recalibrate is None else recalibrate,
         notes=tuple(notes),
     )
+
+
+def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
+    """The newest good checkpoint of a run ("last") or its best one, and what is to be said of damaged ones."""
+    if not checkpoints_in_sight(run):
+        raise ValueError(f"{run} has no checkpoint yet; the first is written at the end of an epoch")
+    best = run / "model_best"
+    if which == "best":
+        if best.is_symlink() and not best.exists():
+            raise ValueError(f"{best} leads to {best.readlink()}, which is not there; leave --checkpoint out")
+        if not best.exists():
+            raise ValueError(f"{run} has no model_best: no epoch was validated yet; leave --checkpoint out")
+        return _patiently(lambda: load_checkpoint(best)), []
+    found, notes = _patiently(lambda: newest_checkpoint(run / "checkpoints"))
+    if found is None:
+        raise ValueError(f"{run} has no checkpoint any more; look at {run / 'checkpoints'}")
+    return found, notes
+
+
+def _open_checkpoint(run: Path, which: str, *, ema: bool) -> tuple[Config, Checkpoint, str, list[str]]:
+    """The settings of a run, one of its checkpoints, the name of the weights to take, and notes on what was found.
+
+    Raises:
+        ValueError: the folder is no run, it has no such checkpoint or weights, or the checkpoint was trained with other
+            settings than args.yaml has.
+        CheckpointError: no checkpoint is intact.
+    """
+    config = load_config(run_of(run) / "args.yaml")
+    found, notes = checkpoint_of(run, which)
+    check_settings(config, found)
+    weights = "model_ema" if ema else "model"
+    if weights not in found.weights:
+        raise ValueError(f"{run} kept no moving average of its weights; leave --ema out")
+    return config, found, weights, notes
+
+
+def _patiently(read: Any) -> Any:
+    """A run that trains on may replace a checkpoint while it is read: what fails is tried again."""
+    for _ in range(2):
+        try:
+            return read()
+        except CheckpointError:
+            continue
+    return read()
+
+
+def _prepare_for_one_process(config: Config, checkpoint: Checkpoint, **given: Any) -> Training:
+    """The run for weights of a checkpoint, without what only training needs: several devices, trackers, a second copy.
+
+    What is given as None stays as in the run. Classes that are numbers are as many as in training: other images may
+    lack the last ones.
+    """
+    record: Any = checkpoint.state.get("data")
+    if record is not None and record["class_names"] is None:
+        given["num_classes"] = record["num_classes"]
+    alone = dataclasses.replace(
+        config,
+        amp=False,
+        cutmix=0.0,
+        fsdp=False,
+        grad_checkpointing=False,
+        mixup=0.0,
+        model_ema=False,
+        sync_bn=False,
+        torchcompile=False,
+        trackers=(),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return prepare(alone, resumed=True)
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:
+    """Puts the weights of a checkpoint, "model" or "model_ema", into the network that its args.yaml describes."""
+    # The weights alone: batch-norm statistics of several processes are merged in them, as they were when judged.
+    try:
+        load_strictly(model, checkpoint.weights[weights])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{checkpoint.path} does not fit its args.yaml: {reason}") from error
 
 
 def _without_place(model: str) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unloaf.config import Config
-from unloaf.data import Data
 from unloaf.data.consistency import some
 from unloaf.data.fingerprint import SPLITS, Row, changes, class_names_of, record_of, trained_on
-from unloaf.engine.checkpoint import Checkpoint
+from unloaf.data.sets import Data
 from unloaf.printable import printable
 
 
-def check_classes(data: Data, record: Mapping[str, Any], *, place: str | None) -> None:
+def _check_classes(data: Data, record: Mapping[str, Any], *, place: str | None) -> None:
     """Raises ValueError unless the classes of an image set are those of a run's record, in the same order.
 
     Args:
@@ -41,16 +39,23 @@ def check_classes(data: Data, record: Mapping[str, Any], *, place: str | None) -
         )
 
 
-def check_images(
-    data: Data, now: Mapping[str, Any], checkpoint: Checkpoint, listed: list[Row] | None, *, allow: bool
+def check_resumed(
+    data: Data,
+    now: Mapping[str, Any],
+    record: Mapping[str, Any] | None,
+    listed: list[Row] | None,
+    *,
+    checkpoint: str,
+    allow: bool,
 ) -> list[str]:
     """Compares the images of a run that goes on with those that its checkpoint was trained on.
 
     Args:
         data: the image set as it is now.
         now: its record.
-        checkpoint: of the run.
+        record: the one in the checkpoint; None in one that has none.
         listed: the images of the run, if there is a list.
+        checkpoint: its name.
         allow: go on if training or validation images are others.
 
     Returns:
@@ -59,37 +64,31 @@ def check_images(
     Raises:
         ValueError: the classes differ, or without `allow` the images do.
     """
-    record: Any = checkpoint.state.get("data")
     if record is None:
-        return [f"{checkpoint.path.name} does not say on which images it was trained: they were not compared"]
-    check_classes(data, record, place=None)
+        return [f"{checkpoint} does not say on which images it was trained: they were not compared"]
+    _check_classes(data, record, place=None)
     other = [split for split in SPLITS if now["splits"][split] != record["splits"][split]]
     if not {"train", "val"} & set(other):
         return ["the test images are not those that the run began with"] if other else []
     what = changes(listed, data, record, now)
     if not allow:
         raise ValueError(
-            f"the images are not those that {checkpoint.path.name} was trained on: {what}; put them back, or go on "
+            f"the images are not those that {checkpoint} was trained on: {what}; put them back, or go on "
             "with them by --allow-changed-data"
         )
     return [f"goes on with other images than those before: {what}"]
 
 
 def check_judged(
-    data: Data,
-    checkpoint: Checkpoint,
-    config: Config,
-    listed: list[Row] | None,
-    *,
-    place: str | None,
+    data: Data, record: Mapping[str, Any] | None, listed: list[Row] | None, *, own: str | None, place: str | None
 ) -> list[str]:
     """Compares the images that judge a run with its own.
 
     Args:
         data: the image set.
-        checkpoint: of the run.
-        config: of the run.
+        record: the one in the run's checkpoint; None in one that has none.
         listed: the images of the run, if there is a list.
+        own: the folder of the run's images.
         place: another folder of images, if one is given: they may be others of the same classes.
 
     Returns:
@@ -99,10 +98,9 @@ def check_judged(
         ValueError: the classes differ, or validation images are held out of other images than in training, so that
             some of them were trained on.
     """
-    record: Any = checkpoint.state.get("data")
     if record is None:
         return ["the run has no class names: it was not compared whether these images have its classes"]
-    check_classes(data, record, place=place or config.data_dir)
+    _check_classes(data, record, place=place or own)
     now = record_of(data)
     other = [name for name in SPLITS if now["splits"][name] != record["splits"][name]]
     notes = [f"{name}: {now['splits'][name]['images']} images that are not those of the run" for name in other]
