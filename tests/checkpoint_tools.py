@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from unloaf.engine.checkpoint import save_checkpoint
+from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 
 STATE = {
     "optimizer": {
@@ -43,8 +43,20 @@ def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     (folder / "manifest.json").write_bytes(text(sealed))
 
 
+def as_format_1(folder: Path) -> Path:
+    """Rewrites a checkpoint as unloaf 0.1 wrote it: the state as a pickle of torch.save."""
+    torch.save(load_checkpoint(folder).state, folder / "state.pt")
+    for name in ("state.json", "state.safetensors"):
+        (folder / name).unlink()
+    fields = json.loads((folder / "manifest.json").read_bytes())
+    files = {path.name: {} for path in folder.iterdir() if path.name != "manifest.json"}
+    write_manifest(folder, fields | {"format_version": 1, "files": files})
+    reseal(folder)
+    return folder
+
+
 def forge_state(folder: Path, pickled: bytes, storages: Mapping[str, bytes] | None = None, **options: int) -> None:
-    """Replaces state.pt by a zip with this pickle; `options` are those of ZipFile."""
+    """Replaces the state.pt of format 1 by a zip with this pickle; `options` are those of ZipFile."""
     with zipfile.ZipFile(folder / "state.pt", "w", **options) as archive:
         archive.writestr("state/data.pkl", pickled)
         archive.writestr("state/byteorder", "little")

@@ -23,9 +23,9 @@ class CheckpointError(Exception):
     """A checkpoint cannot be written, or what is on the disk is not what was written.
 
     >>> from unloaf import CheckpointError
-    >>> raise CheckpointError("state.pt: 4,096 of 8,192 bytes; the file is cut off")
+    >>> raise CheckpointError("state.json: has 4,096 of 8,192 bytes")
     Traceback (most recent call last):
-    unloaf.errors.CheckpointError: state.pt: 4,096 of 8,192 bytes; the file is cut off
+    unloaf.errors.CheckpointError: state.json: has 4,096 of 8,192 bytes
     """
 
 

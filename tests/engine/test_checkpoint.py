@@ -11,15 +11,14 @@ import torch
 
 from checkpoint_tools import STATE, WEIGHTS, reseal, same, save_tiny, write_manifest
 from unloaf.engine.checkpoint import (
-    clean_up,
     load_checkpoint,
     newest_checkpoint,
-    point_to,
     position_text,
     prune_checkpoints,
     save_checkpoint,
 )
 from unloaf.errors import CheckpointError
+from unloaf.files.writing import point_to
 
 FIXTURE = Path(__file__).parent / "fixtures" / "checkpoint-v1" / "step-00000012"
 
@@ -34,7 +33,7 @@ def test_what_was_saved_comes_back(tmp_path: Path):
     assert (checkpoint.path, checkpoint.step, checkpoint.metadata) == (folder.resolve(), 7, {"model": "tiny"})
     assert same(checkpoint.weights, WEIGHTS)
     assert same(checkpoint.state, STATE)
-    assert names(folder) == ["manifest.json", "model.safetensors", "state.pt"]
+    assert names(folder) == ["manifest.json", "model.safetensors", "state.json", "state.safetensors"]
     assert os.readlink(tmp_path / "last") == "checkpoints/step-00000007"
 
 
@@ -94,8 +93,9 @@ def test_several_weights_and_an_empty_state(tmp_path: Path):
 
 def test_every_plain_value_comes_back(tmp_path: Path):
     state = {
-        "numbers": [0, -1, 255, 2**31, -(2**63), 2**600, 1.5, float("inf"), True, False, None],
-        "texts": ("", "é", "\ud800", "x" * 300),
+        "numbers": [0, -1, 255, 2**31, -(2**63), 2**600, True, False, None],
+        "floats": [1.5, 0.1, -0.0, 5e-324, float("inf"), -float("inf")],
+        "texts": ("", "é", "\ud800", "x" * 300, b"\x00\xff", b""),
         3: {"nested": [[], {}, (), (1,), [(1, 2, 3, 4)]]},
     }
     assert same(load_checkpoint(save_checkpoint(tmp_path / "checkpoints", 0, weights={}, state=state)).state, state)
@@ -113,7 +113,7 @@ for _ in range(80):
         ({"a": {"b": [0, {1}]}}, r"a\.b\.1 is a builtins\.set; .* convert it"),
         ({"lr": torch.ones(2).numpy()[0]}, r"lr is a numpy\.float32"),
         ({"x": Pair(1, 2)}, r"x is a .*Pair"),
-        ({"x": b"raw"}, r"x is a builtins\.bytes"),
+        ({"x": bytearray(b"raw")}, r"x is a builtins\.bytearray"),
         ({"x": {(1, 2): 3}}, r"x has the key \(1, 2\)"),
         ({"x": {True: 3}}, r"x has the key True"),
         ({"x": 2**3000}, r"x is an integer of 3001 bits"),
@@ -133,6 +133,7 @@ def test_state_that_could_not_be_read_again_is_refused_by_its_path(tmp_path: Pat
     ("arguments", "message"),
     [
         ({"step": -1}, "step is -1"),
+        ({"weights": {"state": {}}}, "'state': the name becomes a file name"),
         ({"weights": {"../model": {}}}, r"'\.\./model': the name becomes a file name"),
         ({"weights": {"model": {"w": 1.0}}}, r"model\.w is a builtins\.float"),
         ({"weights": {"model": {"__metadata__": torch.ones(1)}}}, "cannot be stored"),
@@ -155,23 +156,30 @@ def test_permissions_follow_the_umask(tmp_path: Path, mask: int):
     assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-@pytest.mark.parametrize("swap", [True, False], ids=["in one rename", "in two"])
-def test_the_same_step_again_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool):
-    if not swap:
-        monkeypatch.setattr("unloaf.engine.checkpoint.store._exchange", lambda one, other: False)
-    save_tiny(tmp_path)
-    save_checkpoint(tmp_path / "checkpoints", 7, weights={}, state={"new": 1})
-    assert load_checkpoint(tmp_path / "last").state == {"new": 1}
-    assert names(tmp_path / "checkpoints") == ["step-00000007"]
+def test_the_same_step_again_gets_a_folder_of_its_own_and_the_old_one_is_pruned(tmp_path: Path):
+    save_tiny(tmp_path, 3)
+    first = save_tiny(tmp_path)
+    point_to(tmp_path / "model_best", first)
+    for number in (1, 2):
+        path = save_checkpoint(tmp_path / "checkpoints", 7, weights={}, state={"new": number})
+        assert path.name == f"step-00000007.{number}"
+    assert load_checkpoint(tmp_path / "last").state == {"new": 2}
+    (tmp_path / "last").unlink()
+    found, _ = newest_checkpoint(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.state == {"new": 2}
+    prune_checkpoints(tmp_path / "checkpoints", keep=2, newest=path, protect=[tmp_path / "model_best"])
+    assert names(tmp_path / "checkpoints") == ["step-00000003", "step-00000007", "step-00000007.2"]
+    assert same(load_checkpoint(tmp_path / "model_best").state, STATE)
 
 
-def test_a_folder_of_the_user_is_not_replaced(tmp_path: Path):
+def test_a_folder_of_the_user_is_left_alone(tmp_path: Path):
     notes = save_tiny(tmp_path) / "notes.txt"
     notes.write_text("keep me")
-    with pytest.raises(CheckpointError, match="move it away"):
-        save_tiny(tmp_path)
+    path = save_tiny(tmp_path)
+    prune_checkpoints(tmp_path / "checkpoints", keep=1, newest=path)
     assert notes.read_text() == "keep me"
-    assert names(tmp_path / "checkpoints") == ["step-00000007"]
+    assert names(tmp_path / "checkpoints") == ["step-00000007", "step-00000007.1"]
 
 
 def test_the_newest_is_found_and_nothing_is_no_error(tmp_path: Path):
@@ -203,7 +211,7 @@ def test_the_newest_is_the_one_after_the_most_epochs_whatever_its_number_is(tmp_
     save_at(tmp_path, 20, {"epoch": 3, "step": 0, "steps_per_epoch": 10}, named=named)
     if last == "damaged":
         save_at(tmp_path, 12, {"epoch": 4, "step": 0, "steps_per_epoch": 4}, named=named)
-        (tmp_path / "last" / "state.pt").write_bytes(b"?")
+        (tmp_path / "last" / "state.json").write_bytes(b"?")
     elif last == "missing":
         (tmp_path / "last").unlink()
     else:
@@ -229,7 +237,7 @@ def test_pruning_keeps_the_newest_the_protected_and_what_is_not_ours(tmp_path: P
         save_tiny(tmp_path, step)
     point_to(tmp_path / "model_best", folder / "step-00000002")
     (folder / "step-00000001" / "notes.txt").write_text("mine")
-    (folder / "step-00000003" / "state.pt").unlink()
+    (folder / "step-00000003" / "state.json").unlink()
     (folder / "step-00000099").mkdir()
     prune_checkpoints(folder, keep=2, protect=[tmp_path / "model_best"])
     kept = [1, 2, 3, 6, 7, 99]
@@ -239,9 +247,9 @@ def test_pruning_keeps_the_newest_the_protected_and_what_is_not_ours(tmp_path: P
 def test_pruning_deletes_nothing_when_the_newest_is_damaged(tmp_path: Path):
     for step in range(4):
         save_tiny(tmp_path, step)
-    state = tmp_path / "last" / "state.pt"
+    state = tmp_path / "last" / "state.json"
     state.write_bytes(state.read_bytes()[:-1] + b"?")
-    with pytest.raises(CheckpointError, match=r"state\.pt: has other bytes"):
+    with pytest.raises(CheckpointError, match=r"state\.json: has other bytes"):
         prune_checkpoints(tmp_path / "checkpoints", keep=1)
     assert len(names(tmp_path / "checkpoints")) == 4
 
@@ -249,7 +257,7 @@ def test_pruning_deletes_nothing_when_the_newest_is_damaged(tmp_path: Path):
 def test_pruning_counts_no_damaged_checkpoint_that_a_resumed_run_passed_over(tmp_path: Path):
     for step in (3, 7, 14):
         folder = save_tiny(tmp_path, step)
-    state = folder / "state.pt"
+    state = folder / "state.json"
     state.write_bytes(state.read_bytes()[:-1] + b"?")
     written = save_tiny(tmp_path, 10)
     prune_checkpoints(tmp_path / "checkpoints", keep=2, newest=written)
@@ -276,12 +284,11 @@ def test_a_link_is_relative_and_replaces_links_only(tmp_path: Path):
 
 def test_leftovers_are_removed_by_name_only(tmp_path: Path):
     folder = tmp_path / "checkpoints"
-    for name in (".step-00000003-0123abcd", ".step-mine", ".cache", "step-00000001"):
+    for name in (".step-00000003-0123abcd", ".step-00000003.1-0123abcd", ".step-mine", ".cache", "step-00000001"):
         (folder / name).mkdir(parents=True)
     (tmp_path / ".last-0123abcd").symlink_to("nowhere")
-    clean_up(folder)
-    assert names(folder) == [".cache", ".step-mine", "step-00000001"]
     save_tiny(tmp_path)
+    assert names(folder) == [".cache", ".step-mine", "step-00000001", "step-00000007"]
     assert names(tmp_path) == ["checkpoints", "last"]
 
 
@@ -318,18 +325,19 @@ def test_disk_full_while_writing_leaves_the_last_checkpoint_intact(tmp_path: Pat
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*0007: File exists; make room or look at"):
         save_tiny(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format 2, this unloaf reads up to 1; update unloaf"),
+        ({"format_version": 3}, "format 3, this unloaf reads up to 2; update unloaf"),
         ({"format_version": "1"}, "format '1'"),
         ({"step": -1}, "step -1"),
         ({"files": {}}, "lists the files"),
-        ({"files": {"../state.pt": {"bytes": 0, "sha256": ""}}}, "lists the files"),
+        ({"files": {"../state.json": {"bytes": 0, "sha256": ""}}}, "lists the files"),
+        ({"format_version": 1}, "lists the files"),
         ({"metadata": {"a": 1}}, "metadata 'a' is 1"),
         ({"aliases": {"model": {"x": "nowhere"}}}, r"model\.safetensors: cannot be read \(KeyError: 'nowhere'\)"),
     ],

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tiny
-from unloaf.config import Config
+from checkpoint_tools import as_format_1
+from unloaf.config import Config, load_config
 from unloaf.engine import setup as training
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.runs.judge import judge_run
@@ -230,10 +231,47 @@ def test_fault_in_the_middle_of_a_step_leaves_a_checkpoint_of_the_step_before(tm
 def test_run_that_fell_back_from_a_damaged_checkpoint_saves_and_ends_as_ever(tmp_path):
     config = tiny.config(output=str(tmp_path), name="run")
     whole = outcome(tiny.run(config).path)
-    state = tmp_path / "run" / "checkpoints" / "step-00000008" / "state.pt"
+    state = tmp_path / "run" / "checkpoints" / "step-00000008" / "state.json"
     state.write_bytes(state.read_bytes()[:-1] + b"?")
     path = tiny.run(replace(config, checkpoint_interval=1), resume="auto").path  # from step 4: 5, 6 and 7 are saved
     assert tiny.same(outcome(path), whole)
+
+
+FIXTURE = Path(__file__).parent / "fixtures" / "run-v1"
+
+
+def test_run_of_format_1_goes_on_to_the_same_bits(tmp_path):
+    """Begun by unloaf at commit 88eb65c and killed after 6 of its 8 steps; see `fixtures/README.md`.
+
+    Other processors may compute other last bits: its state read by torch and saved in today's format says which ones
+    here, the end of the run that was not killed what they are to be near.
+    """
+    for name in ("old", "new"):
+        shutil.copytree(FIXTURE / "run", tmp_path / name)
+    [folder] = (tmp_path / "new" / "checkpoints").iterdir()
+    weights = {name: load_file(folder / f"{name}.safetensors") for name in ("model", "model_ema")}
+    state = torch.load(folder / "state.pt", weights_only=True)
+    metadata = json.loads((folder / "manifest.json").read_text())["metadata"]
+    shutil.rmtree(folder)
+    save_checkpoint(folder.parent, 6, weights=weights, state=state, metadata=metadata)
+    outcomes = [outcome(tiny.run(load_config(tmp_path / name / "args.yaml"), resume=str(tmp_path / name)).path)
+                for name in ("old", "new")]  # fmt: skip
+    assert tiny.same(*outcomes)
+    end = load_file(FIXTURE / "end.safetensors")
+    assert outcomes[0]["step"] == 8
+    for name, kept in outcomes[0]["weights"].items():
+        for key, tensor in kept.items():
+            torch.testing.assert_close(tensor, end[f"{name}.{key}"], rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoints_of_format_1_go_on_to_the_same_bits(tmp_path):
+    config = settings(tmp_path, "gkt", 0, "adamw")
+    whole = outcome(tiny.run(replace(config, name="whole")).path)
+    path = tiny.stopped_after(16, config)
+    for folder in (path / "checkpoints").iterdir():
+        as_format_1(folder)
+    assert load_checkpoint(path / "last").step == 6
+    assert tiny.same(outcome(tiny.run(config, resume="auto").path), whole)
 
 
 def finetuned(tmp_path: Path, **settings: Any) -> Config:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from unloaf.config import Config
-from unloaf.files.tensors import plain_state
+from unloaf.files.state_tree import split_state
 
 # The default is that of SGD with momentum; LARS and its kind scale their steps themselves.
 _LIKE_SGD = re.compile(r"c?(sgd|momentum|nesterov|n?lar[sc]|fusedsgd|bnbsgd).*")
@@ -65,7 +65,7 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
 def _check_kept(config: Config, optimizer: Optimizer) -> None:
     """Now, not when the first epoch is trained and cannot be saved."""
     try:
-        plain_state(optimizer.state_dict())
+        split_state(optimizer.state_dict())
     except ValueError as error:
         reason = str(error).partition(";")[0]
         raise ValueError(f"opt {config.opt} cannot be kept in a checkpoint; {reason}; give another") from error

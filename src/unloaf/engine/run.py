@@ -23,7 +23,7 @@ from unloaf.data.changed_images import check_resumed
 from unloaf.data.fingerprint import listing, read_listing, record_of
 from unloaf.display import SILENT, Display, RunConsole, show_progress
 from unloaf.engine.changed_settings import check_settings
-from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, point_to
+from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from unloaf.engine.checkpoint.capture import capture, restore
 from unloaf.engine.checkpoint.saver import Saver
 from unloaf.engine.devices import find_devices, on_all, total
@@ -35,6 +35,7 @@ from unloaf.engine.signals import StopRequest, stop_requests
 from unloaf.environment import bits_depend_on, environment
 from unloaf.errors import NonFiniteLossError, StoppedError
 from unloaf.evaluation import Accuracy
+from unloaf.files.writing import point_to
 from unloaf.models.preprocessing import HEADER, as_text
 from unloaf.stages import inner_module
 

@@ -25,7 +25,7 @@ from unloaf.printable import printable
 _BEFORE_BEGINNING = re.compile(
     r"run\.lock|env\.json|data\.json|images\.csv\.gz|\.(env\.json|args\.yaml|data\.json|images\.csv\.gz)-[0-9a-f]{8}"
 )
-_STEP = re.compile(r"step-\d{8,}")
+_STEP = re.compile(r"step-\d{8,}(\.\d+)?")
 _FILES = (
     "args.yaml", "changes.jsonl", "data.json", "env.json", "images.csv.gz", "log.txt", "metrics.jsonl", "run.lock",
     "subnets.csv", "summary.csv",

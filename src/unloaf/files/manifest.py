@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,20 +12,28 @@ from typing import Any
 
 from unloaf.errors import CheckpointError
 from unloaf.files.tensors import damaged, reading
+from unloaf.files.writing import flush, write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 kept the state as a pickle; it is still read
 _MOST_BYTES = 1 << 26  # some kilobytes are usual; a file may be as long as a stranger likes
-FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.safetensors|state\.pt")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.safetensors")
+_STATE = {1: {"state.pt"}, 2: {"state.json", "state.safetensors"}}
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What `manifest.json` says, checked."""
 
+    version: int
     step: int
     metadata: dict[str, str]
     aliases: dict[str, dict[str, str]]
     files: dict[str, tuple[int, str]]  # name: (bytes, SHA-256)
+
+    @property
+    def weights(self) -> list[str]:
+        """The names under which weights were saved."""
+        return [Path(name).stem for name in self.files if name not in _STATE[self.version]]
 
 
 def seal(folder: Path, step: int, metadata: dict[str, str], aliases: dict[str, dict[str, str]]) -> None:
@@ -36,9 +43,7 @@ def seal(folder: Path, step: int, metadata: dict[str, str], aliases: dict[str, d
         flush(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     fields = {"format_version": FORMAT_VERSION, "step": step, "metadata": metadata, "aliases": aliases, "files": files}
-    (folder / "manifest.json").write_bytes(_manifest_bytes(fields))
-    flush(folder / "manifest.json")
-    flush(folder)
+    write_whole(folder / "manifest.json", _manifest_bytes(fields))
 
 
 def verified(folder: Path) -> Manifest:
@@ -94,13 +99,14 @@ def checked_texts(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _parsed(fields: dict[str, Any]) -> Manifest:
+    version, step = fields["format_version"], fields["step"]
     files = {name: (entry["bytes"], entry["sha256"]) for name, entry in fields["files"].items()}
-    if fields["format_version"] != FORMAT_VERSION or type(fields["step"]) is not int or fields["step"] < 0:
-        raise ValueError(f"format {fields['format_version']!r}, step {fields['step']!r}")
-    if "state.pt" not in files or not all(FILE_NAME.fullmatch(name) for name in files):
+    if version not in _STATE or type(step) is not int or step < 0:
+        raise ValueError(f"format {version!r}, step {step!r}")
+    if not _STATE[version] <= set(files) or not all(map(_FILE_NAME.fullmatch, set(files) - _STATE[version])):
         raise ValueError(f"lists the files {sorted(files)}")
     aliases = {name: dict(entries) for name, entries in fields["aliases"].items()}
-    return Manifest(fields["step"], checked_texts(fields["metadata"]), aliases, files)
+    return Manifest(version, step, checked_texts(fields["metadata"]), aliases, files)
 
 
 def _manifest_bytes(fields: dict[str, Any]) -> bytes:
@@ -117,12 +123,3 @@ def sha256(path: Path) -> str:
     """The checksum of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Returns when the file, or the list of names in the folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,10 +9,10 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from unloaf.errors import DiskFullError
+from unloaf.errors import CheckpointError, DiskFullError
 from unloaf.printable import printable
 
 _FULL = {errno.ENOSPC: "", errno.EDQUOT: " (quota of this user)", errno.EFBIG: " (limit on the size of a file)"}
@@ -43,20 +43,62 @@ def write_whole(path: Path, content: str | bytes, *, wait: bool = True, advice: 
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     check_writable(path, advice=advice)
-    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
+        with _appearing(path, wait=wait) as temporary, temporary.open("xb") as file:
             file.write(data)
             file.flush()
             if wait:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise disk_full(error, path.parent, len(data)) or _cannot_write(path, error, advice) from error
+
+
+@contextmanager
+def _appearing(path: Path, *, folder: bool = False, wait: bool = True) -> Iterator[Path]:
+    """The name of a sibling: what is made there gets the name `path` in one rename at the end, or is removed."""
+    # With the whole of a long name its own would be too long.
+    temporary = path.parent / f".{path.name[:40]}-{os.urandom(4).hex()}"
+    with ExitStack() as stack:
+        stack.callback(_remove, temporary)
+        if folder:
+            temporary.mkdir()
+            stack.enter_context(_held(temporary))
+        yield temporary
+        os.replace(temporary, path)
+        if wait:
+            flush(path.parent)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # by now it has its name, or the disk does not let go of it
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Returns when the file, or the list of names in the folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        with suppress(OSError):  # by now it has its name
-            temporary.unlink()
+        os.close(descriptor)
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Makes `link` a relative link to `target`; it leads to the old or to the new place at every moment.
+
+    Raises:
+        CheckpointError: there is something else than a link at that place.
+    """
+    place = link.parent.resolve()
+    if link.exists() and not link.is_symlink():
+        raise CheckpointError(f"{link}: is not a link, and is not replaced by one; move it away")
+    remove_leftovers(place, re.escape(link.name), links=True)
+    with _appearing(place / link.name) as temporary:
+        temporary.symlink_to(os.path.relpath(target.resolve(), place))
 
 
 def check_writable(path: Path, *, advice: str = _OTHER_OUTPUT) -> None:
@@ -87,11 +129,6 @@ def _cannot_write(path: Path, error: OSError, advice: str) -> ValueError:
     return ValueError(f"cannot write {path}: {error.strerror or error}; {advice}")
 
 
-def _temporary(path: Path) -> Path:
-    """A sibling; with the whole of a long name its own would be too long."""
-    return path.parent / f".{path.name[:40]}-{os.urandom(4).hex()}"
-
-
 def check_new(output: Path) -> None:
     """Raises ValueError if there is something at that place already, beyond an empty folder."""
     try:
@@ -103,7 +140,7 @@ def check_new(output: Path) -> None:
 
 
 @contextmanager
-def new_folder(output: Path, *, need: int = 0) -> Iterator[Path]:
+def new_folder(output: Path, *, need: int = 0, stem: str | None = None, advice: str | None = None) -> Iterator[Path]:
     """A folder to write to that becomes `output` at the end, or is gone if anything raises.
 
     One that a killed process left at its temporary name is removed first.
@@ -111,6 +148,8 @@ def new_folder(output: Path, *, need: int = 0) -> Iterator[Path]:
     Args:
         output: its final name; its parent folder is made.
         need: bytes that will be written at least.
+        stem: pattern of the names whose leftovers are removed; default: the name of `output`.
+        advice: what to do where it cannot be written; default: give another --output.
 
     Raises:
         ValueError: there is something at that place already, or it cannot be written.
@@ -119,27 +158,24 @@ def new_folder(output: Path, *, need: int = 0) -> Iterator[Path]:
     check_new(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(output)
+        remove_leftovers(output.parent, stem or re.escape(output.name[:40]))
         check_room(output.parent, need)
-        temporary = _temporary(output)
-        temporary.mkdir()
-    except OSError as error:
-        raise disk_full(error, output.parent, need) or _cannot_write(output, error, _OTHER_OUTPUT) from error
-    try:
-        with _held(temporary):
-            yield temporary
-            _follow_umask(temporary)
-            os.rename(temporary, output)
+        with _appearing(output, folder=True) as temporary:
+            try:
+                yield temporary
+                _follow_umask(temporary)
+            except Exception as error:
+                if full := disk_full(error, output.parent, need, probe=0, advice=advice):  # it takes room itself
+                    raise full from error
+                raise
+    except DiskFullError:
+        raise
     except Exception as error:
-        full = disk_full(error, output.parent, need, probe=0)  # what was written takes room itself
-        shutil.rmtree(temporary, ignore_errors=True)
-        if full := full or disk_full(error, output.parent, need):
+        if full := disk_full(error, output.parent, need, advice=advice):
             raise full from error
         if isinstance(error, OSError):
-            raise _cannot_write(output, error, _OTHER_OUTPUT) from error
+            raise _cannot_write(output, error, advice or _OTHER_OUTPUT) from error
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # by now renamed, or gone
 
 
 def _follow_umask(folder: Path) -> None:
@@ -149,10 +185,21 @@ def _follow_umask(folder: Path) -> None:
             path.chmod(path.stat().st_mode | (0o666 & folder.stat().st_mode))
 
 
-def _remove_leftovers(output: Path) -> None:
-    pattern = re.compile(re.escape(f".{output.name[:40]}-") + "[0-9a-f]{8}")
-    for path in output.parent.iterdir():
-        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+def remove_leftovers(folder: Path, stem: str, *, links: bool = False) -> None:
+    """Deletes the folders, or links, that killed processes left at temporary names.
+
+    Args:
+        folder: where they are.
+        stem: pattern of what they were to be called.
+        links: whether they are links.
+    """
+    pattern = re.compile(rf"\.(?:{stem})-[0-9a-f]{{8}}")
+    for path in folder.iterdir():
+        if not pattern.fullmatch(path.name) or path.is_symlink() != links:
+            continue
+        if links:
+            path.unlink()
+        elif path.is_dir():
             with suppress(OSError), _held(path, needed=True):
                 shutil.rmtree(path)
 
@@ -188,7 +235,7 @@ def disk_full(
     need: int,
     *,
     probe: int | None = None,
-    advice: str = f"make room, or {_OTHER_OUTPUT}",
+    advice: str | None = None,
 ) -> DiskFullError | None:
     """The error to raise in the place of `error` if it came of a full disk; None if it did not.
 
@@ -198,8 +245,9 @@ def disk_full(
         folder: where it was written.
         need: bytes that were to be written.
         probe: bytes that the disk is asked for, to find out; default: `need`.
-        advice: what to do.
+        advice: what to do; default: make room, or give another --output.
     """
+    advice = advice or f"make room, or {_OTHER_OUTPUT}"
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in _FULL:

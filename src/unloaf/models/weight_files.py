@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unloaf.errors import CheckpointError, in_one_line
+from unloaf.files.archives import check_stored
 from unloaf.files.manifest import sha256, verify_file
 from unloaf.files.tensors import read_weights
 
@@ -118,15 +119,13 @@ def _read_pickle(file: Path) -> Any:
 
 
 def _check_archive(file: Path) -> None:
-    """torch.save compresses nothing, and torch unpacks what is: 160 KB can become gigabytes."""
     if not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"{file}: is a compressed archive, which torch.save does not write; give {_KINDS}")
-    if sum(entry.file_size for entry in entries) > file.stat().st_size:
-        raise ValueError(f"{file}: its entries are larger than the file, which torch.save does not write")
+        try:
+            check_stored(archive, file.stat().st_size)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}; give {_KINDS}") from error
 
 
 def _foreign_classes(file: Path) -> str:

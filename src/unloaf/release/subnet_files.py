@@ -102,7 +102,6 @@ def write_described(
     """Writes tensors to a safetensors file, tied ones once, and what they are to a JSON beside it."""
     kept, aliases = untied(tensors, weights)
     write_weights(kept, file.parent / weights, {})
-    (file.parent / weights).chmod(0o666 & file.parent.stat().st_mode)  # safetensors 0.8 makes files for the owner alone
     described = {
         "kind": f"unloaf {kind}",
         "format_version": FORMAT_VERSION,

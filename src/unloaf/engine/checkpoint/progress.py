@@ -10,7 +10,7 @@ from typing import Any
 
 from unloaf.errors import CheckpointError
 from unloaf.files.manifest import read_manifest
-from unloaf.files.tensors import read_state
+from unloaf.files.state_tree import read_state
 
 _KEY = "unloaf_position"
 
@@ -43,18 +43,29 @@ def steps_per_epoch(position: Mapping[str, Any], steps: int) -> int | None:
     return before // epochs if epochs and before >= epochs and before % epochs == 0 else None
 
 
-def progress(folder: Path) -> tuple[float, int]:
+def number_of(folder: Path) -> tuple[int, int]:
+    """The steps of a step folder, and how often they had been saved before.
+
+    >>> number_of(Path("step-00000012")), number_of(Path("step-00000012.1"))
+    ((12, 0), (12, 1))
+    """
+    steps, _, before = folder.name.removeprefix("step-").partition(".")
+    return int(steps), int(before or 0)
+
+
+def progress(folder: Path) -> tuple[float, int, int]:
     """Epochs trained, and the number of a step folder; inf for one that cannot be read, which is to be told of."""
-    number = int(folder.name.removeprefix("step-"))
+    number = number_of(folder)
     try:
-        text = read_manifest(folder).metadata.get(_KEY)
-        position: Any = json.loads(text) if text is not None else read_state(folder / "state.pt").get("position")
+        manifest = read_manifest(folder)
+        text = manifest.metadata.get(_KEY)
+        position: Any = json.loads(text) if text is not None else read_state(folder, manifest.version).get("position")
     except CheckpointError:
-        return math.inf, number
+        return math.inf, *number
     try:
-        steps = steps_per_epoch(position, number)
+        steps = steps_per_epoch(position, number[0])
         # In an epoch of unknown length: further with each step, and never at its end.
         share = position["step"] / steps if steps else 1 - 1 / (1 + position["step"])
-        return position["epoch"] - 1 + share, number
+        return position["epoch"] - 1 + share, *number
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return 0.0, number  # a state of something else than a run
+        return 0.0, *number  # a state of something else than a run

@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from unloaf.engine.checkpoint.progress import position_text
-from unloaf.engine.checkpoint.store import point_to, prune_checkpoints, save_checkpoint
+from unloaf.engine.checkpoint.store import prune_checkpoints, save_checkpoint
 from unloaf.engine.run_folder import RunFolder
-from unloaf.files.manifest import flush
+from unloaf.files.writing import flush, point_to
 
 
 class Saver:

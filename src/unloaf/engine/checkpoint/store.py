@@ -1,21 +1,19 @@
 """Checkpoints: folders that are complete or absent, verified before they are believed.
 
     RUN/last -> checkpoints/step-00000200
-    RUN/checkpoints/step-00000200/{model.safetensors, state.pt, manifest.json}
+    RUN/checkpoints/step-00000200/{model.safetensors, state.json, state.safetensors, manifest.json}
 
 A folder is written under a temporary name, its files are flushed to the disk, the manifest with their SHA-256 comes
-last, and then one rename makes it visible. In a trial a plain `torch.save` left 24 of 25 files torn when the process
+last, and then one rename makes it visible. It is never written again: a step that is saved once more gets the folder
+step-00000200.1, to which `last` leads then. In a trial a plain `torch.save` left 24 of 25 files torn when the process
 was killed, and writing in timm's order lost `last` in 2 of 25.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import secrets
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,23 +22,16 @@ from typing import Any
 
 from torch import Tensor
 
-from unloaf.engine.checkpoint.progress import progress
-from unloaf.errors import CheckpointError
-from unloaf.files.manifest import FILE_NAME, checked_texts, flush, read_manifest, seal, verified
-from unloaf.files.tensors import (
-    plain_state,
-    read_state,
-    read_weights,
-    reading,
-    untied,
-    write_state,
-    write_weights,
-)
-from unloaf.files.writing import check_room, disk_full
+from unloaf.engine.checkpoint.progress import number_of, progress
+from unloaf.errors import CheckpointError, DiskFullError
+from unloaf.files import state_tree
+from unloaf.files.manifest import checked_texts, read_manifest, seal, verified
+from unloaf.files.tensors import read_weights, reading, untied, write_weights
+from unloaf.files.writing import new_folder, point_to
 
-_STEP = re.compile(r"step-(\d{8,})")
-_TEMPORARY = re.compile(r"\.step-\d{8,}-[0-9a-f]{8}")
-_WEIGHTS_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_STEP = r"step-\d{8,}(\.\d+)?"
+_ADVICE = "make room or look at the owner of the folder, and resume: the checkpoints before this one are intact"
+_WEIGHTS_NAME = re.compile(r"(?!state$)[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +63,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/step-{step:08d}` and points `last`, next to `folder`, to it.
 
-    A folder of the same step is replaced, in one rename where the system has one (Linux, local disks). The old one
-    is not kept even when it is intact: after resuming from an earlier step it belongs to a training that was given up.
+    If there is a folder of the same step, the new one's name ends in `.1`, `.2`, ...; pruning deletes the older one.
 
     Args:
         folder: RUN/checkpoints; made if missing. One process writes there at a time.
@@ -92,24 +82,18 @@ def save_checkpoint(
     if type(step) is not int or step < 0:
         raise ValueError(f"step is {step!r}; give the number of optimizer steps done, an integer >= 0")
     texts = checked_texts(metadata or {})
-    tensors = {name: untied(entries, _checked_name(name)) for name, entries in weights.items()}
-    plain = plain_state(state)
-    target = Path(folder) / f"step-{step:08d}"
-    need = _bytes_needed([{name: kept for name, (kept, _) in tensors.items()}, plain, texts])
-    with _writing(target, need):
-        # Not tempfile.mkdtemp: its folders are for the owner alone, a checkpoint follows the umask.
-        temporary = _temporary_name(target)
-        temporary.mkdir()
-        try:
+    tensors = {_checked_name(name): untied(entries, name) for name, entries in weights.items()}
+    text, of_state = state_tree.split_state(state)
+    need = len(text) + sum(_bytes(kept) for kept, _ in tensors.values()) + _bytes(of_state) + 4096
+    folder = Path(folder)
+    with _told_as_checkpoint_error(folder / f"step-{step:08d}"):
+        target = _unused(folder, step)
+        with new_folder(target, need=need, stem=_STEP, advice=_ADVICE) as temporary:
             for name, (kept, _) in tensors.items():
-                write_weights(kept, file := temporary / f"{name}.safetensors", texts)
-                file.chmod(0o666 & temporary.stat().st_mode)  # safetensors 0.8 makes files for the owner alone
-            write_state(plain, temporary / "state.pt")
+                write_weights(kept, temporary / f"{name}.safetensors", texts)
+            state_tree.write_state(text, of_state, temporary)
             seal(temporary, step, texts, {name: aliases for name, (_, aliases) in tensors.items() if aliases})
-            _publish(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # by now the replaced folder, a torn one, or nothing
-        point_to(target.parent.parent / "last", target)
+        point_to(folder.parent / "last", target)
     return target
 
 
@@ -130,11 +114,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         folder = Path(path).resolve()
         manifest = verified(folder)
         weights = {
-            Path(name).stem: read_weights(folder / name, manifest.aliases.get(Path(name).stem, {}))
-            for name in manifest.files
-            if name != "state.pt"
+            name: read_weights(folder / f"{name}.safetensors", manifest.aliases.get(name, {}))
+            for name in manifest.weights
         }
-        return Checkpoint(folder, manifest.step, weights, read_state(folder / "state.pt"), manifest.metadata)
+        state = state_tree.read_state(folder, manifest.version)
+        return Checkpoint(folder, manifest.step, weights, state, manifest.metadata)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -184,109 +168,52 @@ def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[Path] = ()
     if newest is not None:
         folders = folders[[path.name for path in folders].index(newest.name) :]
     complete = [path for path in folders if _is_complete(path)]
-    if len(complete) <= keep:
+    if not complete:
         return
-    verified(complete[0])
+    steps = [number_of(path)[0] for path in complete]
+    again = [path for place, path in enumerate(complete) if steps[place] in steps[:place]]
+    surplus = [*again, *[path for path in complete if path not in again][keep:]]
     protected = {os.path.realpath(path) for path in [*protect, Path(folder).parent / "last"]}
-    with _writing(complete[0], 0):
-        for path in complete[keep:]:
-            if os.path.realpath(path) not in protected:
-                # Renamed first: killed half-way, it is a temporary and not a torn checkpoint.
-                shutil.rmtree(path.rename(_temporary_name(path)))
-
-
-def point_to(link: Path, target: Path) -> None:
-    """Makes `link` a relative link to `target`; it leads to the old or to the new place at every moment.
-
-    Raises:
-        CheckpointError: there is something else than a link at that place.
-    """
-    link, place = Path(link), Path(link).parent.resolve()
-    if link.exists() and not link.is_symlink():
-        raise CheckpointError(f"{link}: is not a link, and is not replaced by one; move it away")
-    for leftover in place.glob(f".{link.name}-*"):
-        if leftover.is_symlink() and re.fullmatch(r"-[0-9a-f]{8}", leftover.name[len(link.name) + 1 :]):
-            leftover.unlink()
-    temporary = place / f".{link.name}-{secrets.token_hex(4)}"
-    temporary.symlink_to(os.path.relpath(Path(target).resolve(), place))
-    os.replace(temporary, place / link.name)
-    flush(place)
-
-
-def clean_up(folder: Path) -> None:
-    """Deletes what a killed process left half-written in `folder`, by its name: `.step-00000200-1a2b3c4d`."""
-    for path in Path(folder).glob(".step-*"):
-        if _TEMPORARY.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+    surplus = [path for path in surplus if os.path.realpath(path) not in protected]
+    if surplus:
+        verified(complete[0])
+    with _told_as_checkpoint_error(complete[0]):
+        for path in surplus:
+            # Renamed first: killed half-way, it is a temporary and not a torn checkpoint.
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}-{os.urandom(4).hex()}")))
 
 
 def _checked_name(name: str) -> str:
     if not _WEIGHTS_NAME.fullmatch(name):
-        raise ValueError(f"weights {name!r}: the name becomes a file name; use letters, digits, '-' and '_'")
+        raise ValueError(
+            f"weights {name!r}: the name becomes a file name; use letters, digits, '-' and '_', not 'state'"
+        )
     return name
 
 
-def _bytes_needed(value: Any) -> int:
-    # 1 KiB per entry covers its name, its line in a header, and the alignment to 64 bytes.
-    if isinstance(value, Tensor):
-        return value.nbytes + 1024
-    if isinstance(value, str):
-        return 1024 + 6 * len(value)
-    if isinstance(value, dict):
-        return 1024 + sum(_bytes_needed(item) for item in value.values())
-    return 16 + sum(map(_bytes_needed, value)) if isinstance(value, (list, tuple)) else 16
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    # 1 KiB for each covers its name, its line in a header, and the alignment to 64 bytes.
+    return sum(tensor.nbytes + 1024 for tensor in tensors.values())
 
 
 @contextmanager
-def _writing(target: Path, need: int) -> Iterator[None]:
+def _told_as_checkpoint_error(target: Path) -> Iterator[None]:
     """Turns a failed write into a CheckpointError, and says so where the disk is full."""
-    folder = target.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        clean_up(folder)
-        check_room(folder, need)
         yield
     except CheckpointError:
         raise
     except Exception as error:
-        advice = "make room and resume: the checkpoints before this one are intact"
-        full = disk_full(error, folder, need, advice=advice)
-        if full is None:
-            what = f"cannot be written ({type(error).__name__}: {error}); check the folder's owner and the disk"
-            raise CheckpointError(f"{target}: {what}") from error
-        raise CheckpointError(str(full)) from error
+        if isinstance(error, DiskFullError) or isinstance(error.__cause__, OSError):  # said already
+            raise CheckpointError(str(error)) from error
+        what = f"cannot be written ({type(error).__name__}: {error}); {_ADVICE}"
+        raise CheckpointError(f"{target}: {what}") from error
 
 
-def _temporary_name(target: Path) -> Path:
-    return target.parent / f".{target.name}-{secrets.token_hex(4)}"
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    if target.is_symlink() or (target.exists() and not _is_ours(target)):
-        raise CheckpointError(f"{target}: is there already, and unloaf did not write it; move it away")
-    if not target.exists():
-        os.rename(temporary, target)
-    elif not _exchange(temporary, target):
-        # Killed between these two, only the older checkpoints are left.
-        old = target.rename(_temporary_name(target))
-        os.rename(temporary, target)
-        shutil.rmtree(old)
-    flush(target.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one step; False where the system cannot (Python has no name for renameat2)."""
-    if not sys.platform.startswith("linux"):
-        return False
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
-
-
-def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and all(
-        path.is_file() and (path.name == "manifest.json" or FILE_NAME.fullmatch(path.name)) for path in folder.iterdir()
-    )
+def _unused(folder: Path, step: int) -> Path:
+    """The name of the step, or if there is such a folder the next one of its names."""
+    numbers = [number_of(path)[1] for path in _step_folders(folder) if number_of(path)[0] == step]
+    return folder / (f"step-{step:08d}.{max(numbers) + 1}" if numbers else f"step-{step:08d}")
 
 
 def _is_complete(folder: Path) -> bool:
@@ -297,7 +224,7 @@ def _is_complete(folder: Path) -> bool:
     except (CheckpointError, OSError):
         return False
     listed = {name: size for name, (size, _) in manifest.files.items()}
-    return not folder.is_symlink() and folder.name == f"step-{manifest.step:08d}" and sizes == listed
+    return not folder.is_symlink() and number_of(folder)[0] == manifest.step and sizes == listed
 
 
 def _latest_first(folder: Path) -> Iterator[Path]:
@@ -310,4 +237,4 @@ def _latest_first(folder: Path) -> Iterator[Path]:
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    return [path for path in Path(folder).glob("step-*") if _STEP.fullmatch(path.name)]
+    return [path for path in Path(folder).glob("step-*") if re.fullmatch(_STEP, path.name)]
