@@ -7,7 +7,7 @@ from torch import nn
 
 import unloaf
 from toy_networks import ToyNetwork
-from unloaf.measure.flops import method_flops, step_flops
+from unloaf.measure.flops import StepCounter, method_flops
 from unloaf.measure.step_memory import peak_bytes
 from unloaf.measure.step_time import flop_counter, run_step, separate_backward, step_time_rows
 from unloaf.passes import SubnetPass
@@ -78,7 +78,7 @@ def test_flops_of_shared_and_separate_passes_counted_by_hand(network):
     drawn = [unloaf.Subnet.from_depths(stages, depths) for depths in [(2, 3), (2, 1), (3, 2)]]
     suffixes = 3 * (sum(second) + head) + 3 * head + 3 * head
     separate = [sum(first[:a]) + sum(second[:b]) + head for a, b in [(2, 3), (2, 1), (3, 2)]]
-    flops = step_flops(model, stages, x, [SubnetPass(subnet) for subnet in drawn])
+    flops = StepCounter(model, stages, x)([SubnetPass(subnet) for subnet in drawn], main=True)
     assert flops.common == pytest.approx(2 * main)
     assert flops.shared == pytest.approx(2 * (main + suffixes))
     assert flops.separate == pytest.approx(2 * (main + 3 * sum(separate)), rel=0.02)  # first layers: up to 24 each
@@ -90,7 +90,7 @@ def test_flops_of_subnets_on_a_part_of_the_batch_counted_by_hand(network):
     main = 3 * (sum(first) + sum(second) + head) - 24
     drawn = [unloaf.Subnet.from_depths(stages, depths) for depths in [(2, 3), (2, 1)]]
     x = torch.randn(8, 4, dtype=torch.float64)  # subnets see a quarter of it; they share with each other alone
-    flops = step_flops(model, stages, x, [SubnetPass(subnet, examples=2) for subnet in drawn])
+    flops = StepCounter(model, stages, x)([SubnetPass(subnet, examples=2) for subnet in drawn], main=True)
     passes = 3 * (sum(first[:2]) + sum(second) + head) - 24 + 3 * head
     assert flops.shared == pytest.approx(2 * (main + passes / 4), rel=0.002)  # the first layer's share is a mean
 
@@ -107,7 +107,7 @@ def test_flops_of_resnet50_agree_with_the_published_count():
     model = torchvision.models.resnet50()
     x = torch.zeros(1, 3, 224, 224)
     stages = unloaf.find_stages(model, x)
-    flops = step_flops(model, stages, x, [])
+    flops = StepCounter(model, stages, x)([], main=True)
     forward_gmacs, stem_gmacs = 4.09, 0.118  # He et al. 2016 and torchvision's table; 7x7x3x64 on 112x112
     assert flops.common / 2e9 == pytest.approx(3 * forward_gmacs - stem_gmacs, rel=0.005)
 

@@ -374,7 +374,9 @@ def exports(monkeypatch):
         monkeypatch.setattr(
             unloaf.release.exports,
             name,
-            lambda run, name=name, **given: asked.append((name, run, given)) or SimpleNamespace(**EXPORTED),
+            lambda run, name=name, **given: (
+                asked.append((name, run, given)) or SimpleNamespace(pushed=given["push_to_hub"], **EXPORTED)
+            ),
         )
     return asked
 
@@ -409,7 +411,8 @@ REST = {"checkpoint": "last", "ema": False, "data_dir": None, "device": "auto"}
 def test_export_hands_over_what_was_asked_for(capsys, exports, words, name, given):
     code, out, _ = in_process(capsys, "export", *words.split())
     assert (code, exports) == (0, [(name, "first", given)])
-    assert out == "a note\nmodel.safetensors: 1,234 bytes\nexport: there\nload()\n"
+    pushed = "pushed to me/mine on the Hugging Face hub\n" if given["push_to_hub"] else ""
+    assert out == f"a note\nmodel.safetensors: 1,234 bytes\nexport: there\n{pushed}load()\n"
 
 
 @pytest.mark.parametrize("depths", ["5,4:11101,5", "5-4:11101-5", "2-1-2"])

@@ -66,6 +66,7 @@ def run(words: list[str]) -> int:
     else:
         written = release.export_run(options.run, depths=options.depths, format=options.format, **given)
     sizes = (f"{name}: {size:,} bytes" for name, size in written.files.items())
-    for line in (*written.notes, *sizes, f"export: {written.folder}", *written.loading.split("\n")):
+    pushed = [f"pushed to {written.pushed} on the Hugging Face hub"] if written.pushed else []
+    for line in (*written.notes, *sizes, f"export: {written.folder}", *pushed, *written.loading.split("\n")):
         say(line)
     return 0

@@ -64,12 +64,6 @@ class ExportResult:
     notes: tuple[str, ...] = ()
     pushed: str | None = None
 
-    def __str__(self) -> str:
-        measured = "".join(f", {split} top-1 {found.top1:.2f} %" for split, found in self.metrics.items())
-        size = sum(self.files.values()) / 1e6
-        what = f"subnet {self.subnet} as {self.format}, {self.params:,} parameters, {self.gmacs:.4g} GMACs{measured}"
-        return f"{self.folder}: {what}, {size:.2f} MB"
-
 
 @dataclass(frozen=True)
 class ElasticResult:
@@ -92,11 +86,6 @@ class ElasticResult:
     loading: str
     notes: tuple[str, ...] = ()
     pushed: str | None = None
-
-    def __str__(self) -> str:
-        size = sum(self.files.values()) / 1e6
-        what = f"{len(self.networks)} networks, {size:.2f} MB, of which {self.statistics / 1e6:.2f} MB are statistics"
-        return f"{self.folder}: {what}"
 
 
 def export_run(
