@@ -1,4 +1,4 @@
-"""`unloaf demo`: one small network, trained by every method, and what became of the networks inside it."""
+"""`unloaf demo`: one small network, trained by every method, and what became of its subnets."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def folder(elastic, tmp_path):
 
 
 def logits_by_hand(network, stages, text):
-    """On a copy of the whole network: recalibrated inside active_subnet, then run there."""
+    """On a copy of the main network: recalibrated inside active_subnet, then run there."""
     whole = copy.deepcopy(network)
     subnet = unloaf.Subnet.from_depths(stages, [int(depth) for depth in text.split("-")])
     with unloaf.active_subnet(whole, stages, subnet), torch.no_grad():
@@ -90,7 +90,7 @@ def test_switching_copies_nothing(elastic):
     assert [tensor.data_ptr() for tensor in used] == [stored.data_ptr()] * 2
 
 
-def test_estimating_leaves_the_whole_network_alone(network, elastic):
+def test_estimating_leaves_the_main_network_alone(network, elastic):
     before, after = network.state_dict(), elastic.network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -111,7 +111,7 @@ def test_statistics_follow_the_weights(elastic):
     assert {tensor.dtype for tensor in elastic.statistics("1-2-1").values()} == {torch.float32}
 
 
-def test_error_in_a_call_leaves_the_whole_network(elastic):
+def test_error_in_a_call_leaves_the_main_network(elastic):
     before = elastic.network.bn1.running_mean
     with pytest.raises(RuntimeError):
         elastic(torch.zeros(1, 7, 16, 16), subnet="1-2-1")

@@ -82,7 +82,7 @@ def test_probabilities_are_the_softmax_of_the_network_on_images_prepared_by_hand
     found = predict_run(run, new, top_k=3, device="cpu")
     assert [one.image for one in found.images] == list(map(str, new))
     torch.testing.assert_close(shares(found.images), network(run)(inputs(*new)).softmax(1), atol=1e-5, rtol=0)
-    assert (found.subnet, found.whole, found.epoch, found.notes) == ("2-2-2", True, 1, ())
+    assert (found.subnet, found.main, found.epoch, found.notes) == ("2-2-2", True, 1, ())
     assert all(list(one.probabilities) == sorted(one.probabilities, reverse=True) for one in found.images)
 
 
@@ -93,10 +93,10 @@ def test_a_subnet_has_its_statistics_estimated_on_the_training_images(run, new):
     subnet = unloaf.Subnet.from_depths(stages, (2, 1, 1))
     trained = inputs(*sorted((run.parent / "data").rglob("*.png")))
     found = predict_run(run, new, depths="2,1,1", top_k=3, device="cpu")
-    assert (found.subnet, found.whole) == ("2-1-1", False)
+    assert (found.subnet, found.main) == ("2-1-1", False)
     assert found.notes == ("the subnet's batch-norm statistics are re-estimated on 12 training images",)
     raw = predict_run(run, new, depths="2,1,1", top_k=3, recalibrate=0, device="cpu")
-    assert raw.notes == ("the subnet's batch-norm statistics are those of the whole network",)
+    assert raw.notes == ("the subnet's batch-norm statistics are those of the main network",)
     with unloaf.active_subnet(model, stages, subnet):
         torch.testing.assert_close(shares(raw.images), model(inputs(*new)).softmax(1), atol=1e-5, rtol=0)
         unloaf.recalibrate_bn(model, [trained])

@@ -104,7 +104,7 @@ def test_statistics_are_those_of_so_many_training_images(cifar, tmp_path):
     assert "re-estimated on 64 training images" in (few.folder / "README.md").read_text()
 
 
-def test_whole_network_keeps_its_statistics_and_default_place(cifar, tmp_path):
+def test_main_network_keeps_its_statistics_and_default_place(cifar, tmp_path):
     result = export_run(cifar, **CPU)
     assert result.folder == cifar / "export" / "2-2-2-state_dict"
     assert result.metrics["test"] == judge_run(cifar, device="cpu").main["test"]
@@ -138,9 +138,9 @@ def test_card_says_what_it_is_and_how_it_is_loaded(cifar, tmp_path):
     assert result.subnet == "1-2-1"
 
 
-def test_card_of_the_whole_network_does_not_call_it_a_part_of_itself(cifar, tmp_path):
+def test_card_of_the_main_network_does_not_call_it_a_part_of_itself(cifar, tmp_path):
     card = (export_run(cifar, output=tmp_path / "whole", **CPU).folder / "README.md").read_text()
-    assert "The whole network, 2-2-2, of cifar/resnet14, trained on digits for 2 epochs by the method `st`." in card
+    assert "The main network, 2-2-2, of cifar/resnet14, trained on digits for 2 epochs by the method `st`." in card
     assert "without" not in card
 
 

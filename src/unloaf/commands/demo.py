@@ -13,7 +13,7 @@ from unloaf.streams import say, standard_error
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train a small network by every method and show what became of the networks inside it."""
+    """Train a small network by every method and show what became of its subnets."""
 
     output: str = "output/demo"
     """Folder for report.html, results.json and results.csv."""

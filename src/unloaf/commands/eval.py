@@ -21,7 +21,7 @@ from unloaf.streams import say, standard_error
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Judge a trained run, also one that is still training: its main network and, if asked, networks inside it."""
+    """Judge a trained run, also one that is still training: its main network and, if asked, subnets."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, as `unloaf train` named it."""

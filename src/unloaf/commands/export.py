@@ -20,7 +20,7 @@ class Export:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     depths: str | None = None
-    """Kept blocks of each stage, as in 3,3,5,3, or chosen ones, as in 3,2:101,5,3; default: the whole network."""
+    """Kept blocks of each stage, as in 3,3,5,3, or chosen ones, as in 3,2:101,5,3; default: the main network."""
     format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
     """Weights with a JSON file beside them (of an hf/ run also a config.json), a model that timm reloads, a
     torch.export program, or ONNX."""

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from unloaf import __version__
 from unloaf.commands import bench, check_data, demo, eval, export, inspect, predict, report, subnets, train
@@ -23,9 +23,6 @@ from unloaf.errors import (
 from unloaf.printable import printable
 from unloaf.streams import open_closed_streams, send_nowhere, standard_error, stdout_is_closed
 
-if TYPE_CHECKING:
-    pass
-
 _HELP = """usage: unloaf COMMAND [OPTIONS]
 
 Train residual networks so that the networks inside them stop loafing.
@@ -33,11 +30,11 @@ Train residual networks so that the networks inside them stop loafing.
 commands:
   demo        train a small network by every method, write report.html
   train       train one network
-  eval        judge a trained run and the networks inside it
-  subnets     what the networks inside a run or a model cost
+  eval        judge the main network of a trained run and its subnets
+  subnets     what the subnets of a run or of a model cost
   inspect     look a model over: stages, subnets, what a step would cost
-  predict     the classes of images, by a run or a network inside it
-  export      write a network inside a run as an ordinary model
+  predict     the classes of images, by a run's main network or a subnet
+  export      write a subnet of a run as an ordinary model
   report      compare runs: a table, and a page with their curves
   check-data  open every image of an image set, list the bad ones
   bench step  measure the cost of a training step

@@ -1,4 +1,4 @@
-"""`unloaf predict`: the classes of images, by a run or by a network inside it."""
+"""`unloaf predict`: the classes of images, by the main network of a run or by a subnet."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Name the classes of images, by a trained run or a network inside it."""
+    """Name the classes of images, by the main network of a trained run or by a subnet."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, as `unloaf train` named it."""
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")] = ()
     """Image files, or folders of which every image file below is taken."""
     depths: str | None = None
-    """Kept blocks of each stage, as in 3,3,5,3, or chosen ones, as in 3,2:101,5,3; default: the whole network."""
+    """Kept blocks of each stage, as in 3,3,5,3, or chosen ones, as in 3,2:101,5,3; default: the main network."""
     top_k: int = 5
     """Classes of each image that are told, likeliest first."""
     json: bool = False
@@ -83,7 +83,7 @@ def _print_lines(found: Predictions) -> None:
     for note in found.notes:
         print(note)
     average = ", moving average of the weights" if found.weights == "model_ema" else ""
-    network = f"network {found.subnet}" if found.whole else f"subnet {found.subnet}"
+    network = f"{'main network' if found.main else 'subnet'} {found.subnet}"
     print(f"{found.run}, {found.checkpoint} (after epoch {found.epoch}){average}, {network}")
     for one in found.images:
         shares = zip(one.classes, one.probabilities, strict=True)

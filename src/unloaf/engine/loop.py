@@ -124,7 +124,7 @@ def _validate(training: Training, on_batch: Callable[[], None] | None) -> Evalua
     if not (due and len(training.data.val)):
         return None
     chosen: list[Subnet] = []
-    if config.eval_subnets:  # the first that is drawn is the whole network, which is judged anyway
+    if config.eval_subnets:  # the first that is drawn is the main network, which is judged anyway
         chosen = choose_subnets(training.stages, config.eval_subnets + 1, seed=config.seed)[1:]
     return training.evaluate("val", subnets=chosen, on_batch=on_batch)
 

@@ -33,18 +33,18 @@ Statistics = dict[str, Tensor]
 class ElasticModel(nn.Module):
     """A network and its subnets, with one set of weights and batch-norm statistics for each of the subnets.
 
-    ``model(x)`` runs the subnet that was set, at first the whole network; ``model(x, subnet="2-1-2")`` another one for
+    ``model(x)`` runs the subnet that was set, at first the main network; ``model(x, subnet="2-1-2")`` another one for
     this call. No weight is copied: skipped blocks return their input, and the buffers of the batch norms are exchanged,
     by reference, for the time of the call. Made for evaluation; calls from several threads must not overlap.
 
     Args:
-        network: the whole network, changed by `set_depths` and calls only while they run.
+        network: the main network, changed by `set_depths` and calls only while they run.
         stages: its stages.
         statistics: for subnets, ``running_mean`` and ``running_var`` of the norms by name.
         class_names: what the outputs stand for, in their order.
 
     Attributes:
-        network: the whole network with its own statistics.
+        network: the main network with its own statistics.
         stages: its stages.
         subnet: what ``model(x)`` runs.
         class_names: what the outputs stand for; empty where nobody said it.
@@ -78,11 +78,11 @@ class ElasticModel(nn.Module):
 
     @property
     def subnets(self) -> tuple[str, ...]:
-        """The subnets with statistics of their own, the whole network first."""
+        """The subnets with statistics of their own, the main network first."""
         return tuple(dict.fromkeys([str(Subnet.full(self.stages)), *map(str, self._statistics)]))
 
     def statistics(self, subnet: str | Subnet) -> Statistics:
-        """A subnet's statistics by name of the buffer; empty for the whole network, which has its own.
+        """A subnet's statistics by name of the buffer; empty for the main network, which has its own.
 
         Raises:
             ValueError: it is no subnet of this network, or the file has no statistics for it.
@@ -91,7 +91,7 @@ class ElasticModel(nn.Module):
         if chosen in self._statistics or chosen == Subnet.full(self.stages) or not tracking_norms(self.network):
             return self._statistics.get(chosen, {})
         raise ValueError(
-            f"subnet {chosen} has no batch-norm statistics here, and the whole network's do not fit it; there are "
+            f"subnet {chosen} has no batch-norm statistics here, and the main network's do not fit it; there are "
             f"{', '.join(self.subnets)}; export with this subnet among --subnets, or call model.recalibrate"
         )
 
@@ -131,7 +131,7 @@ class ElasticModel(nn.Module):
         return alone
 
     def recalibrate(self, subnet: str | Subnet, batches: Iterable[Any]) -> None:
-        """Estimates statistics of a subnet by `recalibrate_bn` and keeps them; the whole network's stay as they are."""
+        """Estimates statistics of a subnet by `recalibrate_bn` and keeps them; the main network's stay as they are."""
         chosen = self._resolve(subnet)
         fresh = {
             f"{path}.{name}": buffer.clone()
@@ -206,7 +206,7 @@ def save_elastic(
     Args:
         folder: exists.
         model: with the statistics that are to be stored.
-        architecture: arguments of `build_model` for the whole network.
+        architecture: arguments of `build_model` for the main network.
         more: further entries of the JSON, which nothing reads.
     """
     subnets = [subnet for subnet in model._statistics if model._statistics[subnet]]

@@ -72,7 +72,7 @@ class ElasticResult:
     Attributes:
         folder: where its files are.
         files: their sizes in bytes, by name.
-        networks: the subnets, the whole network first, judged.
+        networks: the subnets, the main network first, judged.
         statistics: bytes of the stored statistics; the rest is one set of weights.
         loading: Python lines that load it.
         notes: what a reader has to know of the checkpoint and the choice of subnets.
@@ -105,14 +105,14 @@ def export_run(
 
     Args:
         run: a folder that `unloaf train` made; it is not changed.
-        depths: of the subnet, "3,3,5,3", or what ``str(subnet)`` gives, "3-2:101-5-3"; default: the whole network.
+        depths: of the subnet, "3,3,5,3", or what ``str(subnet)`` gives, "3-2:101-5-3"; default: the main network.
         output: the new folder; default: RUN/export/SUBNET-FORMAT.
         format: state_dict (safetensors and a JSON for `load_subnet`; of a network of transformers, also what
             ``from_pretrained`` loads), timm, pt2 (torch.export) or onnx.
         checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
         ema: export the moving average of the weights.
         recalibrate: training images that re-estimate the subnet's batch-norm statistics; 0 leaves them as they are;
-            default: as in the run. The whole network keeps its own.
+            default: as in the run. The main network keeps its own.
         data_dir: where the images are now; default: as in the run.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps", for the estimate and the accuracy; files are made on the CPU.
         push_to_hub: name of a repository on the Hugging Face hub that the folder is uploaded to.
@@ -168,7 +168,7 @@ def export_elastic(
     Args:
         run: a folder that `unloaf train` made; it is not changed.
         output: the new folder; default: RUN/export/elastic.
-        subnets: which ones, by name; a number draws so many ordered ones beside the whole network; default: all
+        subnets: which ones, by name; a number draws so many ordered ones beside the main network; default: all
             ordered ones, or 64 of them where there are more.
         checkpoint: "last" or "best".
         ema: export the moving average of the weights.
@@ -231,7 +231,7 @@ def _bytes(network: nn.Module) -> int:
 
 
 def _chosen(opened: OpenedRun, asked: Sequence[str] | int | None) -> tuple[list[Subnet], list[str]]:
-    """The whole network first, then those that were asked for."""
+    """The main network first, then those that were asked for."""
     stages, seed = opened.training.stages, opened.config.seed
     full = Subnet.full(stages)
     if asked is None:
@@ -260,7 +260,7 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
     full = Subnet.full(opened.training.stages)
     origin = f"{_origin(opened)} by the method `{opened.config.method}`"
     if subnet == full:
-        what = f"The whole network, {full}, of {origin}."
+        what = f"The main network, {full}, of {origin}."
     else:
         what = f"The subnet {subnet} of {origin}: an ordinary network without the other blocks of {full}."
     summary = [f"{what} The accuracy below is that of this network, measured after the export."]
@@ -268,7 +268,7 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
     if tracking_norms(opened.network) and subnet != full:
         used = opened.training.calibration_images
         statistics = (
-            f"were re-estimated on {used:,} training images" if opened.recalibrate else "are the whole network's"
+            f"were re-estimated on {used:,} training images" if opened.recalibrate else "are the main network's"
         )
         notes.append(f"Its batch-norm statistics {statistics}.")
     return model_card(

@@ -47,7 +47,7 @@ class Predictions:
         epoch: whole epochs that were trained by then.
         weights: "model", or "model_ema" for the moving average.
         subnet: depths of the network, "3-3-3".
-        whole: whether that is the whole network.
+        main: whether that is the main network.
         images: those that could be read, in the order given.
         bad: (name, reason) of each that could not.
         notes: what a reader has to know of the checkpoint, the statistics and the images.
@@ -58,7 +58,7 @@ class Predictions:
     epoch: int
     weights: str
     subnet: str
-    whole: bool
+    main: bool
     images: tuple[Prediction, ...]
     bad: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
@@ -83,7 +83,7 @@ def predict_run(
     Args:
         run: a folder that `unloaf train` made.
         images: files, or folders of which every image file below is taken.
-        depths: of a subnet, "3,3,5,3", as for `export_run`; default: the whole network.
+        depths: of a subnet, "3,3,5,3", as for `export_run`; default: the main network.
         top_k: how many classes of each image.
         checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
         ema: with the moving average of the weights.
@@ -115,7 +115,7 @@ def predict_run(
     if chosen != full and tracking_norms(network):
         done = f"re-estimated on {opened.training.calibration_images:,} training images"
         notes.append(
-            f"the subnet's batch-norm statistics are {done if opened.recalibrate else 'those of the whole network'}"
+            f"the subnet's batch-norm statistics are {done if opened.recalibrate else 'those of the main network'}"
         )
     seen, bad = list[Prediction](), list[tuple[str, str]]()
     with show_progress(console or Console(quiet=True), total=len(names), label="images") as display:
@@ -127,7 +127,7 @@ def predict_run(
         epoch=opened.epoch,
         weights=opened.weights,
         subnet=str(chosen),
-        whole=chosen == full,
+        main=chosen == full,
         images=tuple(seen),
         bad=tuple(bad),
         notes=tuple(notes),

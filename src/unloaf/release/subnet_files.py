@@ -80,9 +80,9 @@ def save_subnet(
     Args:
         folder: exists.
         network: what `export_subnet` returned.
-        architecture: arguments of `build_model` for the whole network; for one of transformers also ``config``, the
+        architecture: arguments of `build_model` for the main network; for one of transformers also ``config``, the
             entries of its config.json.
-        stages: of the whole network.
+        stages: of the main network.
         subnet: which one it is.
         more: further entries of the JSON, such as ``class_names``.
     """
@@ -143,7 +143,7 @@ def read_described(file: Path, *, kind: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def build_described(fields: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Module:
-    """The whole network that the JSON names, with fresh weights; torch's random state stays as it was.
+    """The main network that the JSON names, with fresh weights; torch's random state stays as it was.
 
     Raises:
         ModuleNotFoundError: the library of the architecture is not installed.

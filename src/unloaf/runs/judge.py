@@ -1,4 +1,4 @@
-"""A trained run in, the accuracy of its network and of the networks inside it out. Never trains."""
+"""A trained run in, the accuracy of its main network and of its subnets out. Never trains."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class OpenedRun:
         return (batch[0].to(device) for batch in self.training.calibration_batches())
 
     def subnet(self, subnet: Subnet) -> nn.Module:
-        """A subnet as a network of its own; all but the whole network have their statistics re-estimated."""
+        """A subnet as a network of its own; all but the main network have their statistics re-estimated."""
         stages = self.training.stages
         network = export_subnet(self.network.eval(), stages, subnet)
         if self.recalibrate and subnet != Subnet.full(stages):
