@@ -213,7 +213,7 @@ def test_function_may_give_an_example(tmp_path, monkeypatch):
     assert (found.sides, found.input, found.stages[0].depths) == ("none", (4,), (1, 2))
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["subnets", "--num", "1"]])
+@pytest.mark.parametrize("command", [["inspect"], ["subnets", "--subnets", "1"]])
 @pytest.mark.parametrize(
     ("made", "flags", "left_out"),
     [
@@ -234,21 +234,21 @@ def test_what_a_function_decides_is_not_silently_ignored(capsys, monkeypatch, co
 
 
 def test_drawn_subnets_of_a_model_are_distinct_and_begin_with_the_whole():
-    rows, times = cost_of_model("cifar/resnet32", number="4", device="cpu")
+    rows, times = cost_of_model("cifar/resnet32", subnets="4", device="cpu")
     assert str(rows[0].subnet) == "5-5-5"
     assert len({row.subnet for row in rows}) == 5
-    assert (rows, times) == cost_of_model("cifar/resnet32", number="4", device="cpu")
+    assert (rows, times) == cost_of_model("cifar/resnet32", subnets="4", device="cpu")
 
 
 def test_more_subnets_than_can_be_listed_are_drawn():
-    rows, _ = cost_of_model("cifar/resnet110", number="2", device="cpu")  # 18 ** 3
+    rows, _ = cost_of_model("cifar/resnet110", subnets="2", device="cpu")  # 18 ** 3
     assert str(rows[0].subnet) == "18-18-18"
     assert len({row.subnet for row in rows}) == 3
 
 
 def test_all_subnets_of_a_model(capsys, tmp_path):
     file = tmp_path / "costs.csv"
-    code, out, err = in_process(capsys, "subnets", "cifar/resnet14", "--num", "all", "--output", file)
+    code, out, err = in_process(capsys, "subnets", "cifar/resnet14", "--subnets", "all", "--output", file)
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines() if line[1:2].isdigit()]
     assert [line[0] for line in lines] == ["2-2-2", "2-2-1", "2-1-2", "2-1-1", "1-2-2", "1-2-1", "1-1-2", "1-1-1"]
@@ -257,7 +257,7 @@ def test_all_subnets_of_a_model(capsys, tmp_path):
 
 
 def test_latency_of_a_model_is_printed_with_device_and_threads(capsys):
-    words = ("--latency", "-b", "1", "2", "--repeats", "2", "--num", "1", "--device", "cpu")
+    words = ("--latency", "-b", "1", "2", "--repeats", "2", "--subnets", "1", "--device", "cpu")
     code, out, _ = in_process(capsys, "subnets", "cifar/resnet8", *words)
     assert code == 2  # one block in each stage
     code, out, _ = in_process(capsys, "subnets", "cifar/resnet14", *words)
@@ -269,8 +269,8 @@ def test_latency_of_a_model_is_printed_with_device_and_threads(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["cifar/resnet20", "--num", "pareto"], "a model that is not trained has no accuracy; give a run"),
-        (["cifar/resnet20", "--num", "0"], "num '0': give all, pareto or a number"),
+        (["cifar/resnet20", "--subnets", "pareto"], "a model that is not trained has no accuracy; give a run"),
+        (["cifar/resnet20", "--subnets", "0"], "subnets '0': give all, pareto or a number"),
         (["cifar/resnet20", "-b", "0"], "batch_size (0,): give one or more numbers of at least 1"),
         (["cifar/resnet20", "--repeats", "0"], "repeats 0: give at least 1"),
         (["output/norun"], "output/norun is no run"),

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.accuracy.tables import TABLES, Row, Table
 
 from unloaf.config import Config
+from unloaf.config.names import current_names
 
 BASELINE_COST = {"time": 1.0, "flops": 1.0}
 # Where a run lies and how it is fed is no part of what was trained.
@@ -176,7 +177,7 @@ def altered(table: Table, results: Results) -> list[str]:
             lines.append(f"{where}: the table has no such row or seed")
             continue
         job = jobs[record["row"], record["seed"]]
-        now, was = json.loads(json.dumps(described(job.config("DIR", Path())))), record["settings"]
+        now, was = json.loads(json.dumps(described(job.config("DIR", Path())))), current_names(record["settings"])
         for name in sorted({*was, *now}):
             before = was.get(name, _FORMER_DEFAULTS.get(name) if name in now else None)
             if before != now.get(name):

@@ -207,11 +207,11 @@ _GKT_CHANGED: dict[str, dict[str, Any]] = {
     "1 loop": {"loops": 1, "subnet_weight": 0.34},
     "weight 1": {"subnet_weight": 1.0},
     "decay base 1": {"decay_base": 1.0},
-    "ema 0": {"ema": 0.0},
+    "ema 0": {"group_ema": 0.0},
     "KL-": KL_MINUS,
     "2 groups": {"groups": 2, "subnet_weight": 0.25},
     "decay base 0.25": {"decay_base": 0.25},
-    "ema 0.9": {"ema": 0.9},
+    "ema 0.9": {"group_ema": 0.9},
 }
 
 

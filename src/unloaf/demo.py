@@ -283,7 +283,7 @@ def _subnet_settings(config: Config) -> dict[str, str]:
     if config.method == "st++":
         shown |= {"KL- eps": f"{config.eps:g}", "smallest input": f"{config.min_ratio:g} of the side"}
     if config.method == "gkt":
-        shown |= {"groups x loops": f"{config.groups} x {config.loops}", "ema": str(config.ema)}
+        shown |= {"groups x loops": f"{config.groups} x {config.loops}", "group ema": str(config.group_ema)}
     return shown
 
 

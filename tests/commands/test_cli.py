@@ -123,6 +123,8 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words, b
         (["train", "--optimizer=adamw"], "--optimizer is no option of unloaf train; did you mean --opt?"),
         (["train", "--no-pretraind"], "did you mean --no-pretrained?"),
         (["train", "--resum", "auto"], "did you mean --resume?"),
+        (["train", "--ema", "0.5"], "--ema is no option of unloaf train any more; give --group-ema for the"),
+        (["subnets", "r", "--num=all"], "--num is no option of unloaf subnets any more; give --subnets\n"),
         (["train", "--qqq"], "--qqq is no option of unloaf train; `unloaf train --help` lists them"),
         (
             ["train", "--amp", "yes"],
@@ -473,7 +475,7 @@ def test_unexpected_error_without_text_is_named(capsys, monkeypatch):
 
 def test_subnets_of_a_run_have_accuracy_costs_and_a_front(capsys, tmp_path):
     assert in_process(capsys, "train", *TINY, "--output", str(tmp_path), "--name", "run")[0] == 0
-    words = ("--num", "all", "--latency", "-b", "2", "--repeats", "2", "--output", str(tmp_path / "costs.csv"))
+    words = ("--subnets", "all", "--latency", "-b", "2", "--repeats", "2", "--output", str(tmp_path / "costs.csv"))
     code, out, _ = in_process(capsys, "subnets", str(tmp_path / "run"), *words, "--device", "cpu")
     assert code == 0
     assert "ms (p95), batch of 2" in out

@@ -26,7 +26,7 @@ from unloaf.config import Config, dump_config, load_config
         ({"lr": "1e-3"}, "lr '1e-3': give a number; in YAML write 1.0e-3"),
         ({"epochs": 2.5}, "epochs 2.5: give an integer"),
         ({"epochs": True}, "epochs True: give an integer"),
-        ({"ema": 1.0}, "ema 1.0: give a number from 0 to below 1"),
+        ({"group_ema": 1.0}, "group_ema 1.0: give a number from 0 to below 1"),
         ({"amplitude": "large"}, "amplitude 'large': give a number, auto"),
         ({"method": "sst"}, "method 'sst': give common or stochastic-depth or st or st++ or gkt; did you mean st?"),
         ({"warmup_epochs": 30}, "warmup_epochs 30 leaves none of the 30 epochs; give at most 29"),
@@ -114,6 +114,15 @@ def test_file_reads_back_to_an_equal_value(tmp_path, config):
     path = tmp_path / "args.yaml"
     path.write_text(dump_config(config))
     assert load_config(path) == config
+
+
+def test_setting_under_its_former_name_is_read(tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text("method: gkt\nema: 0.25\n")
+    assert load_config(path) == Config(method="gkt", group_ema=0.25)
+    path.write_text("ema: 0.25\ngroup_ema: 0.5\n")
+    with pytest.raises(ValueError, match=r"args.yaml: ema is called group_ema now, and both are given; keep group_ema"):
+        load_config(path)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 
 import tiny
 from unloaf.config import Config, load_config
-from unloaf.engine.changed_settings import FREE_SETTINGS
+from unloaf.engine.changed_settings import FREE_SETTINGS, different_settings
 from unloaf.engine.run_folder import RunFolder, open_run, run_of
 from unloaf.errors import DiskFullError
 
@@ -309,3 +309,7 @@ def test_runs_in_a_folder_that_is_none_are_named(tmp_path):
         (tmp_path / name / "args.yaml").write_text("epochs: 1")
     with pytest.raises(ValueError, match=f"is no run: .* one of the runs in it, such as {tmp_path}/a, {tmp_path}/b$"):
         run_of(tmp_path)
+
+
+def test_settings_of_an_older_checkpoint_are_compared_under_their_present_names():
+    assert different_settings(Config(method="gkt", group_ema=0.7), {"method": "gkt", "ema": 0.7}) == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from unloaf.commands.judged import main_lines, say_subnets
-from unloaf.commands.options import check_least
+from unloaf.commands.options import check_least, check_subnets
 from unloaf.commands.parsing import parse
 from unloaf.commands.tables import show
 from unloaf.config.checks import check_device
@@ -48,10 +47,8 @@ class Eval:
     """Write the table of subnets to this file instead; its folder is made."""
 
     def __post_init__(self) -> None:
-        given = self.subnets
-        if given not in (None, "all", "pareto") and not (re.fullmatch("[0-9]{1,5}", given or "") and int(given or 0)):
-            raise ValueError(f"subnets {given!r}: give all, pareto or a number from 1 to 99999")
-        if given is None and self.output is not None:
+        check_subnets(self.subnets)
+        if self.subnets is None and self.output is not None:
             raise ValueError(
                 f"output {self.output} is for the table of subnets; give --subnets with it, or leave --output out"
             )

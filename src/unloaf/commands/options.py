@@ -14,6 +14,13 @@ def check_depths(depths: str | None) -> None:
         raise ValueError(f"depths {depths!r}: give a number for each stage, as in 3,3,5,3, or 2:101 for its blocks")
 
 
+def check_subnets(subnets: str | None) -> None:
+    """Raises ValueError if this is neither all nor pareto nor a number of subnets."""
+    number = re.fullmatch("[0-9]{1,5}", subnets or "")
+    if subnets not in (None, "all", "pareto") and not (number and int(number[0])):
+        raise ValueError(f"subnets {subnets!r}: give all, pareto or a number from 1 to 99999")
+
+
 def check_least(options: Any, **least: int) -> None:
     """Raises ValueError if an option is given and lower than this."""
     for name, low in least.items():

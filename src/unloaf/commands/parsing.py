@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
@@ -23,6 +24,7 @@ def parse(
     default: Any = None,
     about: str | None = None,
     more_flags: tuple[str, ...] = (),
+    former: Mapping[str, str] | None = None,
 ) -> Any:
     """Tyro's parser, with one line for an error where tyro draws a box.
 
@@ -33,6 +35,7 @@ def parse(
         default: an instance whose values the flags override.
         about: the first lines of the help; default: the docstring of `kind`.
         more_flags: flags that the caller has taken out of the words already, to be suggested like others.
+        former: flags of before, and what to give instead.
 
     Raises:
         ValueError: a flag or value is not allowed.
@@ -52,7 +55,7 @@ def parse(
             raise
         reason = _reason(error, box.getvalue())
         if found := re.match(r"Unrecognized options: (\S+?),?(?: |$)", reason):
-            reason = _unknown(found[1], [*flags_of(kind), *more_flags], prog)
+            reason = _unknown(found[1], [*flags_of(kind), *more_flags], prog, former or {})
         raise ValueError(reason) from error
 
 
@@ -74,11 +77,13 @@ def flags_of(kind: Any) -> list[str]:
     return flags
 
 
-def _unknown(word: str, flags: list[str], prog: str) -> str:
+def _unknown(word: str, flags: list[str], prog: str, former: Mapping[str, str]) -> str:
     where = f"`{prog} --help` lists them"
     if not word.startswith("-"):
         return f"{word!r} belongs to no option of {prog}; a switch such as --amp takes no value; {where}"
     name = word.partition("=")[0]
+    if name in former:
+        return f"{name} is no option of {prog} any more; give {former[name]}"
     close = similar(name, [flag for flag in flags if flag.startswith("--")])
     hint = f"did you mean {close}? " if close else ""
     return f"{name} is no option of {prog}; {hint}{where}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from unloaf.commands.judged import main_lines, say_subnets
-from unloaf.commands.options import check_least
+from unloaf.commands.options import check_least, check_subnets
 from unloaf.commands.parsing import parse
 from unloaf.commands.tables import show
 from unloaf.config.checks import check_device
@@ -30,8 +29,8 @@ class Subnets:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
     """Folder of a run, or a network as for train."""
-    num: str = "16"
-    """How many ordered subnets beside the main network, all, or, of a run, pareto for those that no other beats."""
+    subnets: str = "16"
+    """all ordered ones, a number of them beside the main network, or, of a run, pareto: those that no other beats."""
     latency: bool = False
     """Measure how long a forward pass takes."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["-b"])] = (1, 32)
@@ -56,8 +55,7 @@ class Subnets:
     """Write the table to this CSV file too; its folder is made."""
 
     def __post_init__(self) -> None:
-        if self.num not in ("all", "pareto") and not (re.fullmatch("[0-9]{1,5}", self.num) and int(self.num)):
-            raise ValueError(f"num {self.num!r}: give all, pareto or a number from 1 to 99999")
+        check_subnets(self.subnets)
         if not self.batch_size or min(self.batch_size) < 1:
             raise ValueError(f"batch_size {self.batch_size}: give one or more numbers of at least 1")
         check_device(self.device)
@@ -71,7 +69,7 @@ class Subnets:
 
 def run(words: list[str]) -> int:
     """Prints the table, writes it to a file if asked to."""
-    options = parse(Subnets, words, prog="unloaf subnets")
+    options = parse(Subnets, words, prog="unloaf subnets", former={"--num": "--subnets"})
     from unloaf.measure.costs import write_csv
     from unloaf.measure.pareto import pareto_front
     from unloaf.measure.records import cost_records, cost_table
@@ -81,7 +79,7 @@ def run(words: list[str]) -> int:
     rows, times = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
     cost = "latency_ms" if options.timed else "gmacs"
     front = {row.subnet for row in pareto_front(rows, cost=cost)} if rows[0].top1 is not None else None
-    shown = [i for i, row in enumerate(rows) if not front or options.num != "pareto" or row.subnet in front]
+    shown = [i for i, row in enumerate(rows) if not front or options.subnets != "pareto" or row.subnet in front]
     show(*cost_table([rows[i] for i in shown], [times[i] for i in shown] if times else [], front))
     for timing in times[0][:1] if times else []:
         print(f"median and 95th percentile of {timing.repeats} passes, on {timing.device}, {timing.threads} thread(s)")
@@ -108,11 +106,9 @@ def _costs_of_run(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Seque
         raise ValueError("a run has its images and classes; leave --img-size and --num-classes out")
     from unloaf.runs.judge import judge_run
 
-    given = {
-        name: getattr(options, name)
-        for name in ("checkpoint", "split", "ema", "data_dir", "device", "timed", "repeats")
-    }
-    judgement = judge_run(Path(options.source), subnets=options.num, **given, console=Console(file=standard_error()))
+    names = ("subnets", "checkpoint", "split", "ema", "data_dir", "device", "timed", "repeats")
+    given = {name: getattr(options, name) for name in names}
+    judgement = judge_run(Path(options.source), **given, console=Console(file=standard_error()))
     for line in main_lines(judgement):
         say(line)
     say_subnets(judgement)
@@ -120,9 +116,10 @@ def _costs_of_run(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Seque
 
 
 def _costs_of_model(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Sequence[Timing]]]:
-    if options.num == "pareto":
-        raise ValueError("num pareto: a model that is not trained has no accuracy; give a run, or all or a number")
+    if options.subnets == "pareto":
+        raise ValueError("subnets pareto: a model that is not trained has no accuracy; give a run, or all or a number")
     from unloaf.inspection import cost_of_model
 
-    given = {name: getattr(options, name) for name in ("timed", "repeats", "device", "img_size", "num_classes")}
-    return cost_of_model(options.source, number=options.num, **given, console=Console(file=standard_error()))
+    names = ("subnets", "timed", "repeats", "device", "img_size", "num_classes")
+    given = {name: getattr(options, name) for name in names}
+    return cost_of_model(options.source, **given, console=Console(file=standard_error()))

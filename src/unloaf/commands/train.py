@@ -33,6 +33,9 @@ _ABOUT_TRAIN = (
 )
 
 
+_FORMER_FLAGS = {"--ema": "--group-ema for the knowledge of GKT's groups, --model-ema to average the weights"}
+
+
 def parse_train(words: list[str]) -> Train:
     """Reads the words after `unloaf train`.
 
@@ -52,7 +55,9 @@ def parse_train(words: list[str]) -> Train:
         about = f"{about} Recipes: {', '.join(recipe_names())}."
     default = _defaults(file, name, resume)
     more = ("--config", "--recipe", "--resume", "--print-config", "--allow-changed-data", "--input-size")
-    config = parse(Config, words, prog="unloaf train", default=default, about=about, more_flags=more)
+    config = parse(
+        Config, words, prog="unloaf train", default=default, about=about, more_flags=more, former=_FORMER_FLAGS
+    )
     if config.dataset == "digits" and config.data_dir is not None and not (default and default.data_dir):
         raise ValueError(
             f"data_dir {config.data_dir}: the dataset is digits, which ships with scikit-learn and needs none; give "

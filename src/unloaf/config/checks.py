@@ -62,7 +62,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "sides": (1, 4096, "sides from 1 to 4096 pixels"),
     "groups": (1, 10_000, "at least 1"),
     "loops": (1, 10_000, "at least 1"),
-    "ema": (0, _BELOW_ONE, "a number from 0 to below 1"),
+    "group_ema": (0, _BELOW_ONE, "a number from 0 to below 1"),
     "decay_base": (_TINY, 1, "a number above 0, up to 1"),
     "final_survival": (_TINY, 1, "a probability above 0, up to 1"),
     "epochs": _COUNT,

@@ -178,7 +178,7 @@ class Config:
     """gkt: groups of subnets, each drawn inside the one before."""
     loops: int = 2
     """gkt: passes over the groups in a step."""
-    ema: float = 0.5
+    group_ema: float = 0.5
     """gkt: how much of a group's old knowledge stays, in [0, 1); without effect with --teacher main."""
     teacher: Literal["group", "main"] = "group"
     """gkt: who teaches a subnet, the group above it or the main network."""

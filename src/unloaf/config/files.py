@@ -10,7 +10,7 @@ import yaml
 
 from unloaf.config.checks import brief
 from unloaf.config.fields import Config
-from unloaf.config.names import similar
+from unloaf.config.names import current_names, similar
 from unloaf.files.writing import read_text
 
 _MOST_BYTES = 1 << 16  # a configuration has 3 kB
@@ -67,6 +67,10 @@ def _fault(root: yaml.Node | None) -> str | None:
 
 
 def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
+    try:
+        entries = current_names(entries)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     known = [field.name for field in dataclasses.fields(Config)]
     for key in entries:
         if key not in known:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 # What transformers, torchvision's references, Lightning and daily speech say, and which setting it is here.
 _ELSEWHERE = {
@@ -39,6 +40,24 @@ _ELSEWHERE = {
     "convert": "export", "save": "export", "fit": "train", "finetune": "train", "fine-tune": "train",
     "evaluate": "eval", "test": "eval", "val": "eval", "validate": "eval", "info": "inspect", "summary": "inspect",
 }  # fmt: skip
+
+
+_FORMER = {"ema": "group_ema"}  # as files and checkpoints of before have it, and as it is called now
+
+
+def current_names(settings: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Settings under the names of today, of a file or a checkpoint that may be older.
+
+    Raises:
+        ValueError: a setting is there under both names.
+
+    >>> current_names({"epochs": 3, "ema": 0.9})
+    {'epochs': 3, 'group_ema': 0.9}
+    """
+    for former, name in _FORMER.items():
+        if former in settings and name in settings:
+            raise ValueError(f"{former} is called {name} now, and both are given; keep {name}")
+    return {_FORMER.get(name, name): value for name, value in settings.items()}
 
 
 def similar(name: str, known: Iterable[str]) -> str | None:

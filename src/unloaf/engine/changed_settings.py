@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unloaf.config import Config
+from unloaf.config.names import current_names
 from unloaf.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def different_settings(config: Config, before: Mapping[str, Any]) -> dict[str, t
         before: the ones before by name; what an older unloaf did not know has its default value. Lists of JSON count as
             tuples.
     """
-    had = dataclasses.asdict(Config()) | {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
+    named = current_names(before).items()
+    had = dataclasses.asdict(Config()) | {k: tuple(v) if isinstance(v, list) else v for k, v in named}
     return {name: (had[name], now) for name, now in dataclasses.asdict(config).items() if had[name] != now}
 
 

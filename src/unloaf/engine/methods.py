@@ -65,7 +65,7 @@ def build_method(
             stages,
             groups=config.groups,
             loops=config.loops,
-            ema=config.ema,
+            ema=config.group_ema,
             teacher=config.teacher,
             **settings,
         )

@@ -17,7 +17,7 @@ from unloaf.stages import find_stages
 def cost_of_model(
     name: str,
     *,
-    number: str,
+    subnets: str,
     timed: Sequence[int] = (),
     repeats: int = 30,
     device: str = "auto",
@@ -29,7 +29,7 @@ def cost_of_model(
 
     Args:
         name: as for `unloaf train`.
-        number: "all", or how many are drawn beside the main network.
+        subnets: "all", or how many are drawn beside the main network.
         timed: batch sizes at which time is measured.
         repeats: passes that are timed.
         device: "auto", "cpu", "cuda", "cuda:1", "mps" and their kind.
@@ -40,13 +40,13 @@ def cost_of_model(
     Raises:
         ValueError: an unknown model, or one without residual blocks.
 
-    >>> rows, times = cost_of_model("cifar/resnet20", number="2", device="cpu")
+    >>> rows, times = cost_of_model("cifar/resnet20", subnets="2", device="cpu")
     >>> str(rows[0].subnet), rows[0].params, len(rows), times
     ('3-3-3', 269722, 3, [])
     """
     model, example = load_model(name, img_size=img_size, num_classes=num_classes)
     stages = find_stages(model, example)
-    chosen = choose_subnets(stages, None if number == "all" else int(number) + 1)
+    chosen = choose_subnets(stages, None if subnets == "all" else int(subnets) + 1)
     empty, inputs = without_data(model, example)
     console = console or Console(quiet=True)
     with show_progress(console, total=len(chosen), label="GMACs", lines=True) as display:

@@ -95,7 +95,7 @@ def _by_method(common: Config, method: Method) -> Config:
     if method == "st":
         return replace(common, method=method, num_subnets=1)
     if method == "gkt":
-        return replace(common, method=method, groups=3, loops=2, ema=0.5, decay_base=0.5)
+        return replace(common, method=method, groups=3, loops=2, group_ema=0.5, decay_base=0.5)
     if method == "stochastic-depth":
         return replace(common, method=method, final_survival=0.8)
     if method == "st++":

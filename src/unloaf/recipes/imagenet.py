@@ -120,7 +120,7 @@ def resnet50_gkt(*, data_dir: str = DATA_DIR) -> Config:
     Three groups, two loops, ema 0.5, weight 1, depths with probability proportional to 0.5**(d-k): our reading. On
     digits a weight of 0.17 was better, see `unloaf.recipes.digits`.
     """
-    return replace(resnet50_common(data_dir=data_dir), method="gkt", groups=3, loops=2, ema=0.5, decay_base=0.5)
+    return replace(resnet50_common(data_dir=data_dir), method="gkt", groups=3, loops=2, group_ema=0.5, decay_base=0.5)
 
 
 def resnet101_common(*, data_dir: str = DATA_DIR) -> Config:
