@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 # A file is tested in one process: its tests may share what is dear to set up.
 PYTEST_PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo install test test-slow lint format lock clean
+.PHONY: help demo install test test-slow lint format docs lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -34,6 +34,9 @@ lint: $(VENV)/.dev ## style, types, import contracts
 format: $(VENV)/.dev ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev ## write the tables of the documentation that the code knows
+	$(BIN)/python docs/generate.py $(ARGS)
 
 lock: $(BIN)/python ## choose the newest versions again and write constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

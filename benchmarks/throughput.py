@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unloaf.commands.options import parse_train
+from unloaf.commands.train import parse_train
 from unloaf.data import Data
 from unloaf.data.images import ImageSet
 from unloaf.engine.run import train
@@ -61,9 +61,9 @@ def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:
     words += ["--name", f"batch-{batch_size}", "--resume", "auto"]
     words += ["--device", "cpu"] if options.smoke else ["--amp", "--torchcompile"]
     print(shlex.join(["unloaf", "train", *words]), flush=True)
-    asked = parse_train(words)
+    config, asked = parse_train(words)
     data = None if options.data_dir else noise(options.images)
-    result = train(asked.config, console=Console(), resume=asked.resume, data=data)
+    result = train(config, console=Console(), resume=asked.resume, data=data)
     with (result.path / "summary.csv").open(encoding="utf-8", newline="") as file:
         seconds = [float(row["time"]) for row in csv.DictReader(file)]
     counted = 50_000 if options.data_dir else options.images

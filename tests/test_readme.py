@@ -1,9 +1,8 @@
 """What README and docs say: their examples run, their commands parse, their links and defaults hold."""
 
-import inspect
 import re
+import runpy
 import shlex
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,7 @@ import unloaf.release.exports
 import unloaf.runs.histories
 import unloaf.runs.judge
 from unloaf.commands import main as cli
-from unloaf.commands.bench import BenchStep
-from unloaf.commands.check_data import CheckData
-from unloaf.commands.demo import Demo
-from unloaf.commands.eval import Eval
-from unloaf.commands.predict import Predict
-from unloaf.commands.report import Report
+from unloaf.commands.help import options_of
 from unloaf.config import Config, dump_config
 from unloaf.engine.changed_settings import FREE_SETTINGS
 from unloaf.engine.log_lines import summary
@@ -131,43 +125,24 @@ CARDS = {
 }
 
 
-def defaults(text: str) -> dict[str, str]:
-    return dict(re.findall(r"^\| `([\w-]+)` \| `([^`]*)` \|", text, flags=re.M))
+GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 
 
-@pytest.mark.parametrize("card", CARDS)
-def test_card_states_every_parameter_with_its_default(card: str):
-    def text(value: object) -> str:
-        if isinstance(value, float) and value < 1e-3:
-            return f"{value:.0e}".replace("e-0", "e-")
-        return "SmallerInputs()" if value == unloaf.SmallerInputs() else getattr(value, "__name__", repr(value))
-
-    parameters = [p for p in inspect.signature(CARDS[card]).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    assert defaults(TEXTS[f"docs/methods/{card}.md"]) == {p.name: text(p.default) for p in parameters}
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if "<!-- end of table -->" in text])
+def test_generated_tables_are_current(name: str):
+    assert GENERATE["current"](TEXTS[name]) == TEXTS[name], "make docs"
 
 
-@pytest.mark.parametrize(
-    ("heading", "kind"),
-    [
-        ("unloaf demo", Demo),
-        ("unloaf train", Config),
-        ("unloaf eval", Eval),
-        ("unloaf predict", Predict),
-        ("unloaf report", Report),
-        ("unloaf check-data", CheckData),
-        ("unloaf bench step", BenchStep),
-    ],
-)
-def test_options_are_stated_with_their_defaults(heading: str, kind: type):
-    def text(value: object) -> str:
-        if isinstance(value, tuple):
-            return " ".join(map(str, value)) or "none"
-        return str(value)
-
-    section = TEXTS["docs/command-line.md"].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    positional = {"run", "runs", "images", "dir"}
-    known = {f.name: f.default for f in fields(kind) if f.name not in positional}
-    assert defaults(section) == {"--" + name.replace("_", "-"): text(value) for name, value in known.items()}
+def test_every_option_and_parameter_has_a_table():
+    page = TEXTS["docs/command-line.md"]
+    for command, kind in GENERATE["COMMANDS"].items():
+        table = "".join(
+            re.findall(rf"<!-- options: {command}(?:, [\w ]+)? -->(.*?)<!-- end of table -->", page, flags=re.S)
+        )
+        stated = {flag for row in re.findall(r"^\| (`-[^|]*) \|", table, flags=re.M) for flag in row.split("`")[1::2]}
+        assert stated == {flag for one in options_of(kind) for flag in one.flags if not flag.startswith("--no-")}
+    for card, method in CARDS.items():
+        assert f"<!-- parameters: {method.__name__} -->" in TEXTS[f"docs/methods/{card}.md"]
 
 
 def section(heading: str) -> str:

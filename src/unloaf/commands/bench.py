@@ -19,6 +19,8 @@ from unloaf.streams import standard_error
 class BenchStep:
     """Measure time and memory of a training step against common training."""
 
+    option_groups = (("model", "what is measured"), ("amp", "device"), ("repeats", "rounds"), ("output", "output"))
+
     model: tuple[str, ...] = ("timm/resnet50",)
     """Networks, as for train, NAME@SIDE for a side of their own; standard for the eight of the performance page."""
     input_size: int | None = None
@@ -32,7 +34,8 @@ class BenchStep:
     methods: tuple[str, ...] = ("st", "st-inter-stage", "st++", "st++-one-side", "gkt")
     """Methods to measure, also stochastic-depth; common training always is."""
     modes: tuple[Literal["eager", "compiled"], ...] = ("eager",)
-    """Blocks as they are, compiled, or both."""
+    """Blocks as they are (eager), compiled one by one, or both; where the machine cannot compile, eager figures stand
+    instead."""
     amp: bool = False
     """Mixed precision: bfloat16."""
     channels_last: bool = False
@@ -42,9 +45,9 @@ class BenchStep:
     repeats: int = 10
     """Rounds over all methods; medians count."""
     minutes: float | None = None
-    """Begin nothing after so long; each network and mode gets an equal share."""
+    """Begin nothing after so long; each network and mode gets an equal share, and what is measured by then counts."""
     output: str | None = None
-    """Folder for step_time.json, step_time.csv and step_time.svg."""
+    """Folder for step_time.json, step_time.csv and step_time.svg, written anew after each network and mode."""
     plot: str | None = None
     """File for the picture alone, .svg."""
 

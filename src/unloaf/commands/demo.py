@@ -16,11 +16,11 @@ class Demo:
     """Train a small network by every method and show what became of its subnets."""
 
     output: str = "output/demo"
-    """Folder for report.html, results.json and results.csv."""
+    """Folder for report.html, results.json and results.csv; older ones in it are replaced."""
     seeds: int = 1
-    """Repeat with this many seeds; gives mean and spread."""
+    """Repeat with seeds 0, 1, ...; the table then has mean and standard deviation."""
     epochs: int | None = None
-    """Train for another number of epochs, for a quick look."""
+    """Another number of epochs than the recipes', for a quick look."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:

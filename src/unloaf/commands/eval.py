@@ -22,9 +22,11 @@ from unloaf.streams import say, standard_error
 class Eval:
     """Judge a trained run, also one that is still training: its main network and, if asked, subnets."""
 
+    option_groups = (("subnets", "what is judged"), ("batch_size", "data and device"), ("output", "output"))
+
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, as `unloaf train` named it."""
-    subnets: str | None = None
+    subnets: Annotated[str | None, tyro.conf.arg(metavar="all|pareto|N")] = None
     """Also judge all ordered subnets, those that are best for their cost (pareto), or a number drawn with the run's
     seed, and write subnets.csv into the run folder."""
     recalibrate: int | None = None
@@ -44,7 +46,7 @@ class Eval:
     device: str = "auto"
     """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
     output: str | None = None
-    """Write the table of subnets to this file instead; its folder is made."""
+    """Write the table of subnets to this file instead; its folder is made; only with --subnets."""
 
     def __post_init__(self) -> None:
         check_subnets(self.subnets)

@@ -17,24 +17,26 @@ from unloaf.streams import say
 class Export:
     """Write a subnet of a run as an ordinary model, or a run as one elastic file."""
 
+    option_groups = (("depths", "network"), ("format", "form"), ("data_dir", "data and device"), ("output", "output"))
+
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run."""
     depths: str | None = None
     """Kept blocks of each stage, as in 3,3,5,3, or chosen ones, as in 3,2:101,5,3; default: the main network."""
-    format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
-    """Weights with a JSON file beside them (of an hf/ run also a config.json), a model that timm reloads, a
-    torch.export program, or ONNX."""
     recalibrate: int | None = None
     """Training images from which batch-norm statistics are estimated; 0 for none; default: as in the run."""
-    elastic: bool = False
-    """Write one file of which any depth can be run instead of one subnet."""
-    subnets: tuple[str, ...] = ()
-    """elastic: subnets that get batch-norm statistics of their own, as in 3-3-5-3; default: all ordered ones, up to
-    64."""
     checkpoint: Literal["last", "best"] = "last"
     """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     ema: bool = False
     """Export the moving average of the weights."""
+    format: Literal["state_dict", "timm", "pt2", "onnx"] = "state_dict"
+    """Weights with a JSON file beside them (of an hf/ run also a config.json), a model that timm reloads, a
+    torch.export program, or ONNX."""
+    elastic: bool = False
+    """Write one file of which any depth can be run instead of one subnet."""
+    subnets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="DEPTHS ...")] = ()
+    """elastic: subnets that get batch-norm statistics of their own, as in 3-3-5-3; default: all ordered ones, up to
+    64."""
     data_dir: str | None = None
     """Folder of the image set; default: as in the run."""
     device: str = "auto"

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from unloaf import __version__
-from unloaf.commands import bench, check_data, demo, eval, export, inspect, predict, report, subnets, train
+from unloaf.commands import bench, check_data, demo, eval, export, inspect, predict, recipes, report, subnets, train
+from unloaf.commands.help import beside, text_width, wrapped
 from unloaf.config.names import similar
 from unloaf.errors import (
     CheckpointError,
@@ -23,27 +24,15 @@ from unloaf.errors import (
 from unloaf.printable import printable
 from unloaf.streams import open_closed_streams, send_nowhere, standard_error, stdout_is_closed
 
-_HELP = """usage: unloaf COMMAND [OPTIONS]
-
-Train residual networks so that the networks inside them stop loafing.
-
-commands:
-  demo        train a small network by every method, write report.html
-  train       train one network
-  eval        judge the main network of a trained run and its subnets
-  subnets     what the subnets of a run or of a model cost
-  inspect     look a model over: stages, subnets, what a step would cost
-  predict     the classes of images, by a run's main network or a subnet
-  export      write a subnet of a run as an ordinary model
-  report      compare runs: a table, and a page with their curves
-  check-data  open every image of an image set, list the bad ones
-  bench step  measure the cost of a training step
-
-options:
-  -h, --help  show this, or with a command the options of the command
-  --version   show the version
-  --debug     show the traceback of an error"""
-
+_ABOUT = (
+    "Train residual networks so that the subnets inside them, which skip some of their blocks, stop loafing. "
+    "`unloaf COMMAND --help` shows the options of a command."
+)
+_OPTIONS = (
+    ("-h, --help", "Show this and stop."),
+    ("--version", "Show the version and stop."),
+    ("--debug", "Show the traceback of an error."),
+)
 
 # Where a path was asked for that cannot be one, or that this user may not read.
 _BAD_PATHS = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
@@ -111,11 +100,11 @@ def _fail(error: BaseException, *, code: int, debug: bool, text: str | None = No
 
 def _run(words: list[str]) -> int:
     if words and words[0] in _COMMANDS:
-        return _COMMANDS[words[0]](words[1:])
+        return _COMMANDS[words[0]][0](words[1:])
     if words in (["--version"], ["-V"]):
         print(f"unloaf {__version__}")
     elif not words or words[0] in ("-h", "--help"):
-        print(_HELP)
+        print(_help())
     else:
         close = similar(words[0], [*_COMMANDS, "--version", "--help"])
         hint = f"; did you mean {close}?" if close else ""
@@ -123,15 +112,24 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "demo": demo.run,
-    "train": train.run,
-    "eval": eval.run,
-    "subnets": subnets.run,
-    "inspect": inspect.run,
-    "predict": predict.run,
-    "export": export.run,
-    "report": report.run,
-    "check-data": check_data.run,
-    "bench": bench.run,
+def _help() -> str:
+    width = text_width()
+    commands = [("bench step" if name == "bench" else name, meaning) for name, (_, meaning) in _COMMANDS.items()]
+    lines = ["usage: unloaf COMMAND [OPTIONS]", "", *wrapped(_ABOUT, width)]
+    lines += ["", "commands:", *beside(commands, width, 14), "", "options:", *beside(_OPTIONS, width, 14)]
+    return "\n".join(lines)
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "demo": (demo.run, "Train a small network by every method, write report.html."),
+    "train": (train.run, "Train one network."),
+    "recipes": (recipes.run, "List the recipes for train, or show one."),
+    "eval": (eval.run, "Judge the main network of a trained run, and its subnets."),
+    "subnets": (subnets.run, "What the subnets of a run or of a model cost."),
+    "inspect": (inspect.run, "Look a model over: stages, subnets, what a step would cost."),
+    "predict": (predict.run, "The classes of images, by the main network of a run or a subnet."),
+    "export": (export.run, "Write a subnet of a run as an ordinary model."),
+    "report": (report.run, "Compare runs: a table, and a page with their curves."),
+    "check-data": (check_data.run, "Open every image of an image set, list the bad ones."),
+    "bench": (bench.run, "Measure the cost of a training step."),
 }

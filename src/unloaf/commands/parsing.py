@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import inspect
 import io
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import tyro
 
+from unloaf.commands.help import help_text, options_of
 from unloaf.config.names import similar
-
-_POSITIONAL = get_args(tyro.conf.Positional[str])[1]  # the mark alone
 
 
 def parse(
@@ -23,10 +22,10 @@ def parse(
     prog: str,
     default: Any = None,
     about: str | None = None,
-    more_flags: tuple[str, ...] = (),
+    more: Any = None,
     former: Mapping[str, str] | None = None,
 ) -> Any:
-    """Tyro's parser, with one line for an error where tyro draws a box.
+    """Tyro's parser, with one line for an error where tyro draws a box, and a help of our own.
 
     Args:
         kind: a dataclass.
@@ -34,47 +33,32 @@ def parse(
         prog: how the command is called, for its help.
         default: an instance whose values the flags override.
         about: the first lines of the help; default: the docstring of `kind`.
-        more_flags: flags that the caller has taken out of the words already, to be suggested like others.
+        more: a dataclass of options that the caller has taken out of the words already.
         former: flags of before, and what to give instead.
 
     Raises:
         ValueError: a flag or value is not allowed.
         SystemExit: help was asked for and shown.
 
-    >>> from unloaf.commands.options import Demo
+    >>> from unloaf.commands.demo import Demo
     >>> parse(Demo, ["--seeds", "3"], prog="unloaf demo").seeds
     3
     """
+    if {"-h", "--help"} & {*words}:
+        options = options_of(kind, default) + ([] if more is None else options_of(more))
+        print(help_text(prog, about or inspect.getdoc(kind) or "", options), flush=True)
+        raise SystemExit(0)
     box = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, args=words, prog=prog, description=about, **extra)
+            return tyro.cli(kind, args=words, prog=prog, **extra)
     except SystemExit as error:
-        if error.code == 0:
-            raise
         reason = _reason(error, box.getvalue())
         if found := re.match(r"Unrecognized options: (\S+?),?(?: |$)", reason):
-            reason = _unknown(found[1], [*flags_of(kind), *more_flags], prog, former or {})
+            flags = [flag for one in (kind, more) if one for option in options_of(one) for flag in option.flags]
+            reason = _unknown(found[1], flags, prog, former or {})
         raise ValueError(reason) from error
-
-
-def flags_of(kind: Any) -> list[str]:
-    """The flags that tyro makes of a dataclass, with their aliases.
-
-    >>> from unloaf.commands.options import Demo
-    >>> flags_of(Demo)
-    ['--output', '--seeds', '--epochs']
-    """
-    flags, hints = [], get_type_hints(kind, include_extras=True)
-    for name, hint in ((field.name, hints[field.name]) for field in dataclasses.fields(kind)):
-        marks = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-        if _POSITIONAL in marks:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
-        flags += [flag, *[flag.replace("--", "--no-", 1)] * (hint is bool), *aliases]
-    return flags
 
 
 def _unknown(word: str, flags: list[str], prog: str, former: Mapping[str, str]) -> str:

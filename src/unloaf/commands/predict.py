@@ -24,24 +24,26 @@ if TYPE_CHECKING:
 class Predict:
     """Name the classes of images, by the main network of a trained run or by a subnet."""
 
+    option_groups = (("depths", "network"), ("top_k", "output"), ("batch_size", "data and device"))
+
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, as `unloaf train` named it."""
     images: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="IMAGE...")] = ()
     """Image files, or folders of which every image file below is taken."""
     depths: str | None = None
     """Kept blocks of each stage, as in 3,3,5,3, or chosen ones, as in 3,2:101,5,3; default: the main network."""
-    top_k: int = 5
-    """Classes of each image that are told, likeliest first."""
-    json: bool = False
-    """Print everything as JSON."""
-    csv: bool = False
-    """Print a line for each image and class as CSV."""
     recalibrate: int | None = None
     """Training images from which a subnet's batch-norm statistics are estimated; 0 for none; default: as in the run."""
     checkpoint: Literal["last", "best"] = "last"
     """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     ema: bool = False
     """Take the moving average of the weights."""
+    top_k: int = 5
+    """Classes of each image that are told, likeliest first."""
+    json: bool = False
+    """Print everything as JSON."""
+    csv: bool = False
+    """Print a line for each image and class as CSV."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
     """Images in a forward pass; default: as in the run."""
     data_dir: str | None = None

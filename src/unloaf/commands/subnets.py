@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 class Subnets:
     """What the subnets of a run or of a model cost, and of a run how good they are."""
 
+    option_groups = (
+        ("subnets", "which subnets"),
+        ("latency", "time"),
+        ("checkpoint", "of a run"),
+        ("img_size", "of a model"),
+        ("output", "output"),
+    )
+
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
     """Folder of a run, or a network as for train."""
-    subnets: str = "16"
-    """all ordered ones, a number of them beside the main network, or, of a run, pareto: those that no other beats."""
+    subnets: Annotated[str, tyro.conf.arg(metavar="all|pareto|N")] = "16"
+    """All ordered ones, a number of them beside the main network, or, of a run, pareto: those that no other beats."""
     latency: bool = False
     """Measure how long a forward pass takes."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["-b"])] = (1, 32)
@@ -40,17 +48,17 @@ class Subnets:
     device: str = "auto"
     """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
     checkpoint: Literal["last", "best"] = "last"
-    """Of a run: the newest checkpoint that is not damaged, or the one with the best validation accuracy."""
+    """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     split: Literal["val", "test"] | None = None
-    """Of a run: images that judge the subnets; default: val if there is one."""
+    """Images that judge the subnets; default: val if there is one."""
     ema: bool = False
-    """Of a run: judge the moving average of the weights."""
+    """Judge the moving average of the weights."""
     data_dir: str | None = None
-    """Of a run: folder of the image set; default: as in the run."""
+    """Folder of the image set; default: as in the run."""
     img_size: int | None = None
-    """Of a model: side of the images in pixels; default: its own."""
+    """Side of the images in pixels; default: its own."""
     num_classes: int | None = None
-    """Of a model: classes of the head; default: 1000, 10 for cifar/."""
+    """Classes of the head; default: 1000, 10 for cifar/."""
     output: str | None = None
     """Write the table to this CSV file too; its folder is made."""
 

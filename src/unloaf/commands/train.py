@@ -7,36 +7,44 @@ import re
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from unloaf.commands.parsing import parse
 from unloaf.config import Config, dump_config, load_config
 from unloaf.engine.run_folder import open_run, run_of
+from unloaf.recipes import recipe
 from unloaf.streams import say
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Train:
-    """What `unloaf train` was asked for: the run, how to resume, and whether to train at all."""
+    """Options of `unloaf train` that are no settings of the run."""
 
-    config: Config
-    resume: str | None
-    print_config: bool
-    allow_changed_data: bool = False
+    option_groups = (("config", "run"),)
+
+    config: Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")] = None
+    """Take defaults from a YAML file, such as the args.yaml of a run."""
+    recipe: str | None = None
+    """Take defaults from a recipe; `unloaf recipes` lists them."""
+    resume: Annotated[str | None, tyro.conf.arg(metavar="auto|RUN")] = None
+    """auto: go on with the run OUTPUT/NAME if it was begun, begin it otherwise; RUN: go on with this run and its
+    settings, in its folder."""
+    allow_changed_data: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on with a run though training or validation images were added, removed, renamed or labelled anew."""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the configuration and stop."""
 
 
-_ABOUT_TRAIN = (
-    "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. "
-    "-c FILE (--config) takes defaults from a YAML file such as a run's args.yaml, --recipe NAME from a recipe. "
-    "--resume auto goes on with OUTPUT/NAME if it was begun, --resume RUN with that run and its settings, "
-    "--allow-changed-data also where its images are others by now. "
-    "--print-config shows the configuration and stops. timm's --input-size 3 224 224 is --img-size 224."
+_ABOUT = (
+    "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. Options override what a "
+    "file, a recipe or the run that goes on says."
 )
-
-
 _FORMER_FLAGS = {"--ema": "--group-ema for the knowledge of GKT's groups, --model-ema to average the weights"}
 
 
-def parse_train(words: list[str]) -> Train:
+def parse_train(words: list[str]) -> tuple[Config, Train]:
     """Reads the words after `unloaf train`.
 
     Raises:
@@ -46,18 +54,11 @@ def parse_train(words: list[str]) -> Train:
     words, file = _take_value(words, "-c", "--config", kind="a file")
     words, name = _take_value(words, "--recipe", kind="a name")
     words, resume = _take_value(words, "--resume", kind="auto or a run folder")
-    show, allow = ("--print-config" in words), ("--allow-changed-data" in words)
+    show, allow = "--print-config" in words, "--allow-changed-data" in words
+    asked = Train(config=file, recipe=name, resume=resume, allow_changed_data=allow, print_config=show)
     words, channels = _input_size([word for word in words if word not in ("--print-config", "--allow-changed-data")])
-    about = _ABOUT_TRAIN
-    if "-h" in words or "--help" in words:
-        from unloaf.recipes import recipe_names
-
-        about = f"{about} Recipes: {', '.join(recipe_names())}."
-    default = _defaults(file, name, resume)
-    more = ("--config", "--recipe", "--resume", "--print-config", "--allow-changed-data", "--input-size")
-    config = parse(
-        Config, words, prog="unloaf train", default=default, about=about, more_flags=more, former=_FORMER_FLAGS
-    )
+    default = _defaults(asked)
+    config = parse(Config, words, prog="unloaf train", default=default, about=_ABOUT, more=Train, former=_FORMER_FLAGS)
     if config.dataset == "digits" and config.data_dir is not None and not (default and default.data_dir):
         raise ValueError(
             f"data_dir {config.data_dir}: the dataset is digits, which ships with scikit-learn and needs none; give "
@@ -69,22 +70,22 @@ def parse_train(words: list[str]) -> Train:
             f"--input-size {channels} ...: images of {config.dataset} have {1 if grey else 3} channel(s); "
             "give --img-size and the side alone"
         )
-    return Train(config, resume, show, allow)
+    return config, asked
 
 
 def run(words: list[str]) -> int:
     """Trains, prints the accuracy of the end."""
-    asked = parse_train(words)
+    config, asked = parse_train(words)
     if asked.print_config:
-        print(dump_config(asked.config), end="")
+        print(dump_config(config), end="")
         return 0
     # Only the first process of a run owns its folder, opened before torch is loaded: a bad one is known at once.
     first = os.environ.get("RANK", "0") == "0"
-    folder = open_run(asked.config, resume=asked.resume) if first else None
+    folder = open_run(config, resume=asked.resume) if first else None
     from unloaf.display import RunConsole
     from unloaf.engine.run import train
 
-    result = train(asked.config, folder=folder, console=RunConsole(), allow_changed_data=asked.allow_changed_data)
+    result = train(config, folder=folder, console=RunConsole(), allow_changed_data=asked.allow_changed_data)
     if folder is not None:
         test = result.test
         print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")
@@ -109,19 +110,18 @@ def _input_size(words: list[str]) -> tuple[list[str], int | None]:
     return rest, int(sizes[0]) if len(sizes) == 3 else None
 
 
-def _defaults(file: str | None, name: str | None, resume: str | None) -> Config | None:
+def _defaults(asked: Train) -> Config | None:
     """The settings that the flags override: of a file, a recipe or the run that goes on."""
-    sources = {"-c": file, "--recipe": name, "--resume RUN": None if resume == "auto" else resume}
+    run = None if asked.resume == "auto" else asked.resume
+    sources = {"-c": asked.config, "--recipe": asked.recipe, "--resume RUN": run}
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} both give all settings; give one of them, and flags beside it")
-    if file is not None:
-        return load_config(file)
-    if name is not None:
-        from unloaf.recipes import recipe
-
-        return recipe(name)
-    return load_config(run_of(Path(resume)) / "args.yaml") if given and resume is not None else None
+    if asked.config is not None:
+        return load_config(asked.config)
+    if asked.recipe is not None:
+        return recipe(asked.recipe)
+    return None if run is None else load_config(run_of(Path(run)) / "args.yaml")
 
 
 def _take_value(words: list[str], *flags: str, kind: str) -> tuple[list[str], str | None]:

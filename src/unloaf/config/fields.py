@@ -31,6 +31,17 @@ class Config:
     ValueError: epochs 0: give at least 1
     """
 
+    # The first option of each group, and the group's title in the help.
+    option_groups = (
+        ("dataset", "task and data"),
+        ("img_size", "augmentation"),
+        ("model", "model"),
+        ("method", "method"),
+        ("epochs", "optimizer"),
+        ("eval_interval", "evaluation"),
+        ("seed", "run"),
+    )
+
     dataset: Dataset = "digits"
     """Image set; digits ships with scikit-learn, the others are read from --data-dir."""
     data_dir: str | None = None
@@ -61,7 +72,8 @@ class Config:
     """Hold the images on the device as uint8 and augment them there in batches; for sets that fit."""
 
     img_size: int | None = None
-    """Side in pixels of the images; default: their own side, 224 for files."""
+    """Side in pixels of the images; default: their own side, 224 for files. timm's --input-size 3 224 224 does the
+    same."""
     train_img_size: int | None = None
     """Side of the training images, where it differs from that of validation."""
     crop_pct: float | None = None
@@ -167,7 +179,8 @@ class Config:
     main_logits: Literal["auto", "raw", "direction"] = "auto"
     """What the cross-entropy of st, st++ and gkt sees; auto: the direction with kl-, raw otherwise."""
     subnet_inputs: Literal["auto", "same", "smaller"] = "auto"
-    """st, st++: what subnets see; auto: for st++ randomly smaller images, where the network takes them."""
+    """st, st++: what subnets see; auto: for st++ randomly smaller images, of the sides that the network takes (the same
+    images, with a warning, if it takes no smaller ones), the same images otherwise."""
     min_ratio: float = 0.43
     """Smallest side of the smaller images, as a share of the full side."""
     sides: tuple[int, ...] = ()
@@ -226,6 +239,13 @@ class Config:
     decay_rate: Annotated[float, tyro.conf.arg(aliases=["--dr"])] = 0.1
     """step and multistep: factor of a decay; poly: the power."""
 
+    eval_interval: int = 1
+    """Epochs between two evaluations; the last epoch always has one."""
+    eval_subnets: int = 0
+    """Subnets judged beside the main network in an evaluation; 0 for none."""
+    recalibrate: int = 2048
+    """Training images from which the batch-norm statistics of a judged subnet are estimated."""
+
     seed: int = 0
     """Seed of the weights, the order and augmentation of the images and the drawn subnets."""
     device: str = "auto"
@@ -255,12 +275,6 @@ class Config:
     """Name of the run folder; default: time-model-method."""
     log_interval: int = 50
     """Steps between two lines of metrics.jsonl and of the log."""
-    eval_interval: int = 1
-    """Epochs between two evaluations; the last epoch always has one."""
-    eval_subnets: int = 0
-    """Subnets judged beside the main network in an evaluation; 0 for none."""
-    recalibrate: int = 2048
-    """Training images from which the batch-norm statistics of a judged subnet are estimated."""
     checkpoint_interval: int | None = None
     """Optimizer steps between two checkpoints; default: one at the end of each epoch."""
     checkpoint_hist: int = 2
@@ -268,7 +282,7 @@ class Config:
     on_nan: Literal["stop", "skip"] = "stop"
     """At a loss that is not finite: stop, or leave the step out."""
     trackers: tuple[Tracker, ...] = ()
-    """Also send metrics to tensorboard, wandb, mlflow or trackio (through accelerate)."""
+    """Also send metrics to these, through accelerate."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -84,14 +84,15 @@ def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
         raise ValueError(f"{source}: {error}") from error
 
 
-def dump_config(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal value.
+def dump_config(config: Config, *, only_changed: bool = False) -> str:
+    """The configuration, or what is not the default in it, as YAML that `load_config` reads back to an equal value.
 
-    >>> print(dump_config(Config(lr=1e-3))[:31])
-    dataset: digits
-    data_dir: null
+    >>> print(dump_config(Config(lr=1e-3), only_changed=True), end="")
+    lr: 0.001
     """
     entries = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(config)
+        if (value := getattr(config, field.name)) != field.default or not only_changed
     }
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)

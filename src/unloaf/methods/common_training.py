@@ -18,7 +18,7 @@ class CommonTraining(SinglePassTraining):
 
     Args:
         model: any network.
-        criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
+        criterion: from (logits, targets) to a loss of shape (); default cross-entropy, which also takes soft labels.
         readout: from the model's output to the tensor that the criterion gets, (batch, ..., classes); default the
             output itself, its ``logits`` or ``["logits"]``.
 

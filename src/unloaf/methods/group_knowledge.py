@@ -28,13 +28,13 @@ class GroupKnowledgeTraining(SubnetTraining):
         stages: from `find_stages`.
         groups: subnets per chain.
         loops: chains per step.
-        ema: in [0, 1), weight of a group's earlier knowledge; without effect if the main network teaches.
+        ema: weight of a group's earlier knowledge, in [0, 1); without effect if the main network teaches.
         teacher: who teaches a subnet: "group", the group above it, or "main", the main network, for comparison.
         sampler: the rule that draws a subnet inside its parent; default `ExponentialDecaySampler(base=0.5)`.
         subnet_loss: from (student logits, teacher logits) to a loss of shape ().
-        subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
-            no subnet is run.
-        subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
+        subnet_weight: weight of each subnet's loss, 0 or above, or a function from the step, counted from 0, to such a
+            number; in a step of weight 0 no subnet is run.
+        subnet_batch_fraction: share of the batch in (0, 1], its first examples and at least two, that subnets are
             trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.

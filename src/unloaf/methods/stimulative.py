@@ -34,9 +34,9 @@ class StimulativeTraining(SubnetTraining):
             that the model takes, and the main network's input, with a warning, where it takes no smaller ones. Or any
             function (batch, generator) that returns another batch of as many examples: it is called for each subnet
             with a generator of its own or, if it has an attribute ``per = "step"``, once for all subnets of a step.
-        subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
-            no subnet is run.
-        subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
+        subnet_weight: weight of each subnet's loss, 0 or above, or a function from the step, counted from 0, to such a
+            number; in a step of weight 0 no subnet is run.
+        subnet_batch_fraction: share of the batch in (0, 1], its first examples and at least two, that subnets are
             trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy, which also takes soft labels.
         seed: of the draws.
@@ -160,18 +160,19 @@ def stimulative_plus(
     Args:
         model: the network.
         stages: from `find_stages`.
-        sampler: default `InterStageSampler`.
+        sampler: the rule that draws subnets; default `InterStageSampler`.
         num_subnets: subnets per step, 6 in the paper.
         subnet_inputs: "auto" for `SmallerInputs` with the sides that the model takes, or the main network's input, with
             a warning, where it takes no smaller ones; else as `StimulativeTraining`.
-        amplitude: of the directions, see `direction_kl_loss`; the published runs used 1 on 1,000 classes.
-        norm: "layer_norm" (published runs) or "l2" (text of the paper).
-        eps: of the norm; two classes under layer_norm need 0.1 at least.
+        amplitude: scale of the directions, see `direction_kl_loss`; the published runs used 1 on 1,000 classes.
+        norm: form of the direction, "layer_norm" (published runs) or "l2" (text of the paper).
+        eps: added to the variance (layer_norm), where two classes need 0.1 at least, or bounds the length from below
+            (l2).
         main_logits: what the criterion sees, the direction of the logits (published runs) or the raw logits.
-        subnet_weight: 0 or above, or a function from the step, counted from 0, to such a number; in a step of weight 0
-            no subnet is run. Default: ``1 / num_subnets``, one for all together; the published runs, on 1,000 classes,
-            gave each subnet 1.
-        subnet_batch_fraction: in (0, 1], share of the batch, its first examples and at least two, that subnets are
+        subnet_weight: weight of each subnet's loss, 0 or above, or a function from the step, counted from 0, to such a
+            number; in a step of weight 0 no subnet is run. Default: ``1 / num_subnets``, one for all together; the
+            published runs, on 1,000 classes, gave each subnet 1.
+        subnet_batch_fraction: share of the batch in (0, 1], its first examples and at least two, that subnets are
             trained on. Below 1 they share no block with the main network.
         criterion: from (logits, targets) to a loss of shape (); default cross-entropy.
         seed: of the draws.

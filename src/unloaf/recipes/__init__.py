@@ -13,7 +13,7 @@ from unloaf.config import Config
 from unloaf.recipes import cifar, digits, imagenet
 from unloaf.recipes.entry import Recipe
 
-__all__ = ["RECIPES", "Recipe", "markdown_table", "recipe", "recipe_names"]
+__all__ = ["RECIPES", "Recipe", "recipe", "recipe_names"]
 
 _DEMO = "unloaf demo"
 
@@ -56,32 +56,7 @@ def recipe(name: str, *, data_dir: str | None = None) -> Config:
     """
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"known are {', '.join(RECIPES)}"
+        hint = f"did you mean {', '.join(close)}?" if close else "`unloaf recipes` lists them"
         raise ValueError(f"recipe {name!r}: no such recipe; {hint}")
     config = RECIPES[name].config()
     return config if data_dir is None else replace(config, data_dir=data_dir)
-
-
-def markdown_table() -> str:
-    """The recipes as the Markdown table of docs/recipes.md.
-
-    >>> print(markdown_table().splitlines()[0])
-    | name | network | method | epochs | global batch | published top-1 | source |
-    """
-    head = ["name", "network", "method", "epochs", "global batch", "published top-1", "source"]
-    rows = [_row(name, entry) for name, entry in RECIPES.items()]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
-
-
-def _row(name: str, entry: Recipe) -> list[str]:
-    config = entry.config()
-    batch = config.global_batch_size or config.batch_size * config.grad_accum_steps
-    return [
-        f"`{name}`",
-        f"`{config.model}`",
-        config.method,
-        str(config.epochs),
-        str(batch),
-        entry.published or "-",
-        entry.source,
-    ]
