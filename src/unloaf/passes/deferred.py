@@ -67,7 +67,7 @@ class Deferred:
             warnings.warn(
                 "the loss of an earlier step with lean=True has not gone backward before this one: its gradients, a "
                 "copy of the size of the model, are kept or lost; call out.loss.backward() after each step",
-                stacklevel=7,
+                stacklevel=8,
             )
 
 
