@@ -63,7 +63,7 @@ def bound():
         ["eval", "--help"],
         ["inspect", "--help"],
         ["subnets", "--help"],
-        ["recipes"],
+        ["recipes", "nonsense"],
         ["export", "norun", "--depths", "x"],
         ["train", "--epochs", "0"],
         ["train", "-c", "nofile"],
@@ -82,7 +82,7 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words, b
     while not taken or (min(taken) > bound and len(taken) < 6):  # other work on the machine can only add
         seconds, result = cpu_seconds(code, *words)
         taken.append(seconds)
-        assert result.returncode == (0 if words[-1] in ("--help", "recipes") else 2), result.stderr
+        assert result.returncode == (0 if "--help" in words else 2), result.stderr
         assert result.stdout.endswith("heavy set()\n")
     assert min(taken) <= bound
 

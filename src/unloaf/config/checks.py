@@ -10,6 +10,7 @@ import reprlib
 import types
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -103,9 +104,12 @@ def check_device(name: str) -> None:
         )
 
 
+_hints = cache(get_type_hints)  # read from texts, 70 of them: most of the time of the list of recipes
+
+
 def check_types(config: Config) -> None:
     """Raises ValueError if a value is not of its field's type."""
-    for name, hint in get_type_hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         _check_type(name, value, hint)
         if isinstance(value, str):
