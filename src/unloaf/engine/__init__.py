@@ -1,5 +1,4 @@
-"""The only room that knows devices, files and clocks.
+"""Trains a network by any method: the only room that knows devices and clocks.
 
-Import its modules by name (`from unloaf.config import Config`). This file
-imports nothing, so that the command line can check a configuration without torch.
+This file imports nothing, so that a run folder can be looked at without torch.
 """
