@@ -33,6 +33,7 @@ from benchmarks.accuracy.pages import (
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
 from unloaf.config import Config
+from unloaf.config.names import current_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -208,7 +209,7 @@ def test_a_record_says_how_it_came_about(name):
         assert set(record["versions"]) == {"unloaf", "torch", "timm"}
         assert all(record[key] for key in ("command", "hardware", "commit", "date"))
         assert record["command"].startswith("unloaf train ")
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in record["settings"].items()}
+        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in current_names(record["settings"]).items()}
         Config(**settings | ({} if settings.get("dataset") is None else {"data_dir": "DIR"}))
     assert len(seen) == len(records_of(name))
 
