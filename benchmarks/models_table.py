@@ -26,9 +26,10 @@ import torchvision
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import unloaf
+from unloaf.inputs import legal_sides
+from unloaf.measure.costs import subnet_cost
 from unloaf.models.build import build_model
 from unloaf.models.hf import transformers_config
 from unloaf.passes import logits_of
@@ -114,38 +115,18 @@ def published_input(library: str, name: str, model: nn.Module, entry: Mapping[st
     return torch.empty(1, 3, side, side, device="meta")
 
 
-def smallest_share(model: nn.Module, found: Sequence[unloaf.Stage], x: Any) -> float:
-    """FLOPs of the smallest ordered subnet relative to the whole."""
-    small = unloaf.Subnet.from_depths(found, [min(stage.legal_depths) for stage in found])
-    counts = []
-    for subnet in (unloaf.Subnet.full(found), small):
-        with torch.no_grad(), unloaf.active_subnet(model, found, subnet), FlopCounterMode(display=False) as counter:
-            call_model(model, x)
-        counts.append(counter.get_total_flops())
-    return counts[1] / counts[0]
-
-
 def sizes(model: nn.Module, x: Any) -> str:
     """Which sides the model takes, in words, by trying some up to its own."""
     if not isinstance(x, torch.Tensor):
         return "any length"
     side = x.shape[-1]
-    if all(_runs(model, s) for s in (side - 1, side - 15, side - 31)):
+    if len(legal_sides(model, x, [side - 1, side - 15, side - 31])) == 3:
         return "any"
     for step in (2, 4, 8, 14, 16, 32, 64):
         tried = [s for s in (side // step * step - step, side // step * step - 3 * step) if s > 0]
-        if side % step == 0 and tried and all(_runs(model, s) for s in tried):
+        if side % step == 0 and tried and legal_sides(model, x, tried) == tried:
             return f"multiples of {step}"
     return f"{side} only"
-
-
-def _runs(model: nn.Module, side: int) -> bool:
-    try:
-        with torch.no_grad():
-            model(torch.empty(1, 3, side, side, device="meta"))
-    except Exception:  # whatever a model raises at a size it was not built for
-        return False
-    return True
 
 
 class DiffersError(Exception):
@@ -241,12 +222,14 @@ def row(library: str, name: str, entry: Mapping[str, Any]) -> str:
     model = model.eval().requires_grad_(False).to("meta")
     x = published_input(library, name, model, entry)
     subnets = math.prod(len(stage.legal_depths) for stage in found)
+    small = unloaf.Subnet.from_depths(found, [min(stage.legal_depths) for stage in found])
+    whole, least = (subnet_cost(model, found, x, subnet)[1] for subnet in (unloaf.Subnet.full(found), small))
     cells = (
         name,
         "-".join(str(stage.depth) for stage in found),
         str(sum(map(sum, (stage.skippable for stage in found)))),
         f"{subnets:,}",
-        f"{100 * smallest_share(model, found, x):.0f} %",
+        f"{100 * least / whole:.0f} %",
         sizes(model, x),
         export_form(library, name, entry),
     )

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from benchmarks.throughput import noise
 
 from unloaf.config import Config
-from unloaf.data import Data
-from unloaf.data.images import ImageSet
 from unloaf.engine.loop import prepare, train_epoch
 from unloaf.engine.methods import build_method
 from unloaf.environment import environment
+from unloaf.measure.flops import method_flops
 from unloaf.models.build import build_model
 from unloaf.stages import find_stages
 
@@ -42,21 +42,13 @@ IMAGENET = 1_281_167
 
 @dataclass(frozen=True)
 class Hardware:
-    """Assumptions, not measurements.
+    """Assumptions, not measurements."""
 
-    Attributes:
-        flops: that a device sustains in training, FLOP/s.
-        inside: bus bandwidth of an all-reduce among the devices of one node, bytes/s.
-        between: the same across nodes, where the network cards of a node limit the ring, bytes/s.
-        per_node: devices of a node.
-        latency: of an all-reduce over n devices, seconds times log2(n).
-    """
-
-    flops: float
-    inside: float
-    between: float
-    per_node: int = 8
-    latency: float = 20e-6
+    flops: float  # that a device sustains in training, FLOP/s
+    inside: float  # bus bandwidth of an all-reduce among the devices of one node, bytes/s
+    between: float  # the same across nodes, where the network cards of a node limit the ring, bytes/s
+    per_node: int = 8  # devices
+    latency: float = 20e-6  # of an all-reduce over n devices, seconds times log2(n)
 
 
 # 7 and 15 % of an H100's dense bf16 peak of 989e12: what training of small images, not kernels, is assumed to reach.
@@ -68,23 +60,15 @@ HARDWARE = {
 
 @dataclass(frozen=True)
 class StepCost:
-    """A step on so many devices, each with the same number of images.
-
-    Attributes:
-        compute: seconds of arithmetic.
-        reduce: seconds of the all-reduce, were nothing of it hidden behind the backward.
-        exposed: seconds of it that remain when it runs beside the last backward, which is the main network's.
-        efficiency: images/s per device relative to one device, with that overlap, and without any.
-        epoch: hours for 1,281,167 images, with the overlap.
-    """
+    """A step on so many devices, each with the same number of images."""
 
     devices: int
     global_batch: int
-    compute: float
-    reduce: float
-    exposed: float
-    efficiency: tuple[float, float]
-    epoch: float
+    compute: float  # seconds of arithmetic
+    reduce: float  # seconds of the all-reduce, were nothing of it hidden behind the backward
+    exposed: float  # seconds of it that remain when it runs beside the last backward, which is the main network's
+    efficiency: tuple[float, float]  # images/s per device relative to one device, with that overlap, and without any
+    epoch: float  # hours for 1,281,167 images, with the overlap
 
 
 def all_reduce_bytes(parameters: int, devices: int, *, bytes_each: int = 4) -> float:
@@ -99,16 +83,9 @@ def all_reduce_bytes(parameters: int, devices: int, *, bytes_each: int = 4) -> f
 def step_cost(
     flops: float, common: float, parameters: int, *, batch: int, devices: int, hardware: Hardware, bytes_each: int = 4
 ) -> StepCost:
-    """The model of docs/scaling.md.
+    """The model of docs/scaling.md; two thirds of the FLOPs of common training are a backward that hides communication.
 
-    Args:
-        flops: of one image in a step of the method, forward and backward.
-        common: the same of common training; two thirds of it are the backward that hides communication.
-        parameters: of the network.
-        batch: images per device.
-        devices: how many.
-        hardware: the assumptions.
-        bytes_each: 4 for gradients in float32, 2 in bfloat16.
+    FLOPs are those of one image in a step, the batch is of one device; 4 bytes are those of a gradient in float32.
     """
     compute = batch * flops / hardware.flops
     bandwidth = hardware.inside if devices <= hardware.per_node else hardware.between
@@ -142,8 +119,6 @@ CASES: tuple[tuple[str, str, int, int, str, dict[str, Any]], ...] = (
 
 def model_table(*, draws: int = 100) -> list[dict[str, Any]]:
     """FLOPs of each case, and its cost on each number of devices."""
-    from unloaf.measure.flops import method_flops
-
     rows = []
     for name, model_name, side, batch, kind, settings in CASES:
         model = build_model(model_name, num_classes=1000, in_chans=3, img_size=side if side == 224 else None)
@@ -168,17 +143,6 @@ METHODS = ("common", "st", "st++", "gkt")
 MEASURED = Config(model="cifar/resnet20", epochs=1, batch_size=32, lr=0.01, min_ratio=0.75, device="cpu")
 
 
-def noise(steps: int, images_per_step: int) -> Data:
-    """So many steps of images of 32 x 32, without augmentation."""
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (steps * images_per_step, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    images = ImageSet(pixels, torch.arange(len(pixels)) % 10)
-    none = images.subset(torch.arange(0))
-    return Data(name="noise", num_classes=10, class_names=tuple("0123456789"), train=images, val=none, test=none,
-                mean=(127.0,) * 3, std=(64.0,) * 3, augment="none", pad=0, hflip=0.0, img_size=32,
-                train_img_size=32)  # fmt: skip
-
-
 def counting_hook(sent: list[int]) -> Callable[[Any, Any], Any]:
     """A communication hook of DistributedDataParallel that takes the mean and notes the bytes of each exchange."""
 
@@ -194,7 +158,7 @@ def counting_hook(sent: list[int]) -> Callable[[Any, Any], Any]:
 def measured_steps(method: str, *, steps: int, warm: int) -> Iterator[tuple[float, int]]:
     """Seconds and all-reduced bytes of each step after the first ones."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    data = noise(steps + warm, world * MEASURED.batch_size)
+    data = replace(noise((steps + warm) * world * MEASURED.batch_size, classes=10), augment="none", pad=0, hflip=0.0)
     training = prepare(replace(MEASURED, method=method), data=data)
     sent: list[int] = []
     if world > 1:

@@ -29,26 +29,15 @@ from unloaf.environment import environment
 MODEL = "cifar/resnet18"
 
 
-def noise(images: int) -> Data:
+def noise(images: int, *, classes: int = 100) -> Data:
     """A set of CIFAR-100's shape."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    everything = ImageSet(pixels, torch.arange(images) % 100)
-    return Data(
-        name="cifar100",
-        num_classes=100,
-        class_names=tuple(map(str, range(100))),
-        train=everything,
-        val=everything.subset(torch.arange(0)),
-        test=everything.subset(torch.arange(min(images, 1000))),
-        mean=(127.5,) * 3,
-        std=(73.9,) * 3,
-        augment="pad-crop",
-        pad=4,
-        hflip=0.5,
-        img_size=32,
-        train_img_size=32,
-    )
+    everything = ImageSet(pixels, torch.arange(images) % classes)
+    none, few = everything.subset(torch.arange(0)), everything.subset(torch.arange(min(images, 1000)))
+    return Data(name="cifar100", num_classes=classes, class_names=tuple(map(str, range(classes))), train=everything,
+                val=none, test=few, mean=(127.5,) * 3, std=(73.9,) * 3, augment="pad-crop", pad=4, hflip=0.5,
+                img_size=32, train_img_size=32)  # fmt: skip
 
 
 def measure(options: argparse.Namespace, batch_size: int) -> dict[str, Any]:

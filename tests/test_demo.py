@@ -20,8 +20,6 @@ from unloaf.pages.page import comparison_report
 from unloaf.pages.plots import CostPoint, accuracy_over_cost, accuracy_over_size
 from unloaf.recipes import digits
 
-RECIPES = [digits.common, digits.stochastic_depth, digits.stimulative, digits.stimulative_plus, digits.group_knowledge]
-
 
 def row(depths, top1):
     keep = tuple(tuple(index < depth for index in range(2)) for depth in depths)
@@ -161,7 +159,7 @@ def test_no_marker_hides_another_in_accuracy_over_cost():
     assert max(filled) < rims[0] < hollow[0] < rims[1] < hollow[1]
 
 
-@pytest.mark.parametrize("recipe", RECIPES[1:])
+@pytest.mark.parametrize("recipe", demo._RECIPES[1:])
 def test_recipes_share_images_network_and_budget(recipe):
     shared = ("dataset", "model", "width", "epochs", "batch_size", "opt", "warmup_epochs", "augment", "val_fraction")
     assert [getattr(recipe(), name) for name in shared] == [getattr(digits.common(), name) for name in shared]
@@ -169,12 +167,11 @@ def test_recipes_share_images_network_and_budget(recipe):
 
 @pytest.fixture
 def small(monkeypatch):
-    small_recipes = {
-        label: lambda recipe=recipe: replace(recipe(), model="cifar/resnet14", width=4, batch_size=256, device="cpu")
-        for label, recipe in demo._RECIPES.items()
-    }
-    monkeypatch.setattr(demo, "_RECIPES", small_recipes)
-    return small_recipes
+    configs = [
+        replace(recipe(), model="cifar/resnet14", width=4, batch_size=256, device="cpu") for recipe in demo._RECIPES
+    ]
+    monkeypatch.setattr(demo, "_RECIPES", [lambda config=config: config for config in configs])
+    return dict(zip(["common training", "stochastic depth", "ST", "ST++", "GKT"], configs, strict=True))
 
 
 def test_demo_writes_report_and_results(tmp_path, small):
@@ -203,7 +200,7 @@ def test_report_loads_nothing_from_elsewhere(tmp_path, small):
 
 
 def test_demo_runs_are_those_of_train(small):
-    configs = {label: replace(build(), epochs=2, warmup_epochs=1) for label, build in small.items()}
+    configs = {label: replace(config, epochs=2, warmup_epochs=1) for label, config in small.items()}
     data = load_data(configs["ST++"])
     console = Console(file=io.StringIO())
     runs = {run.label: run for run in demo.compare(configs, data=data, split="val", console=console)}

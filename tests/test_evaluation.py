@@ -11,7 +11,8 @@ from torch import nn
 import unloaf
 from toy_networks import Block, ToyNetwork
 from unloaf import Stage
-from unloaf.evaluation import _to_device, accuracy, choose_subnets
+from unloaf.evaluation import accuracy, choose_subnets
+from unloaf.inputs import to_device
 
 # Six classes. Targets: the highest logit, the lowest of six, the second highest.
 SCORES = torch.tensor([[3.0, 2, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]])
@@ -117,7 +118,7 @@ def test_mappings_are_judged_as_keyword_arguments(kind):
 
 @pytest.mark.parametrize("kind", KEYED.values(), ids=KEYED)
 def test_tensors_of_a_mapping_are_moved_to_the_models_device(kind):
-    moved = _to_device(kind(scores=SCORES, scale=1.0), torch.device("meta"))
+    moved = to_device(kind(scores=SCORES, scale=1.0), torch.device("meta"))
     assert (moved["scores"].device.type, moved["scale"]) == ("meta", 1.0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -11,9 +12,9 @@ from torch import nn
 
 import unloaf
 from unloaf.commands import main as cli
-from unloaf.inspection import as_plain, cost_of_model, inspect_model, sections
-from unloaf.measure.flops import method_flops
-from unloaf.measure.quick_flops import QuickCounter
+from unloaf.inspection import cost_of_model, inspect_model, sections
+from unloaf.measure.costs import gmacs
+from unloaf.measure.flops import StepCounter, method_flops
 from unloaf.models.build import build_model
 
 
@@ -108,16 +109,16 @@ def test_keyword_of_a_resnet_builds_the_subnet(resnet):
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet20", "timm/resnet18"])
-def test_quick_flops_are_those_of_passes_that_run(name):
+@pytest.mark.parametrize("sampler", [unloaf.OrderedSampler(), unloaf.StochasticSampler()])
+def test_flops_of_separate_subnets_are_those_of_passes_that_run(name, sampler):
     model, x = build_model(name, num_classes=10), torch.zeros(1, 3, 32, 32)
     stages = unloaf.find_stages(model, x)
-    quick = QuickCounter(model, stages, x)
-    for method in (
-        unloaf.StimulativeTraining(model, stages),
-        unloaf.StochasticDepth(model, stages),
-        unloaf.GroupKnowledgeTraining(model, stages),
-    ):
-        assert quick.mean(method, x, range(3)) == pytest.approx(method_flops(method, x, range(3)))
+    method = unloaf.StimulativeTraining(model, stages, num_subnets=3, sampler=sampler)
+    forward = gmacs(model, x)
+    for request in method.draw(1, 32):
+        flops = StepCounter(model, stages, x)([request], main=False)
+        with unloaf.active_subnet(model, stages, request.subnet):
+            assert flops.separate / flops.common == pytest.approx(gmacs(model, x) / forward)
 
 
 def test_interpolated_sides_are_within_5_percent():
@@ -125,8 +126,7 @@ def test_interpolated_sides_are_within_5_percent():
     model, x = build_model("tv/resnet18", num_classes=10).to("meta"), torch.zeros(1, 3, 128, 128, device="meta")
     stages = unloaf.find_stages(build_model("tv/resnet18", num_classes=10), torch.zeros(1, 3, 128, 128))
     method = unloaf.stimulative_plus(model, stages, num_subnets=3)
-    quick = QuickCounter(model, stages, x)
-    quick.sides = [55, 70, 84, 99, 113, 128]
+    quick = StepCounter(model, stages, x, sides=[55, 70, 84, 99, 113, 128])
     ran = []
     whole = method_flops(method, x, range(4))
     quick.model.register_forward_hook(lambda *_: ran.append(1))
@@ -147,7 +147,7 @@ def in_process(capsys, *words):
 def test_json_has_what_was_found(capsys):
     code, out, err = in_process(capsys, "inspect", "cifar/resnet14", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == json.loads(json.dumps(as_plain(inspect_model("cifar/resnet14"))))
+    assert json.loads(out) == json.loads(json.dumps(asdict(inspect_model("cifar/resnet14"))))
 
 
 def test_text_names_stages_methods_and_advice(capsys):

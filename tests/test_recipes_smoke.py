@@ -62,18 +62,18 @@ def _precision_of_its_own() -> Iterator[None]:
 def data_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("data")
     for name in ("cifar10", "cifar100"):
-        write_cifar(root / name, name=name, train_images=20, test_images=10)
-    write_folders(root / "imagefolder", train_images=20, val_images=4)
+        write_cifar(root / name, name=name, train_images=10, test_images=4)
+    write_folders(root / "imagefolder", train_images=9, val_images=3)
     return {name: str(root / name) for name in ("cifar10", "cifar100", "imagefolder")}
 
 
 def shortened(config: Config, *, output: Path) -> Config:
-    """The recipe on smaller images, for one epoch of two optimizer steps of ten images."""
+    """The recipe on smaller images, for one epoch of two optimizer steps of four images."""
     small = {} if config.img_size is None else {"img_size": 64}
     if config.train_img_size is not None:
         small["train_img_size"] = 56
     # Two steps at the full learning rate, without the rest of the schedule, can throw the weights out of range.
-    batch = {} if config.dataset == "digits" else {"batch_size": 10, "global_batch_size": 10, "lr": config.lr / 100}
+    batch = {} if config.dataset == "digits" else {"batch_size": 4, "global_batch_size": 4, "lr": config.lr / 100}
     return replace(config, epochs=1, warmup_epochs=0, device="cpu", output=str(output), name="run", **small, **batch)
 
 

@@ -254,7 +254,8 @@ def results(tmp_path) -> Results:
     found = Results(tmp_path / "results")
     costs = {"common training": (1, 1), "ST": (1.3, 1.6), "later": (2.0, 1.9)}
     rows = {label: {"time": time, "flops": flops} for label, (time, flops) in costs.items()}
-    found.write("tiny-cost.json", json.dumps({"rows": rows}))
+    found.folder.mkdir()
+    (found.folder / "tiny-cost.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     return found
 
 
@@ -320,7 +321,7 @@ def test_rows_that_are_asked_for_need_their_costs_only(tmp_path, labels, needed)
 def test_a_tier_needs_the_costs_of_its_own_rows_only(results):
     rows = json.loads((results.folder / "tiny-cost.json").read_text(encoding="utf-8"))["rows"]
     rows.pop("later")
-    results.write("tiny-cost.json", json.dumps({"rows": rows}))
+    (results.folder / "tiny-cost.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     assert "later" not in {job.row.label for job in plan(TINY, results, 1)}
     with pytest.raises(MissingError, match="lacks the cost of later"):
         plan(TINY, results)
@@ -515,7 +516,7 @@ def test_the_command_ends_its_processes_when_it_is_told_to(tmp_path):
 def test_a_cost_that_cannot_be_measured_is_a_failure(tmp_path, results, monkeypatch, capsys):
     rows = json.loads((results.folder / "tiny-cost.json").read_text(encoding="utf-8"))["rows"]
     rows.pop("ST")
-    results.write("tiny-cost.json", json.dumps({"rows": rows}))
+    (results.folder / "tiny-cost.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     monkeypatch.setitem(TABLES, "tiny", TINY)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(run.Study, "_start", lambda *_: subprocess.Popen([sys.executable, "-c", "raise SystemExit(9)"]))

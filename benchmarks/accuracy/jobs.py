@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +15,7 @@ from benchmarks.accuracy.tables import TABLES, Row, Table
 
 from unloaf.config import Config
 from unloaf.config.names import current_names
+from unloaf.files.writing import write_whole
 
 BASELINE_COST = {"time": 1.0, "flops": 1.0}
 # Where a run lies and how it is fed is no part of what was trained.
@@ -77,19 +77,14 @@ class Results:
         order = [row.label for row in table.rows]
         records = sorted([*records, dict(record)], key=lambda r: (order.index(r["row"]), r["seed"]))
         lines = ",\n".join(json.dumps(r) for r in records)
-        self.write(f"{table.name}.json", f'{{"table": "{table.name}", "records": [\n{lines}\n]}}\n')
+        text = f'{{"table": "{table.name}", "records": [\n{lines}\n]}}\n'
+        write_whole(self.folder / f"{table.name}.json", text)
 
     def add_cost(self, table: Table, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes the costs of rows, a row on each line."""
         lines = ",\n".join(f"{json.dumps(label)}: {json.dumps(cost)}" for label, cost in rows.items())
-        self.write(f"{table.name}-cost.json", f'{{"table": "{table.name}", "rows": {{\n{lines}\n}}}}\n')
-
-    def write(self, name: str, text: str) -> None:
-        """Whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f".{name}"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self.folder / name)
+        text = f'{{"table": "{table.name}", "rows": {{\n{lines}\n}}}}\n'
+        write_whole(self.folder / f"{table.name}-cost.json", text)
 
 
 def best_trial(table: Table, records: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from types import MappingProxyType
 from typing import Any
+
+from unloaf.config import Config
+from unloaf.methods.table import METHODS as OF_LIBRARY
+from unloaf.recipes import recipe
 
 Settings = Mapping[str, Any]
 
@@ -51,6 +55,9 @@ class Table:
         return next(row for row in self.rows if row.label == label)
 
 
+# Which settings a method takes is decided by one seed, on validation images.
+TRIALS = partial(Table, seeds=(0,), split="val", subnets=8)
+
 # --- what is compared
 
 
@@ -81,24 +88,14 @@ NORMALISED: dict[str, Any] = {"method": "st", "subnet_weight": 0.0, "main_logits
 KL_MINUS: dict[str, Any] = {"subnet_loss": "kl-", "eps": 1.0}
 # Away from ImageNet: eps tames the directions of small logits, and six losses weigh about one together.
 STPP: dict[str, Any] = {"method": "st++", "eps": 1.0, "min_ratio": 0.5, "per": "step"}
-METHODS: dict[str, dict[str, Any]] = {
-    "common": {"method": "common"},
-    "stochastic-depth": {"method": "stochastic-depth"},
-    "st": ST,
-    "st++": STPP,
-    "gkt": {"method": "gkt"},
-}
+METHODS: dict[str, dict[str, Any]] = {flag: {"method": flag} for flag in OF_LIBRARY} | {"st++": STPP}
 # A ViT has one stage, and one size of input.
 VIT_METHODS = METHODS | {"st++": STPP | {"sampler": "ordered", "subnet_inputs": "same"}}
 # Of each subnet, so that those of a step weigh about one together; 0.5 is the other value that trials try.
 WEIGHTS = {"st": 1.0, "st++": 0.17, "gkt": 0.17}
 
 HEADLINE = (
-    Row(label="common training", tuned="common"),
-    Row(label="stochastic depth", tuned="stochastic-depth"),
-    Row(label="ST", tuned="st"),
-    Row(label="ST++", tuned="st++"),
-    Row(label="GKT", tuned="gkt"),
+    *(Row(label=method.label, tuned=flag) for flag, method in OF_LIBRARY.items()),
     Row(label="common training, cost of ST", tuned="common", costs_as=("ST",)),
     Row(label="common training, cost of the most expensive", tuned="common", costs_as=("ST", "ST++", "GKT")),
 )
@@ -106,6 +103,7 @@ HEADLINE = (
 # repaired the subnets: the table of ST++ part by part.
 _ONE_SUBNET = {"num_subnets": 1, "subnet_weight": 1.0}
 _ONE_ORDERED = _ONE_SUBNET | {"sampler": "ordered"}
+_MIXUP = {"mixup": 1.0}
 ONE_SUBNET = (
     Row(label="ST++, 1 subnet", tuned="st++", settings=_ONE_SUBNET),
     Row(label="ST++, 1 subnet, ordered", tuned="st++", settings=_ONE_ORDERED),
@@ -284,15 +282,15 @@ _SMALL_MOBILENET = (
 
 def loafing_rows(depths: Mapping[str, int]) -> tuple[Row, ...]:
     """Networks with subnets inside, and the networks that these subnets are, trained alone."""
-    inside = [
-        Row(label=row.label, tuned=row.tuned) for row in HEADLINE if row.label in ("common training", "ST", "GKT")
-    ]
-    inside.append(Row(label="ST++", tuned="st++", settings={"sampler": "ordered"}))
-    alone = [
-        Row(label=f"alone {subnet}", tuned="common", settings={"model": f"cifar/resnet{depth}"})
-        for subnet, depth in depths.items()
-    ]
-    return (*inside, *alone)
+    plus = Row(label="ST++", tuned="st++", settings={"sampler": "ordered"})
+    return (
+        *(row for row in HEADLINE if row.label in ("common training", "ST", "GKT")),
+        plus,
+        *(
+            Row(label=f"alone {subnet}", tuned="common", settings={"model": f"cifar/resnet{depth}"})
+            for subnet, depth in depths.items()
+        ),
+    )
 
 
 CPU_ALONE = {"1-1-1": 8, "2-2-2": 14, "3-3-3": 20, "4-4-4": 26}
@@ -338,14 +336,13 @@ _DIGITS: dict[str, Any] = {
     "device": "cpu", "eval_interval": 1000,
 }  # fmt: skip
 _DIGITS_BY_METHOD: dict[str, dict[str, Any]] = {
-    "common training": {"method": "common", "lr": 0.2},
-    "stochastic depth": {"method": "stochastic-depth", "weight_decay": 2e-3},
-    "ST": ST | {"lr": 0.2, "weight_decay": 2e-3},
-    "ST++": {
-        "method": "st++", "lr": 0.05, "sampler": "ordered", "min_ratio": 0.75, "eps": 1.0, "subnet_weight": 0.17,
-    },
-    "GKT": {"method": "gkt", "lr": 0.2, "subnet_weight": 0.17},
-}  # fmt: skip
+    OF_LIBRARY[config.method].label: {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in _DIGITS and value != getattr(Config(), name)
+    }
+    for config in (recipe(f"digits_{name}") for name in ("common", "stochastic_depth", "st", "stpp", "gkt"))
+}
 
 
 def digits_rows() -> tuple[Row, ...]:
@@ -393,15 +390,12 @@ def gpu_tables(network: str) -> tuple[Table, Table]:
     settings, vit = GPU | NETWORKS[network], network == "vit"
     methods = VIT_METHODS if vit else METHODS
     lrs, decays = ((1e-3, 5e-4), (0.05, 0.1)) if vit else ((0.1, 0.05), (5e-4, 1e-3))
-    trials = Table(
+    trials = TRIALS(
         name=f"cifar100-gpu-{network}-trials",
         title=f"Trials for {settings['model']} on CIFAR-100",
         about="the same number of trials for each method, 30 epochs, evaluated on 5,000 validation images",
         common=settings | {"epochs": 30},
         rows=trial_rows(lrs, decays, methods),
-        seeds=(0,),
-        split="val",
-        subnets=8,
     )
     headline = HEADLINE + ONE_SUBNET + combinations(settings["epochs"] // 2)
     if vit:
@@ -428,191 +422,123 @@ def one_factor_tables(device: str, **settings: Any) -> tuple[Table, Table]:
 
 
 _ALL = [
-    Table(
-        name="cifar100-cpu-trials",
-        title="Trials for the table above",
+    TRIALS(
+        name="cifar100-cpu-trials", title="Trials for the table above",
         about=f"{_SMALL}; 8 epochs, one seed, evaluated on 5,000 validation images",
-        common=CPU | {"epochs": 8},
-        rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS),
-        seeds=(0,),
-        split="val",
-        subnets=8,
+        common=CPU | {"epochs": 8}, rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS),
     ),
     Table(
-        name="cifar100-cpu",
-        title="CIFAR-100, as large as two CPU cores allow",
+        name="cifar100-cpu", title="CIFAR-100, as large as two CPU cores allow",
         about=f"{_SMALL.replace('10,000', '5,000')}; 40 epochs",
         common=CPU | {"train_images": 5_000, "epochs": 40},
-        rows=HEADLINE + ONE_SUBNET + combinations(20),
-        trials="cifar100-cpu-trials",
+        rows=HEADLINE + ONE_SUBNET + combinations(20), trials="cifar100-cpu-trials",
     ),
-    Table(
-        name="cifar100-cpu-few-trials",
-        title="Trials with fewer images",
+    TRIALS(
+        name="cifar100-cpu-few-trials", title="Trials with fewer images",
         about=f"{_FEW}; 40 epochs, one seed, evaluated on 5,000 validation images",
-        common=CPU_FEW | {"epochs": 40},
-        rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS, fourth=True),
-        seeds=(0,),
-        split="val",
-        subnets=8,
+        common=CPU_FEW | {"epochs": 40}, rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), METHODS, fourth=True),
     ),
     Table(
-        name="cifar100-cpu-few",
-        title="CIFAR-100, fewer images and twice the epochs",
-        about=f"{_FEW}; 80 epochs",
-        common=CPU_FEW,
-        rows=HEADLINE + ONE_SUBNET + ALSO_GOOD + AS_PUBLISHED,
-        trials="cifar100-cpu-few-trials",
+        name="cifar100-cpu-few", title="CIFAR-100, fewer images and twice the epochs", about=f"{_FEW}; 80 epochs",
+        common=CPU_FEW, rows=HEADLINE + ONE_SUBNET + ALSO_GOOD + AS_PUBLISHED, trials="cifar100-cpu-few-trials",
     ),
     Table(
-        name="baselines-cpu",
-        title="Common training, more regularised",
+        name="baselines-cpu", title="Common training, more regularised",
         about=f"{_FEW}; epochs at which each row costs as much as 80 of ST++, evaluated on 5,000 validation images",
         common=CPU_FEW | {"epochs": 189},
         rows=(
             Row(label="common training", tuned="common"),
             Row(label="weight decay 2e-3", tuned="common", settings={"weight_decay": 2e-3}),
             Row(label="label smoothing 0.1", tuned="common", settings={"smoothing": 0.1}),
-            Row(label="mixup 1", tuned="common", settings={"mixup": 1.0}),
+            Row(label="mixup 1", tuned="common", settings=_MIXUP),
             Row(label="ST++", tuned="st++", settings={"epochs": 80}),
-            Row(label="ST++, mixup 1", tuned="st++", settings={"epochs": 80, "mixup": 1.0}),
+            Row(label="ST++, mixup 1", tuned="st++", settings={"epochs": 80} | _MIXUP),
             Row(label="ST++, 1 subnet, ordered", tuned="st++", settings=_ONE_ORDERED | {"epochs": 126}),
             Row(
-                label="ST++, 1 subnet, ordered, mixup 1",
-                tuned="st++",
-                settings=_ONE_ORDERED | {"epochs": 126, "mixup": 1.0},
+                label="ST++, 1 subnet, ordered, mixup 1", tuned="st++",
+                settings=_ONE_ORDERED | {"epochs": 126} | _MIXUP,
             ),
-            Row(label="ST, mixup 1", tuned="st", settings={"epochs": 139, "mixup": 1.0}),
-            Row(label="stochastic depth, mixup 1", tuned="stochastic-depth", settings={"epochs": 200, "mixup": 1.0}),
+            Row(label="ST, mixup 1", tuned="st", settings={"epochs": 139} | _MIXUP),
+            Row(label="stochastic depth, mixup 1", tuned="stochastic-depth", settings={"epochs": 200} | _MIXUP),
         ),
-        split="val",
-        subnets=8,
-        trials="cifar100-cpu-few-trials",
+        split="val", subnets=8, trials="cifar100-cpu-few-trials",
     ),
     *one_factor_tables(
-        "cpu",
-        about=f"{_FEW}; 80 epochs, evaluated on 5,000 validation images",
-        common=CPU_FEW,
-        seeds=(0, 1),
-        trials="cifar100-cpu-few-trials",
+        "cpu", about=f"{_FEW}; 80 epochs, evaluated on 5,000 validation images",
+        common=CPU_FEW, seeds=(0, 1), trials="cifar100-cpu-few-trials",
     ),
-    Table(
-        name="cifar100-cpu-vit-trials",
-        title="Trials for the ViT",
+    TRIALS(
+        name="cifar100-cpu-vit-trials", title="Trials for the ViT", subnets=None,
         about=f"{_SMALL_VIT}; 40 epochs, one seed, evaluated on 5,000 validation images",
         common=CPU_VIT | {"epochs": 40},
         rows=trial_rows((1e-3, 5e-4), (0.05, 0.1), {name: METHODS[name] for name in CPU_VIT_METHODS}, fourth=True),
-        seeds=(0,),
-        split="val",
     ),
     Table(
-        name="cifar100-cpu-vit",
-        title="A small ViT on CIFAR-100, as large as two CPU cores allow",
-        about=f"{_SMALL_VIT}; 80 epochs",
-        common=CPU_VIT,
+        name="cifar100-cpu-vit", title="A small ViT on CIFAR-100, as large as two CPU cores allow",
+        about=f"{_SMALL_VIT}; 80 epochs", common=CPU_VIT,
         rows=tuple(row for row in HEADLINE if row.tuned in CPU_VIT_METHODS and "most expensive" not in row.label),
         trials="cifar100-cpu-vit-trials",
     ),
-    Table(
-        name="cifar100-cpu-mobilenetv3-trials",
-        title="Trials for MobileNetV3",
+    TRIALS(
+        name="cifar100-cpu-mobilenetv3-trials", title="Trials for MobileNetV3",
         about=f"{_SMALL_MOBILENET}; 40 epochs, one seed, evaluated on 5,000 validation images",
         common=CPU_MOBILENET | {"epochs": 40},
         rows=trial_rows((0.1, 0.05), (5e-4, 1e-3), CPU_MOBILENET_METHODS, fourth=True),
-        seeds=(0,),
-        split="val",
-        subnets=8,
     ),
     Table(
-        name="cifar100-cpu-mobilenetv3",
-        title="A small MobileNetV3 on CIFAR-100, as large as two CPU cores allow",
-        about=f"{_SMALL_MOBILENET}; 80 epochs",
-        common=CPU_MOBILENET,
+        name="cifar100-cpu-mobilenetv3", title="A small MobileNetV3 on CIFAR-100, as large as two CPU cores allow",
+        about=f"{_SMALL_MOBILENET}; 80 epochs", common=CPU_MOBILENET,
         rows=(
-            Row(label="common training", tuned="common"),
-            Row(label="stochastic depth", tuned="stochastic-depth"),
-            Row(label="ST", tuned="st"),
+            *HEADLINE[:3],
             Row(label="ST++, 1 subnet, ordered", tuned="st++"),
-            Row(
-                label="common training, cost of the most expensive",
-                tuned="common",
-                costs_as=("ST", "ST++, 1 subnet, ordered"),
-            ),
+            replace(HEADLINE[-1], costs_as=("ST", "ST++, 1 subnet, ordered")),
         ),
         trials="cifar100-cpu-mobilenetv3-trials",
     ),
     Table(
-        name="digits",
-        title="Digits",
+        name="digits", title="Digits",
         about="897 training images of 8x8 pixels, ResNet-26 of width 8, 25 epochs; settings of unloaf.recipes.digits",
-        common=_DIGITS,
-        rows=digits_rows(),
-        seeds=tuple(range(10)),
+        common=_DIGITS, rows=digits_rows(), seeds=tuple(range(10)),
     ),
     Table(
-        name="few-classes-cpu",
-        title="KL- on ten classes",
+        name="few-classes-cpu", title="KL- on ten classes",
         about="Digits, ResNet-26 of width 8, 25 epochs; settings of unloaf.recipes.digits but for those named, "
         "evaluated on 300 validation images",
-        common=_DIGITS,
-        rows=few_classes_rows(),
-        split="val",
+        common=_DIGITS, rows=few_classes_rows(), split="val",
     ),
     Table(
-        name="loafing-cpu",
-        title="Loafing",
+        name="loafing-cpu", title="Loafing",
         about="CIFAR-100 shrunk to 16 px, 10,000 training images, ResNet-32 of width 8, 20 epochs, bfloat16, 2 CPU "
         "cores; settings chosen by the trials with ResNet-20",
-        common=CPU | {"model": "cifar/resnet32", "width": 8, "epochs": 20},
-        rows=loafing_rows(CPU_ALONE),
-        seeds=(0, 1),
-        subnets=("5-5-5", *CPU_ALONE),
-        trials="cifar100-cpu-trials",
+        common=CPU | {"model": "cifar/resnet32", "width": 8, "epochs": 20}, rows=loafing_rows(CPU_ALONE),
+        seeds=(0, 1), subnets=("5-5-5", *CPU_ALONE), trials="cifar100-cpu-trials",
     ),
     Table(
-        name="loafing-cifar10",
-        title="Loafing on CIFAR-10",
+        name="loafing-cifar10", title="Loafing on CIFAR-10",
         about="All 50,000 training images of CIFAR-10 at 32 px, padded, cropped and mirrored, ResNet-32 of width 16, "
         "batch 128, SGD with cosine, 40 epochs, bfloat16, one CPU core; no setting was tuned",
-        common=CIFAR10,
-        rows=cifar10_rows(),
-        seeds=(0, 1, 2),
-        subnets=CIFAR10_SUBNETS,
+        common=CIFAR10, rows=cifar10_rows(), subnets=CIFAR10_SUBNETS,
     ),
-    Table(
-        name="cifar100-gpu-quick-trials",
-        title="Trials for ResNet-18 in 30 epochs",
+    TRIALS(
+        name="cifar100-gpu-quick-trials", title="Trials for ResNet-18 in 30 epochs", subnets=4,
         about="8 epochs, one seed, evaluated on 5,000 validation images",
-        common=QUICK | {"epochs": 8},
-        rows=trial_rows((0.2, 0.1), (5e-4, 1e-3), METHODS),
-        seeds=(0,),
-        split="val",
-        subnets=4,
+        common=QUICK | {"epochs": 8}, rows=trial_rows((0.2, 0.1), (5e-4, 1e-3), METHODS),
     ),
     Table(
-        name="cifar100-gpu-quick",
-        title="ResNet-18 on CIFAR-100, 30 epochs",
+        name="cifar100-gpu-quick", title="ResNet-18 on CIFAR-100, 30 epochs",
         about="CIFAR-100, 45,000 training images, ResNet-18 with a stem for small images, batch 256, 30 epochs, bf16",
-        common=QUICK,
-        rows=HEADLINE + ONE_SUBNET + combinations(15),
-        trials="cifar100-gpu-quick-trials",
+        common=QUICK, rows=HEADLINE + ONE_SUBNET + combinations(15), trials="cifar100-gpu-quick-trials",
     ),
     *(table for network in NETWORKS for table in gpu_tables(network)),
     Table(
-        name="loafing-gpu",
-        title="Loafing of ResNet-56",
-        about="CIFAR-100, 45,000 training images, 200 epochs, bf16",
-        common=GPU | NETWORKS["resnet56"],
-        rows=loafing_rows(GPU_ALONE),
-        subnets=("9-9-9", *GPU_ALONE),
-        trials="cifar100-gpu-resnet56-trials",
+        name="loafing-gpu", title="Loafing of ResNet-56",
+        about="CIFAR-100, 45,000 training images, 200 epochs, bf16", common=GPU | NETWORKS["resnet56"],
+        rows=loafing_rows(GPU_ALONE), subnets=("9-9-9", *GPU_ALONE), trials="cifar100-gpu-resnet56-trials",
     ),
     *one_factor_tables(
         "gpu",
         about="CIFAR-100, 45,000 training images, ResNet-18, 60 epochs, bf16, evaluated on 5,000 validation images",
-        common=GPU | NETWORKS["resnet18"] | {"epochs": 60},
-        seeds=(0, 1, 2),
-        trials="cifar100-gpu-resnet18-trials",
+        common=GPU | NETWORKS["resnet18"] | {"epochs": 60}, trials="cifar100-gpu-resnet18-trials",
     ),
 ]  # fmt: skip
 TABLES: dict[str, Table] = {table.name: table for table in _ALL}
@@ -620,23 +546,11 @@ TABLES: dict[str, Table] = {table.name: table for table in _ALL}
 GROUPS: dict[str, tuple[str, ...]] = {
     "cifar100-gpu": tuple(f"cifar100-gpu-{network}" for network in NETWORKS),
     "gpu": (
-        "cifar100-gpu-quick",
-        *(f"cifar100-gpu-{network}" for network in NETWORKS),
-        "loafing-gpu",
-        "parts-gpu",
+        "cifar100-gpu-quick", *(f"cifar100-gpu-{network}" for network in NETWORKS), "loafing-gpu", "parts-gpu",
         "readings-gpu",
     ),
     "cpu": (
-        "digits",
-        "cifar100-cpu",
-        "cifar100-cpu-few",
-        "baselines-cpu",
-        "parts-cpu",
-        "cifar100-cpu-vit",
-        "cifar100-cpu-mobilenetv3",
-        "few-classes-cpu",
-        "loafing-cpu",
-        "loafing-cifar10",
-        "readings-cpu",
+        "digits", "cifar100-cpu", "cifar100-cpu-few", "baselines-cpu", "parts-cpu", "cifar100-cpu-vit",
+        "cifar100-cpu-mobilenetv3", "few-classes-cpu", "loafing-cpu", "loafing-cifar10", "readings-cpu",
     ),
-}
+}  # fmt: skip

@@ -16,13 +16,11 @@ from unloaf.display import show_progress
 from unloaf.engine.devices import keep_freed_memory, usable_device
 from unloaf.environment import environment
 from unloaf.files.writing import write_whole
-from unloaf.measure.bench import METHODS, MODES, Clock, Plan, measure
+from unloaf.measure.bench import MODES, VARIANTS, Clock, Plan, measure
 from unloaf.measure.costs import write_csv
-from unloaf.measure.networks import STANDARD, chosen_networks
+from unloaf.measure.networks import chosen_networks
 from unloaf.measure.step_time import StepTimeRow, by_setup
 from unloaf.pages.plots import step_time_bars
-
-__all__ = ["METHODS", "MODES", "STANDARD", "bench_step", "tables"]
 
 _HEADS = ("ms/step", "time", "lowest-highest", "FLOPs limit", "time/limit", "separate", "its FLOPs", "memory")
 _CAPTION = "relative to a step of common training in the same round; separate: a complete pass for each subnet"
@@ -46,27 +44,10 @@ def bench_step(
     plot: str | None = None,
     console: Console | None = None,
 ) -> list[StepTimeRow]:
-    """Measure a training step of each method on noise, for each network and mode.
+    """Measure a training step of each method on noise, for each network and mode; options of `unloaf bench step`.
 
-    A network, a mode or a method that cannot be measured here costs its own rows alone: a line says why.
-
-    Args:
-        model: names as for ``unloaf train``, NAME@SIDE for another side, or standard for `STANDARD`.
-        methods: out of `METHODS`; common training is always measured.
-        input_size: side of the images in pixels, see `chosen_networks`.
-        batch_size: images per step.
-        num_classes: of the heads; default: 10 for cifar/, else 1000.
-        num_subnets: subnets per step of ST and ST++.
-        modes: "eager", "compiled" (`unloaf.compile_blocks`) or both; where the machine cannot compile the eager figures
-            take its place.
-        amp: bfloat16 through autocast.
-        channels_last: memory format of weights and images.
-        device: "auto", "cpu", "cuda" or "cuda:1".
-        repeats: rounds; medians count.
-        minutes: begin nothing after so long; what is measured by then counts.
-        output: a folder for step_time.json, .csv and .svg, written anew after each network and mode, or None.
-        plot: a file for the picture, as SVG, or None.
-        console: where progress and what was left out is said; default: nowhere.
+    A network, a mode or a method that cannot be measured here costs its own rows alone: a line on the console says why.
+    Files are written anew after each network and mode.
 
     Raises:
         ValueError: an unknown method or mode, no such device, or nothing at all could be measured.
@@ -75,7 +56,7 @@ def bench_step(
     >>> [(row.method, row.setup.input_size, row.rounds) for row in rows]
     [('common', 32, 1), ('st', 32, 1)]
     """
-    _check("methods", methods, METHODS)
+    _check("methods", methods, VARIANTS)
     _check("modes", modes, MODES)
     where = _device(device)
     if where.type == "cpu":
@@ -92,14 +73,13 @@ def bench_step(
         repeats=repeats,
     )
     settings = {"model": [f"{network.name}@{network.side}" for network in networks], "minutes": minutes}
-    settings |= {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()} | {
-        "device": str(where)
-    }
+    settings |= {name: list(v) if isinstance(v, tuple) else v for name, v in vars(plan).items()}
+    settings["device"] = str(where)
     rows: list[StepTimeRow] = []
     notes: list[str] = []
     total = len(networks) * len(plan.modes)
     clock = Clock(minutes, parts=total)
-    with show_progress(console or Console(quiet=True), total=total, label="bench step") as display:
+    with show_progress(console, total=total, label="bench step") as display:
 
         def say(line: str) -> None:
             notes.append(line)

@@ -9,7 +9,7 @@ import math
 import shlex
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,13 @@ from unloaf.environment import environment
 from unloaf.evaluation import SubnetRow, evaluate_subnets
 from unloaf.files.writing import check_writable, disk_full, write_whole
 from unloaf.measure.flops import method_flops
+from unloaf.methods.table import METHODS
 from unloaf.pages.page import comparison_report
 from unloaf.pages.plots import accuracy_over_size
 from unloaf.recipes import digits
 
-_RECIPES: dict[str, Callable[[], Config]] = {
-    "common training": digits.common,
-    "stochastic depth": digits.stochastic_depth,
-    "ST": digits.stimulative,
-    "ST++": digits.stimulative_plus,
-    "GKT": digits.group_knowledge,
-}
-_BASELINE = "common training"
+_RECIPES = (digits.common, digits.stochastic_depth, digits.stimulative, digits.stimulative_plus, digits.group_knowledge)
+_BASELINE = METHODS["common"].label
 _COUNTED_STEPS = 200  # the mean over draws is known to about 1 % by then
 _FILES = ("report.html", "results.csv", "results.json")
 _JUDGE_BATCH = 450  # images; few passes for each of the many subnets
@@ -55,18 +50,13 @@ class DemoResult:
 def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, console: Console) -> DemoResult:
     """Trains, judges all ordered subnets on the test images, writes report.html, results.json and results.csv.
 
-    Args:
-        output: folder of the three files, made when it is missing; older ones are replaced.
-        seeds: repeat with seeds 0, 1, ...
-        epochs: another number of epochs than the recipes'.
-        console: shows the progress.
-
     Raises:
         ValueError: an argument is out of range or the folder cannot be written.
     """
     if seeds < 1:
         raise ValueError(f"seeds {seeds}: give at least 1")
-    configs = {label: _recipe(recipe, epochs=epochs) for label, recipe in _RECIPES.items()}
+    found = [_shortened(recipe(), epochs) for recipe in _RECIPES]
+    configs = {METHODS[config.method].label: config for config in found}
     folder = _folder(Path(output))
     data = load_data(configs[_BASELINE])
     runs: list[MethodRun] = []
@@ -81,8 +71,7 @@ def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, c
     return DemoResult(tuple(rows), folder / "report.html")
 
 
-def _recipe(recipe: Callable[[], Config], *, epochs: int | None) -> Config:
-    config = recipe()
+def _shortened(config: Config, epochs: int | None) -> Config:
     if epochs is None:
         return config
     return replace(config, epochs=epochs, warmup_epochs=max(0, min(config.warmup_epochs, epochs - 1)))
@@ -107,12 +96,6 @@ def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: C
     In turn, so that whatever else the machine does slows all of them alike: the measured costs
     are the median over the epochs of the ratio to the baseline's epoch. The runs share nothing
     but the images; each is the run that `unloaf train` makes of its configuration.
-
-    Args:
-        configs: label to configuration, common training among them.
-        data: the images of all of them.
-        split: the images that judge: "val" to choose settings, "test" for a result.
-        console: shows the progress.
     """
     trainings = {label: prepare(config, data=data) for label, config in configs.items()}
     seconds: dict[str, list[float]] = {label: [] for label in configs}
@@ -129,15 +112,11 @@ def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: C
             label=label,
             seed=seed,
             subnets=judge(training, split=split),
-            cost=_median_ratio(seconds[label], seconds[_BASELINE]),
+            cost=statistics.median(own / base for own, base in zip(seconds[label], seconds[_BASELINE], strict=False)),
             flops=_flops_limit(training),
         )
         for label, training in trainings.items()
     ]
-
-
-def _median_ratio(seconds: Sequence[float], baseline: Sequence[float]) -> float:
-    return statistics.median(mine / common for mine, common in zip(seconds, baseline, strict=False))
 
 
 def _flops_limit(training: Training) -> float:
@@ -149,14 +128,11 @@ def _flops_limit(training: Training) -> float:
 
 
 def judge(training: Training, *, split: str) -> tuple[SubnetRow, ...]:
-    """Accuracy of all ordered subnets, each with batch-norm statistics re-estimated on the training images.
-
-    The main network is among them, and its row holds its accuracy with its running statistics too.
-    """
+    """Accuracy of all ordered subnets with re-estimated batch-norm statistics, of the main network with both."""
     data = training.data
     images, calibration = (
-        EvalBatches(split, data, training.config, device=training.device, batch_size=_JUDGE_BATCH)
-        for split in (getattr(data, split), data.train)
+        EvalBatches(part, data, training.config, device=training.device, batch_size=_JUDGE_BATCH)
+        for part in (getattr(data, split), data.train)
     )
     return tuple(evaluate_subnets(training.model, training.stages, images, calibration=calibration))
 
@@ -187,16 +163,14 @@ def _report(
 ) -> str:
     sizes = size_rows(runs)
     lowest = min(line.lowest_top1 for lines in sizes.values() for line in lines)
-    smallest = [lines[0].mean_top1 for lines in sizes.values()]
+    upper = statistics.median(lines[0].mean_top1 for lines in sizes.values())
     return comparison_report(
         title="The networks inside a network",
         lead=_lead(rows, images=len(data.test)),
         rows=rows,
         pictures={
             "All subnets": accuracy_over_size(sizes, runs, lowest=_round_down(lowest)),
-            "The upper part, enlarged": accuracy_over_size(
-                sizes, runs, lowest=_round_down(statistics.median(smallest)), legend=False
-            ),
+            "The upper part, enlarged": accuracy_over_size(sizes, runs, lowest=_round_down(upper), legend=False),
         },
         caption=(
             f"Accuracy on {len(data.test)} test images. A dot is one subnet at one seed; a line joins the means of the "

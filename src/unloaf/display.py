@@ -55,16 +55,16 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 @contextmanager
-def show_progress(console: Console, *, total: int, done: int = 0, label: str, lines: bool = False) -> Iterator[Display]:
+def show_progress(
+    console: Console | None, *, total: int, done: int = 0, label: str, lines: bool = False
+) -> Iterator[Display]:
     """Gives the display of something that has so many parts, of which some are done already.
 
-    Args:
-        console: a terminal shows a bar with the time left.
-        total: parts.
-        done: parts that are done.
-        label: what is done, before the bar.
-        lines: elsewhere, say every 30 seconds how far it is; what prints lines of its own needs none.
+    A terminal shows a bar with the time left; elsewhere, with ``lines``, a line says every 30 seconds how far it is.
     """
+    if console is None:
+        yield SILENT
+        return
 
     def line(text: str) -> None:
         console.print(printable(text), highlight=False, markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unloaf.batchnorm import recalibrate_bn, tracking_norms
+from unloaf.inputs import to_device
 from unloaf.passes import Readout, logits_of
 from unloaf.sampling import draw_generator, enumerate_subnets
 from unloaf.stages import Stage, call_model, copy_of, evaluating, inner_module
@@ -161,7 +162,8 @@ def evaluate_subnets(
             running = measured(inner)
         with active_subnet(judged, stages, subnet):
             if batches is not None:
-                recalibrate_bn(judged, (_to_device(batch, device) for batch in batches))
+                inputs = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches)
+                recalibrate_bn(judged, (to_device(x, device) for x in inputs))
             found = measured(judged)
         row = SubnetRow(
             subnet,
@@ -230,13 +232,6 @@ def _draw_one_by_one(stages: Sequence[Stage], wanted: int, seed: int) -> list[Su
     return list(drawn)
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
-    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-    if isinstance(inputs, Mapping):
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return inputs.to(device)
-
-
 def accuracy(
     model: nn.Module,
     loader: Iterable[tuple[Any, Tensor]],
@@ -262,7 +257,7 @@ def accuracy(
     sums = torch.zeros(4, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     with evaluating(model):
         for x, y in map(_pair, loader):
-            logits = logits_of(call_model(model, _to_device(x, device)), readout)
+            logits = logits_of(call_model(model, to_device(x, device)), readout)
             _check_labels(logits, y)
             rows, targets = logits.flatten(0, -2).float(), y.to(logits.device).flatten().long()
             counted = targets != ignore_index
@@ -296,7 +291,7 @@ def mean_metric(
     sums = torch.zeros(2, dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     with evaluating(model):
         for x, y in map(_pair, loader):
-            output = logits_of(call_model(model, _to_device(x, device)), readout)
+            output = logits_of(call_model(model, to_device(x, device)), readout)
             value = torch.as_tensor(metric(output, y.to(output.device) if isinstance(y, Tensor) else y)).double()
             if value.ndim > 1 or (value.ndim and len(value) != len(output)):
                 raise ValueError(

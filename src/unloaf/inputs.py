@@ -294,3 +294,14 @@ def batch_of(example: Any, size: int) -> Any:
     if not isinstance(example, Tensor):
         return example
     return example[:1].repeat(size, *(1 for _ in example.shape[1:]))
+
+
+def to_device(inputs: Any, device: torch.device | str) -> Any:
+    """A tensor, or the tensors of a mapping, on that device.
+
+    >>> to_device({"pixels": torch.zeros(2, 3), "scale": 2.0}, "meta")
+    {'pixels': tensor(..., device='meta', size=(2, 3)), 'scale': 2.0}
+    """
+    if isinstance(inputs, Mapping):
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return inputs.to(device) if isinstance(inputs, Tensor) else inputs

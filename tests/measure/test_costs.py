@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import unloaf
 from unloaf.measure import costs
-from unloaf.measure.costs import Timing, gmacs, measured_rounds, time_subnets, with_latency, write_csv
+from unloaf.measure.costs import Timing, gmacs, measure_in_sight, time_subnets, write_csv
 from unloaf.measure.flops import counting_flops
 from unloaf.measure.pareto import pareto_front
 from unloaf.measure.records import cost_records
@@ -124,8 +124,8 @@ def test_measured_rows_are_complete_and_leave_the_model_as_it_was(network):
     model.train()
     model.conv1.eval()
     subnets = unloaf.enumerate_subnets(stages)[:3]
-    times = time_subnets(model, stages, x, subnets, batch_sizes=(2, 1), repeats=4)
-    rows = with_latency([unloaf.SubnetRow(subnet) for subnet in subnets], times)
+    rows = [unloaf.SubnetRow(subnet) for subnet in subnets]
+    rows, times = measure_in_sight(model, stages, x, rows, timed=(2, 1), repeats=4, console=None)
     assert [row.subnet for row in rows] == subnets
     for row, timings in zip(rows, times, strict=True):
         assert [timing.batch_size for timing in timings] == [2, 1]
@@ -141,13 +141,13 @@ def test_subnets_take_turns(network, monkeypatch):
     """In each round each subnet has its turn, in orders that differ."""
     model, stages, x = network
     order = []
-    monkeypatch.setattr(costs, "_timed", lambda model, batch, device: float(len(order)))
+    monkeypatch.setattr(costs, "milliseconds", lambda work, device: float(len(order)))
 
     subnets = unloaf.enumerate_subnets(stages)[:4]
     monkeypatch.setattr(costs, "active_subnet", lambda *args: order.append(args[2]) or unloaf.active_subnet(*args))
     time_subnets(model, stages, x, subnets, batch_sizes=[1], repeats=5)
     rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
-    assert len(rounds) == measured_rounds(5)
+    assert len(rounds) == 3 + 5  # three that warm up
     assert all(sorted(map(str, r)) == sorted(map(str, subnets)) for r in rounds)
     assert any(a != b for a, b in pairwise(rounds))
 

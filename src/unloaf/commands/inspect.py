@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
@@ -34,11 +34,11 @@ class Inspect:
 def run(words: list[str]) -> int:
     """Prints what is found, as text or JSON."""
     options = parse(Inspect, words, prog="unloaf inspect")
-    from unloaf.inspection import as_plain, inspect_model, sections
+    from unloaf.inspection import inspect_model, sections
 
     found = inspect_model(options.model, img_size=options.img_size, num_classes=options.num_classes)
     if options.json:
-        print(json.dumps(as_plain(found), indent=2))
+        print(json.dumps(asdict(found), indent=2))
         return 0
     for section in sections(found):
         for line in section.lines:

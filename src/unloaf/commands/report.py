@@ -32,10 +32,10 @@ class Report:
 def run(words: list[str]) -> int:
     """Prints the comparison, writes the page if asked to."""
     options = parse(Report, words, prog="unloaf report")
-    from unloaf.runs.histories import differences, read_histories, run_row, table_of
+    from unloaf.runs.histories import differences, read_histories, table_of
 
     histories = read_histories(options.runs)
-    show(*table_of([run_row(history) for history in histories]))
+    show(*table_of(histories))
     different = differences(histories)
     if different:
         heads = ["settings that differ", *(printable(history.label) for history in histories)]

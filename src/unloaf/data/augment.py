@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +43,9 @@ def augmentation(count: int, *, pad: int, hflip: float, seed: int, epoch: int, r
 
 
 def windows_of(images: Tensor, *, pad: int) -> Tensor:
-    """Every window of the old size in the zero-padded images, a view.
+    """Every window of the old size in the zero-padded images (N, C, H, W), a view.
 
-    Args:
-        images: (N, C, H, W).
-        pad: pixels added on each side.
-
-    Returns:
-        (N, C, 2 * pad + 1, 2 * pad + 1, H, W), of the same type.
+    (N, C, 2 * pad + 1, 2 * pad + 1, H, W), of the same type.
     """
     height, width = images.shape[-2:]
     return F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
@@ -59,13 +54,7 @@ def windows_of(images: Tensor, *, pad: int) -> Tensor:
 def crop_and_flip(windows: Tensor, index: Tensor, draws: Tensor) -> Tensor:
     """One window of each of these images, some mirrored: whole batches at once, on the device of the windows.
 
-    Args:
-        windows: from `windows_of`.
-        index: positions of the images, int64 (B,).
-        draws: rows (top, left, mirrored), int64 (B, 3).
-
-    Returns:
-        (B, C, H, W), of the same type.
+    From `windows_of`, positions of images, int64 (B,), and rows (top, left, mirrored), int64 (B, 3), to (B, C, H, W).
     """
     top, left, mirrored = draws.to(windows.device).unbind(1)
     cropped = windows[index.to(windows.device), :, top, left]
@@ -75,13 +64,9 @@ def crop_and_flip(windows: Tensor, index: Tensor, draws: Tensor) -> Tensor:
 def lighting_shift(strength: float) -> Tensor:
     """PCA lighting: a random multiple of the principal colours of ImageNet, to be added to every pixel of an image.
 
-    Draws from torch's global generator, as the transforms around it do.
+    In shares of the pixel range, float (3, 1, 1); `strength` is the standard deviation of the multiples. Draws from
+    torch's global generator, as the transforms around it do.
 
-    Args:
-        strength: standard deviation of the multiples.
-
-    Returns:
-        a colour in shares of the pixel range, float (3, 1, 1).
     Source: Krizhevsky et al. 2012, section 4.1; eigenvalues and vectors of fb.resnet.torch.
     """
     values = torch.tensor([0.2175, 0.0188, 0.0045])
@@ -92,13 +77,10 @@ def lighting_shift(strength: float) -> Tensor:
 
 
 def lit(image: Image, *, strength: float, unit: str) -> Image:
-    """PCA lighting of an image whose pixels stay uint8.
+    """PCA lighting of an RGB image whose pixels stay uint8.
 
-    Args:
-        image: in RGB.
-        strength: as in lighting_shift.
-        unit: range, the shift is in shares of the pixel range, rounded; level, it is in grey levels and what is behind
-            the point is cut off, as in the script of ST++, which so changes a pixel by one level at most.
+    With unit "range" the shift is in shares of the pixel range, rounded; with "level" it is in grey levels and what is
+    behind the point is cut off, as in the script of ST++, which so changes a pixel by one level at most.
 
     >>> from PIL import Image
     >>> black = Image.new("RGB", (1, 1))
@@ -152,25 +134,19 @@ def training_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
     if config.aa == "uniform":
         steps.append(uniform_augment)
     finish = _finish(data, config)
-
-    def transform(image: Image) -> Tensor:
-        for step in steps:
-            image = step(image)
-        return finish(as_pixels(image, channels=data.in_chans))
-
-    return transform
+    return lambda image: finish(as_pixels(_all(steps, image), channels=data.in_chans))
 
 
 def evaluation_transform(data: Data, config: Config) -> Callable[[Image], Tensor]:
     """Resizes the short side to img_size / crop_pct and cuts out the centre: uint8 (C, img_size, img_size)."""
     steps = _centre(data.img_size, data)
+    return lambda image: as_pixels(_all(steps, image), channels=data.in_chans)
 
-    def transform(image: Image) -> Tensor:
-        for step in steps:
-            image = step(image)
-        return as_pixels(image, channels=data.in_chans)
 
-    return transform
+def _all(steps: Iterable[Callable[[Image], Image]], image: Image) -> Image:
+    for step in steps:
+        image = step(image)
+    return image
 
 
 def _geometry(data: Data, config: Config) -> list[Any]:
@@ -196,7 +172,7 @@ def _centre(size: int, data: Data) -> list[Any]:
 def _mode(data: Data) -> Any:
     from torchvision.transforms import InterpolationMode
 
-    return InterpolationMode.BICUBIC if data.interpolation == "bicubic" else InterpolationMode.BILINEAR
+    return InterpolationMode(data.resize_mode)
 
 
 def _automatic(aa: str, data: Data, config: Config) -> Callable[[Image], Image]:

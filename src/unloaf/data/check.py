@@ -4,33 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from unloaf.config import Config
 from unloaf.data.consistency import FoundSplits, disagreements, some
-from unloaf.data.images import BadImageError, EncodedImages, Images, Split, traits
+from unloaf.data.images import BadImageError, Encoded, Images, Split, traits
 from unloaf.data.in_memory import hold_out
 from unloaf.data.sets import FILE_SETS, find_splits, load_data
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What is in an image set, and all that is wrong with it.
+    """What is in an image set, and all that is wrong with it."""
 
-    Attributes:
-        counts: images per split and class.
-        bad: (name, reason) of each image that cannot be read.
-        faults: what else keeps a run from using the set, a line each.
-        notes: what a run decides, or what may surprise.
-        modes: how many of the files that can be read are stored in which mode, in Pillow's words.
-    """
-
-    counts: dict[str, dict[str, int]]
-    bad: tuple[tuple[str, str], ...]
-    faults: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    modes: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]]  # images per split and class
+    bad: tuple[tuple[str, str], ...]  # (name, reason) of each image that cannot be read
+    faults: tuple[str, ...]  # what else keeps a run from using the set, a line each
+    notes: tuple[str, ...]  # what a run decides, or what may surprise
+    modes: dict[str, int]  # how many of the files that can be read are stored in which mode, in Pillow's words
 
 
 def check_images(config: Config) -> CheckReport:
@@ -97,7 +89,7 @@ class _Look(NamedTuple):
 def _look(images: Images, index: int) -> _Look:
     try:
         images.open(index)
-        if not isinstance(images, EncodedImages):
+        if not isinstance(images, Encoded):
             return _Look()
         mode, treated = traits(images.read(index))
         return _Look(modes=(mode,), treated=treated)

@@ -86,14 +86,7 @@ def trained_on(listed: list[Row] | None, data: Data) -> int | None:
 
 
 def changes(listed: list[Row] | None, data: Data, kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What became of the images, in words.
-
-    Args:
-        listed: training and validation images of the run, if there is a list.
-        data: the image set as it is now.
-        kept: the record of the run.
-        now: that of `data`.
-    """
+    """What became of the images, in words: `kept` is the record of the run, `now` that of the data as they are."""
     counts = [
         f"{split}: {now['splits'][split]['images']} images (was {kept['splits'][split]['images']})"
         for split in _LISTED
@@ -141,9 +134,7 @@ def class_names_of(data: Data) -> list[str] | None:
 
 def _held_out(data: Data) -> bool:
     """Whether the validation images are drawn from the training images, so that one image more or less moves others."""
-    if len(data.val) == 0:
-        return False
-    return _place(data.train) == _place(data.val)
+    return len(data.val) > 0 and _place(data.train) == _place(data.val)
 
 
 def _place(images: Images) -> Any:
@@ -162,7 +153,7 @@ def _names(images: Images) -> list[bytes]:
     if isinstance(images, ImageFiles):
         return images.paths.tolist()
     if isinstance(images, ShardMembers):
-        shards = [_last_part(shard) for shard in images.shards]
+        shards = [shard.encode(errors="surrogateescape").rpartition(b"/")[2] for shard in images.shards]
         return [
             shards[shard] + b"!" + member
             for shard, member in zip(images.places[:, 0].tolist(), images.members.tolist(), strict=True)
@@ -170,10 +161,6 @@ def _names(images: Images) -> list[bytes]:
     if isinstance(images, ImageRows):
         return [b"row %d" % row for row in images.rows.tolist()]
     return [images.name(index).encode(errors="surrogateescape") for index in range(len(images))]
-
-
-def _last_part(path: str) -> bytes:
-    return path.encode(errors="surrogateescape").rpartition(b"/")[2]
 
 
 def _checksum(images: Images) -> str:

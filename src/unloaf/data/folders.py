@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unloaf.config import Config
-from unloaf.data.images import Split, decode, read_image_file
+from unloaf.data.images import Encoded, Split, read_image_file
 from unloaf.data.walk import class_folders, find_files, holds_images
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True, eq=False)
-class ImageFiles:
+class ImageFiles(Encoded):
     """Image files below a folder.
 
     `paths` holds bytes in one array, not a list of texts: workers share it, whereas counting
@@ -32,9 +28,6 @@ class ImageFiles:
     labels: Tensor
     max_pixels: int = Config.max_pixels
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def subset(self, index: Tensor) -> ImageFiles:
         """The images at these positions."""
         return replace(self, paths=self.paths[index.numpy()], labels=self.labels[index])
@@ -44,21 +37,9 @@ class ImageFiles:
         return os.path.join(self.root, os.fsdecode(self.paths[index]))
 
     def read(self, index: int) -> bytes:
-        """The file.
-
-        Raises:
-            BadImageError: it cannot be read.
-        """
+        """The file."""
         path = self.name(index)
         return read_image_file(path, name=path)
-
-    def open(self, index: int) -> Image:
-        """The decoded image, in RGB.
-
-        Raises:
-            BadImageError: it cannot be read or decoded.
-        """
-        return decode(self.read(index), name=self.name(index), max_pixels=self.max_pixels)
 
 
 def open_folder_split(data_dir: Path, split: str, *, max_pixels: int = Config.max_pixels) -> Split | None:

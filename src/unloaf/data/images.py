@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import stat
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -65,17 +66,34 @@ class Images(Protocol):
         ...
 
 
-@runtime_checkable
-class EncodedImages(Images, Protocol):
+class Encoded(ABC):
     """Images that are decoded when they are opened."""
 
+    labels: Tensor
+    max_pixels: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where the image lies, for messages."""
+
+    @abstractmethod
     def read(self, index: int) -> bytes:
         """The image as it is stored.
 
         Raises:
             BadImageError: it cannot be read.
         """
-        ...
+
+    def open(self, index: int) -> Image:
+        """The decoded image, in RGB.
+
+        Raises:
+            BadImageError: it cannot be read or decoded.
+        """
+        return decode(self.read(index), name=self.name(index), max_pixels=self.max_pixels)
 
 
 class Split(NamedTuple):
@@ -162,11 +180,7 @@ def check_regular(paths: Iterable[Path]) -> None:
 
 
 def as_labels(values: Sequence[int], name: Callable[[int], str]) -> Tensor:
-    """Labels, int64 (N,).
-
-    Args:
-        values: numbers of any size.
-        name: of the image at a position, for the message.
+    """Labels, int64 (N,); `name` is that of the image at a position.
 
     Raises:
         ValueError: a label is too large to be one of a class.
@@ -185,12 +199,7 @@ def decode(encoded: bytes, *, name: str, max_pixels: int = Config.max_pixels) ->
 
     Turned upright where EXIF says so. Of 16 bits the high byte is kept, which is what Pillow does to
     colour with 16 bits. Alpha is left out, as torchvision and timm do. Of several frames the first is
-    taken. Modes without a fixed range, such as float, are refused.
-
-    Args:
-        encoded: a whole file.
-        name: of the image, for messages.
-        max_pixels: width x height beyond which nothing is decoded.
+    taken. Modes without a fixed range, such as float, are refused, and more than `max_pixels` pixels.
 
     Raises:
         BadImageError: the bytes are cut off, corrupt, no image, or one that is refused.
@@ -235,30 +244,22 @@ def traits(encoded: bytes) -> tuple[str, tuple[str, ...]]:
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as picture:
-        alpha = picture.has_transparency_data
+        alpha, orientation, frames = picture.has_transparency_data, 1, 1
         deep = picture.mode.startswith("I")
+        with suppress(Exception):  # EXIF may be unreadable
+            orientation = picture.getexif().get(0x0112, 1)
+        with suppress(Exception):  # what comes after the first may be damaged
+            frames = getattr(picture, "n_frames", 1)
         done = {
             "16 bits, of which the high byte is kept": deep,
             "of 16 bits 12 or fewer are used, so that little is left in the high byte: scale them before": deep
             and _bits(picture) == 16
             and int(np.asarray(picture).max()) < 1 << 12,
             "alpha, which is left out": alpha,
-            "turned upright as EXIF says": _orientation(picture) != 1,
-            "several frames, of which the first is taken": _frames(picture) > 1,
+            "turned upright as EXIF says": orientation != 1,
+            "several frames, of which the first is taken": frames > 1,
         }
         return picture.mode, tuple(what for what, applies in done.items() if applies)
-
-
-def _orientation(picture: Image) -> int:
-    with suppress(Exception):  # as below
-        return picture.getexif().get(0x0112, 1)
-    return 1
-
-
-def _frames(picture: Image) -> int:
-    with suppress(Exception):  # what comes after the first may be damaged
-        return getattr(picture, "n_frames", 1)
-    return 1
 
 
 def _turn_upright(picture: Image) -> None:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unloaf.config import Config
-from unloaf.data.images import BadImageError, Split, as_labels, check_regular, decode, read_image_file
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from unloaf.data.images import BadImageError, Encoded, Split, as_labels, check_regular, read_image_file
 
 
 @dataclass(frozen=True, eq=False)
-class ImageRows:
+class ImageRows(Encoded):
     """Rows of a table with an image column; `rows` are row numbers, int64 (N,)."""
 
     table: Any
@@ -26,9 +23,6 @@ class ImageRows:
     rows: Tensor
     labels: Tensor
     max_pixels: int = Config.max_pixels
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def subset(self, index: Tensor) -> ImageRows:
         """The images at these positions."""
@@ -39,11 +33,7 @@ class ImageRows:
         return f"row {int(self.rows[index])} of {self.split}"
 
     def read(self, index: int) -> bytes:
-        """What the row holds, or the file that it names.
-
-        Raises:
-            BadImageError: neither is there.
-        """
+        """What the row holds, or the file that it names."""
         value = self.table[int(self.rows[index])][self.column]
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
@@ -53,14 +43,6 @@ class ImageRows:
             return read_image_file(value, name=value) if isinstance(value, str) else value
         except BadImageError as error:
             raise BadImageError(self.name(index), f"{value}: {error.reason}") from error
-
-    def open(self, index: int) -> Image:
-        """The decoded image, in RGB.
-
-        Raises:
-            BadImageError: it cannot be read or decoded.
-        """
-        return decode(self.read(index), name=self.name(index), max_pixels=self.max_pixels)
 
 
 def open_row_split(

@@ -190,11 +190,7 @@ def _resizing(config: Config) -> dict[str, Any]:
 _OPENERS: dict[str, Callable[[Path, str, Config], Split | None]] = {
     "imagefolder": lambda folder, split, config: open_folder_split(folder, split, max_pixels=config.max_pixels),
     "hf": lambda folder, split, config: open_row_split(
-        folder,
-        split,
-        input_key=config.input_key,
-        target_key=config.target_key,
-        max_pixels=config.max_pixels,
+        folder, split, input_key=config.input_key, target_key=config.target_key, max_pixels=config.max_pixels
     ),
     "webdataset": lambda folder, split, config: open_tar_split(folder, split, max_pixels=config.max_pixels),
 }

@@ -13,23 +13,20 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from unloaf.config import Config
 from unloaf.data.consistency import some
-from unloaf.data.images import BadImageError, Split, as_labels, check_regular, decode
+from unloaf.data.images import BadImageError, Encoded, Split, as_labels, check_regular
 from unloaf.data.walk import EXTENSIONS, is_hidden
 from unloaf.printable import printable
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 
 @dataclass(frozen=True, eq=False)
-class ShardMembers:
+class ShardMembers(Encoded):
     """Images inside tar files. Rows of `places` are (shard, offset, size), both in bytes, int64."""
 
     shards: tuple[str, ...]
@@ -37,9 +34,6 @@ class ShardMembers:
     members: np.ndarray
     labels: Tensor
     max_pixels: int = Config.max_pixels
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def subset(self, index: Tensor) -> ShardMembers:
         """The images at these positions."""
@@ -51,11 +45,7 @@ class ShardMembers:
         return f"{self.shards[self.places[index, 0]]}!{os.fsdecode(self.members[index])}"
 
     def read(self, index: int) -> bytes:
-        """The member's bytes.
-
-        Raises:
-            BadImageError: the shard cannot be read.
-        """
+        """The member's bytes."""
         shard, offset, size = self.places[index].tolist()
         try:
             with open(self.shards[shard], "rb") as file:
@@ -63,14 +53,6 @@ class ShardMembers:
                 return file.read(size)
         except OSError as error:
             raise BadImageError(self.name(index), str(error.strerror or error)) from error
-
-    def open(self, index: int) -> Image:
-        """The decoded image, in RGB.
-
-        Raises:
-            BadImageError: it cannot be read or decoded.
-        """
-        return decode(self.read(index), name=self.name(index), max_pixels=self.max_pixels)
 
 
 _LONGEST_LABEL = 1 << 24  # bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -14,14 +13,9 @@ from torch import Tensor, nn
 from unloaf.config import Config
 from unloaf.inputs import SmallerInputs, fitting_inputs
 from unloaf.losses import check_two_classes, direction, direction_kl_loss, kl_loss, resolve_amplitude
-from unloaf.methods import (
-    CommonTraining,
-    GroupKnowledgeTraining,
-    StimulativeTraining,
-    StochasticDepth,
-)
 from unloaf.methods.step import Criterion, Weight
-from unloaf.methods.stimulative import DirectionCriterion
+from unloaf.methods.table import METHODS
+from unloaf.methods.terms import DirectionCriterion
 from unloaf.sampling import ExponentialDecaySampler, InterStageSampler, OrderedSampler, StochasticSampler
 from unloaf.stages import Stage
 
@@ -46,36 +40,21 @@ def build_method(
     Raises:
         ValueError: the method cannot train this model.
     """
-    if config.method == "common":
-        return CommonTraining(model, criterion=_label_loss(config))
+    options: dict[str, Any] = {"criterion": _label_loss(config)}
+    if config.method != "common":
+        options["seed"] = config.seed
     if config.method == "stochastic-depth":
-        survival = config.final_survival
-        return StochasticDepth(model, stages, final_survival=survival, criterion=_label_loss(config), seed=config.seed)
-    settings: dict[str, Any] = {
-        "sampler": _sampler(config),
-        "subnet_loss": _subnet_loss(config),
-        "subnet_weight": _weight(config, steps_per_epoch, batches_per_step),
-        "subnet_batch_fraction": config.subnet_batch_fraction,
-        "criterion": _criterion(config),
-        "seed": config.seed,
-    }
+        options["final_survival"] = config.final_survival
+    if config.num_subnets_or_default:
+        weight = _weight(config, steps_per_epoch, batches_per_step)
+        options |= {"sampler": _sampler(config), "subnet_weight": weight} | _losses(config)
+        options["subnet_batch_fraction"] = config.subnet_batch_fraction
     if config.method == "gkt":
-        return GroupKnowledgeTraining(
-            model,
-            stages,
-            groups=config.groups,
-            loops=config.loops,
-            ema=config.group_ema,
-            teacher=config.teacher,
-            **settings,
-        )
-    return StimulativeTraining(
-        model,
-        stages,
-        num_subnets=config.num_subnets_or_default,
-        subnet_inputs=_subnet_inputs(config, model, stages),
-        **settings,
-    )
+        options |= {"groups": config.groups, "loops": config.loops, "ema": config.group_ema, "teacher": config.teacher}
+    elif config.num_subnets_or_default:
+        options["num_subnets"] = config.num_subnets_or_default
+        options["subnet_inputs"] = _subnet_inputs(config, model, stages)
+    return METHODS[config.method].factory(model, stages, **options)
 
 
 @dataclass(frozen=True)
@@ -144,19 +123,21 @@ def _sampler(config: Config) -> Any:
     return {"ordered": OrderedSampler, "inter-stage": InterStageSampler, "stochastic": StochasticSampler}[rule]()
 
 
-def _subnet_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
-    if config.subnet_loss_or_default == "kl":
-        return kl_loss
-    return partial(direction_kl_loss, amplitude=config.amplitude, eps=config.eps)
-
-
-def _criterion(config: Config) -> Criterion:
-    """The loss on labels; of the normalised logits with KL-, as in the published ST++ runs."""
-    loss = _label_loss(config)
-    return DirectionCriterion(loss, config.amplitude, eps=config.eps) if _normalises_main_logits(config) else loss
+def _losses(config: Config) -> dict[str, Any]:
+    """Options that say which losses subnets and labels have; ST++ makes its own of the settings."""
+    label, kl = _label_loss(config), config.subnet_loss_or_default == "kl"
+    directions: dict[str, Any] = {"amplitude": config.amplitude, "eps": config.eps}
+    if config.method == "st++":
+        main_logits = "direction" if _normalises_main_logits(config) else "raw"
+        return directions | {"main_logits": main_logits, "criterion": label, "subnet_loss": kl_loss if kl else None}
+    return {
+        "subnet_loss": kl_loss if kl else partial(direction_kl_loss, **directions),
+        "criterion": DirectionCriterion(label, **directions) if _normalises_main_logits(config) else label,
+    }
 
 
 def _normalises_main_logits(config: Config) -> bool:
+    """Whether the loss on labels sees directions, as in the published ST++ runs."""
     automatic = config.main_logits == "auto" and config.subnet_loss_or_default == "kl-"
     return config.main_logits == "direction" or automatic
 
@@ -172,15 +153,14 @@ def class_probabilities(config: Config, logits: Tensor) -> Tensor:
     tensor([[0.2000, 0.2000, 0.6000]])
     """
     logits = logits.float()
-    if config.method in ("st", "st++", "gkt") and _normalises_main_logits(config):
+    if config.num_subnets_or_default and _normalises_main_logits(config):
         logits = resolve_amplitude(config.amplitude, logits.shape[-1]) * direction(logits, eps=config.eps)
     return logits.sigmoid() if config.bce_loss else logits.softmax(-1)
 
 
 def check_classes(config: Config, classes: int) -> None:
     """Raise ValueError if a loss of this configuration cannot train so few classes."""
-    has_subnets = config.method in ("st", "st++", "gkt")
-    if has_subnets and (config.subnet_loss_or_default == "kl-" or _normalises_main_logits(config)):
+    if config.num_subnets_or_default and (config.subnet_loss_or_default == "kl-" or _normalises_main_logits(config)):
         check_two_classes(classes, "layer_norm", config.eps)
 
 

@@ -2,14 +2,13 @@
 
 from unloaf.inspection.costs import cost_of_model
 from unloaf.inspection.model import inspect_model
-from unloaf.inspection.report import BlockReport, Inspection, StageReport, StepCost, as_plain, sections
+from unloaf.inspection.report import BlockReport, Inspection, StageReport, StepCost, sections
 
 __all__ = [
     "BlockReport",
     "Inspection",
     "StageReport",
     "StepCost",
-    "as_plain",
     "cost_of_model",
     "inspect_model",
     "sections",

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unloaf.inputs import SmallerInputs, batch_of, legal_sides
+from unloaf.inputs import SmallerInputs, batch_of, first_tensor, legal_sides
 from unloaf.inspection.report import BlockReport, Inspection, StageReport, StepCost, shape_text
 from unloaf.measure.costs import subnet_cost
-from unloaf.measure.quick_flops import QuickCounter
-from unloaf.methods import (
-    GroupKnowledgeTraining,
-    StimulativeTraining,
-    StochasticDepth,
-    TrainingMethod,
-    stimulative_plus,
-)
+from unloaf.measure.flops import StepCounter
+from unloaf.methods.table import METHODS
 from unloaf.models.load import load_model, without_data
 from unloaf.sampling import InterStageSampler
 from unloaf.stages import Stage, call_model, evaluating, find_stages
@@ -32,13 +27,7 @@ _SIDES = 6  # at which the network runs; a look should take seconds
 
 
 def inspect_model(name: str, *, img_size: int | None = None, num_classes: int | None = None) -> Inspection:
-    """Looks a model over; nothing is trained or downloaded.
-
-    Args:
-        name: as for `unloaf train`, or "module:function" for a function of yours that returns a model, or a model and
-            an example of its input. The module is imported, so name only code that you trust.
-        img_size: side of the images in pixels; default: the model's own.
-        num_classes: classes of the head; default: 1,000, 10 for cifar/ models.
+    """Looks a model over, by the name and options of `unloaf inspect`; nothing is trained or downloaded.
 
     Raises:
         NoResidualBlocksError: nothing can be skipped.
@@ -62,7 +51,7 @@ def inspect_model(name: str, *, img_size: int | None = None, num_classes: int | 
     keyword = _timm_keyword(model, stages)
     return Inspection(
         model=name,
-        input=tuple(_first(example).shape[1:]),
+        input=tuple(first_tensor(example).shape[1:]),
         params=whole[0],
         gmacs=whole[1],
         stages=tuple(StageReport(s.name, s.legal_depths, tuple(reports[path] for path in s.blocks)) for s in stages),
@@ -76,10 +65,6 @@ def inspect_model(name: str, *, img_size: int | None = None, num_classes: int | 
         timm_keyword=keyword,
         advice=_advice(model, stages, shapes, keyword),
     )
-
-
-def _first(example: Any) -> Tensor:
-    return next(iter(example.values())) if isinstance(example, Mapping) else example
 
 
 _Call = tuple[Any, Any]  # first tensor that went in, what came out
@@ -96,26 +81,16 @@ def _block_calls(model: nn.Module, example: Any, stages: Sequence[Stage]) -> dic
         or (type(module) in kinds and not any(path.startswith(f"{p}.") or p.startswith(f"{path}.") for p in listed))
     }
     calls: dict[str, _Call] = {}
-    with _watched(wanted, calls), evaluating(model):
+
+    def record(path: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        stream = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        calls.setdefault(path, (stream, output))
+
+    with evaluating(model), ExitStack() as hooks:
+        for path, module in wanted.items():
+            hooks.enter_context(module.register_forward_hook(partial(record, path), with_kwargs=True))
         call_model(model, example)
     return calls
-
-
-@contextmanager
-def _watched(modules: Mapping[str, nn.Module], calls: dict[str, _Call]) -> Iterator[None]:
-    def watch(path: str) -> Callable[..., None]:
-        def record(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            stream = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            calls.setdefault(path, (stream, output))
-
-        return record
-
-    handles = [module.register_forward_hook(watch(path), with_kwargs=True) for path, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _block(model: nn.Module, path: str, call: _Call, *, skippable: bool | None) -> BlockReport:
@@ -166,26 +141,21 @@ def _sides(model: nn.Module, example: Any) -> tuple[list[int], str]:
 
 
 def _step_costs(
-    model: nn.Module, stages: tuple[Stage, ...], example: Any, legal: Sequence[int] | None, sides: str
+    model: nn.Module, stages: tuple[Stage, ...], example: Any, legal: Sequence[int] | None, which: str
 ) -> tuple[StepCost, ...]:
-    smaller = SmallerInputs(sides=tuple(legal) if legal else None) if sides in ("any", "legal") else None
+    smaller = SmallerInputs(sides=tuple(legal) if legal else None) if which in ("any", "legal") else None
     note = "" if smaller else "inputs of full size: the model takes no smaller ones"
-    cases: list[tuple[str, TrainingMethod, int, str]] = [
-        ("stochastic-depth", StochasticDepth(model, stages), _DRAWS, ""),
-        ("st", StimulativeTraining(model, stages), _DRAWS, ""),
-        ("st++", stimulative_plus(model, stages, subnet_inputs=smaller), _DRAWS, note),
-        ("gkt", GroupKnowledgeTraining(model, stages), _DRAWS, ""),
-    ]
     try:
-        count = QuickCounter(model, stages, example)
-        if smaller is not None:
-            count.sides = _spread(smaller.candidates(min(example.shape[-2:])))
+        sides = _spread(smaller.candidates(min(example.shape[-2:]))) if smaller else ()
+        count = StepCounter(model, stages, example, sides=sides)
     except ValueError as error:  # an output without logits
         return (StepCost("common", 1.0, 1.0, 0, f"no estimate: {error}"),)
     rows = [StepCost("common", 1.0, 1.0, 0)]
-    for label, method, draws, why in cases:
-        flops = count.mean(method, example, range(draws))
-        rows.append(StepCost(label, flops.shared / flops.common, flops.separate / flops.common, draws, why))
+    for flag, known in list(METHODS.items())[1:]:
+        options = {"subnet_inputs": smaller} if flag == "st++" else {}
+        flops = count.mean(known.factory(model, stages, **options), example, range(_DRAWS))
+        why = note if options else ""
+        rows.append(StepCost(flag, flops.shared / flops.common, flops.separate / flops.common, _DRAWS, why))
     return tuple(rows)
 
 

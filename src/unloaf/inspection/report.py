@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -44,48 +44,25 @@ class StepCost:
 class Inspection:
     """What `unloaf inspect` found.
 
-    Attributes:
-        model: its name.
-        input: shape of one example; of tokens, their number.
-        params: parameters.
-        gmacs: billions of multiply-adds for one example.
-        stages: what can be skipped, and what cannot.
-        others: blocks of the same classes that belong to no stage.
-        subnets: how many there are, by rule.
-        smallest: the smallest ordered subnet: depths, parameters, GMACs.
-        methods: what a step costs.
-        sides: inputs that subnets may see, from 0.43 of the full side up: "any", "fixed", "legal" sides in pixels, or
-            "none" where the input is no image.
-        legal_sides: those, if they are not any.
-        block_shapes: distinct blocks by class, parameters and feature shapes.
-        timm_keyword: argument of timm's that builds the subnet itself (layers, depths, depth), or None.
-        advice: on compilation, data parallel training and export.
-    """
-
-    model: str
-    input: tuple[int, ...]
-    params: int
-    gmacs: float
-    stages: tuple[StageReport, ...]
-    others: tuple[BlockReport, ...]
-    subnets: dict[str, int]
-    smallest: dict[str, Any]
-    methods: tuple[StepCost, ...]
-    sides: str
-    legal_sides: tuple[int, ...]
-    block_shapes: int
-    timm_keyword: str | None
-    advice: dict[str, str]
-
-
-def as_plain(found: Inspection) -> dict[str, Any]:
-    """The inspection as plain values for JSON.
-
     >>> from unloaf.inspection import inspect_model
-    >>> as_plain(inspect_model("cifar/resnet20"))["subnets"]
+    >>> inspect_model("cifar/resnet20").subnets
     {'ordered': 27, 'inter-stage': 8, 'stochastic': 112}
     """
-    return asdict(found)
+
+    model: str  # its name
+    input: tuple[int, ...]  # shape of one example; of tokens, their number
+    params: int
+    gmacs: float  # billions of multiply-adds for one example
+    stages: tuple[StageReport, ...]  # what can be skipped, and what cannot
+    others: tuple[BlockReport, ...]  # blocks of the same classes that belong to no stage
+    subnets: dict[str, int]  # how many there are, by rule
+    smallest: dict[str, Any]  # the smallest ordered subnet: depths, parameters, GMACs
+    methods: tuple[StepCost, ...]
+    sides: str  # that subnets may see, from 0.43 of the full one up: any, fixed, legal ones, none (no image)
+    legal_sides: tuple[int, ...]  # in pixels, if they are not any
+    block_shapes: int  # distinct blocks by class, parameters and feature shapes
+    timm_keyword: str | None  # argument of timm's that builds the subnet itself (layers, depths, depth)
+    advice: dict[str, str]  # on compilation, data parallel training and export
 
 
 @dataclass(frozen=True)

@@ -6,47 +6,35 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unloaf.compilation import compile_blocks
 from unloaf.errors import in_one_line
+from unloaf.measure.flops import StepCounter
 from unloaf.measure.networks import Network, build_network, smaller_inputs
-from unloaf.measure.quick_flops import QuickCounter
-from unloaf.measure.step_time import Setup, StepTimeRow, compiled_graphs, flop_counter, run_step, step_time_rows
-from unloaf.methods import (
-    CommonTraining,
-    GroupKnowledgeTraining,
-    StimulativeTraining,
-    StochasticDepth,
-    TrainingMethod,
-    stimulative_plus,
-)
+from unloaf.measure.step_time import Setup, StepTimeRow, compiled_graphs, run_step, step_time_rows
+from unloaf.methods import TrainingMethod
 from unloaf.methods.step import SubnetTraining
+from unloaf.methods.table import METHODS
 from unloaf.sampling import InterStageSampler
 from unloaf.stages import Stage, find_stages
 
-_Factory = Callable[[nn.Module, Sequence[Stage], int, int], TrainingMethod]
-
-_FACTORIES: dict[str, _Factory] = {
-    "common": lambda model, stages, n, side: CommonTraining(model),
-    "stochastic-depth": lambda model, stages, n, side: StochasticDepth(model, stages),
-    "st": lambda model, stages, n, side: StimulativeTraining(model, stages, num_subnets=n),
-    "st-inter-stage": lambda model, stages, n, side: StimulativeTraining(
-        model, stages, num_subnets=n, sampler=InterStageSampler()
-    ),
-    "st++": lambda model, stages, n, side: stimulative_plus(
-        model, stages, num_subnets=n, subnet_inputs=smaller_inputs(model, side, per="subnet")
-    ),
-    "st++-one-side": lambda model, stages, n, side: stimulative_plus(
-        model, stages, num_subnets=n, subnet_inputs=smaller_inputs(model, side, per="step")
-    ),
-    "gkt": lambda model, stages, n, side: GroupKnowledgeTraining(model, stages),
-}
-METHODS = tuple(_FACTORIES)
+# What is measured: the methods, and variants whose names begin with the flag of their method.
+VARIANTS = (*METHODS, "st-inter-stage", "st++-one-side")
 MODES = ("eager", "compiled")
-_WITH_SMALLER_INPUTS = {"st++", "st++-one-side"}
+
+
+def _method(name: str, model: nn.Module, stages: Sequence[Stage], num_subnets: int, side: int) -> TrainingMethod:
+    flag = name if name in METHODS else name.partition("-")[0]
+    options: dict[str, Any] = {"num_subnets": num_subnets} if flag in ("st", "st++") else {}
+    if name == "st-inter-stage":
+        options["sampler"] = InterStageSampler()
+    if flag == "st++":
+        options["subnet_inputs"] = smaller_inputs(model, side, per="subnet" if name == flag else "step")
+    return METHODS[flag].factory(model, stages, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +52,7 @@ class Plan:
 
 
 class Clock:
-    """Shares out the time: each part may take an equal share of what is left.
-
-    Args:
-        minutes: for all; None for no limit.
-        parts: how many there are.
+    """Shares out the time, None for no limit: each of so many parts may take an equal share of what is left.
 
     >>> round(Clock(1, parts=4).share())
     15
@@ -96,17 +80,11 @@ class _Measured:
     x: Tensor
     y: Tensor
     setup: Setup
-    flops: QuickCounter
+    flops: StepCounter
 
 
 def measure(network: Network, plan: Plan, *, clock: Clock, say: Callable[[str], None]) -> Iterator[list[StepTimeRow]]:
-    """The rows of a network, mode by mode; none for a mode that cannot be measured.
-
-    Args:
-        network: which one.
-        plan: how.
-        clock: gives each mode its time.
-        say: is told in a line what was left out, and why.
+    """The rows of a network, mode by mode; none for a mode that cannot be measured. `say` is told why.
 
     >>> plan = Plan(methods=("common", "st"), modes=("eager",), batch_size=2, num_subnets=1, amp=False,
     ...             channels_last=False, device=torch.device("cpu"), repeats=1)
@@ -158,10 +136,9 @@ def _prepare(network: Network, plan: Plan, say: Callable[[str], None]) -> _Measu
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    varying = not _WITH_SMALLER_INPUTS.isdisjoint(plan.methods)
-    model = build_network(network, varying=varying).to(plan.device).train()
     layout = torch.channels_last if plan.channels_last else torch.contiguous_format
-    model = model.to(memory_format=layout)
+    model = build_network(network, varying=any(name.startswith("st++") for name in plan.methods))
+    model = model.to(plan.device).to(memory_format=layout).train()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(plan.batch_size, 3, network.side, network.side, generator=generator)
     x = images.to(plan.device, memory_format=layout)
@@ -178,7 +155,7 @@ def _prepare(network: Network, plan: Plan, say: Callable[[str], None]) -> _Measu
     methods: dict[str, TrainingMethod] = {}
     for label in plan.methods:
         try:
-            method = _FACTORIES[label](model, stages, plan.num_subnets, network.side)
+            method = _method(label, model, stages, plan.num_subnets, network.side)
             _try(method, x, y, setup)
         except Exception as error:  # one method must not cost the table of the others
             if label == "common":
@@ -187,7 +164,7 @@ def _prepare(network: Network, plan: Plan, say: Callable[[str], None]) -> _Measu
             _free()
         else:
             methods[label] = method
-    return _Measured(model, stages, methods, x, y, setup, flop_counter(methods, x))
+    return _Measured(model, stages, methods, x, y, setup, StepCounter(model, stages, x, data=False))
 
 
 def _try(method: TrainingMethod, x: Tensor, y: Tensor, setup: Setup) -> None:

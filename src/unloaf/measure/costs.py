@@ -30,25 +30,16 @@ _WARM_UP = 3
 class Timing:
     """How long a forward pass takes: eval mode, no gradients, float32.
 
-    Attributes:
-        batch_size: images in a pass.
-        median_ms: median over the repeats, in milliseconds.
-        p95_ms: 95 % of the passes took at most this long.
-        images_per_second: batch size by median.
-        repeats: passes that were timed.
-        device: what computed, "cpu" or the name of the accelerator.
-        threads: of torch, on the CPU.
-
     >>> Timing(batch_size=32, median_ms=8.0, p95_ms=9.5, repeats=30, device="cpu", threads=1).images_per_second
     4000.0
     """
 
-    batch_size: int
-    median_ms: float
-    p95_ms: float
-    repeats: int
-    device: str
-    threads: int
+    batch_size: int  # images in a pass
+    median_ms: float  # over the repeats
+    p95_ms: float  # 95 % of the passes took at most this long
+    repeats: int  # passes that were timed
+    device: str  # what computed, "cpu" or the name of the accelerator
+    threads: int  # of torch, on the CPU
 
     @property
     def images_per_second(self) -> float:
@@ -143,20 +134,11 @@ def time_subnets(
     repeats: int = 30,
     on_pass: Callable[[], None] | None = None,
 ) -> list[tuple[Timing, ...]]:
-    """Measured time of subnets: of each a `Timing` per batch size.
+    """Measured time of subnets: of each a `Timing` per batch size; arguments are those of `measure_subnets`.
 
     The subnets take turns, in another order in each round, so that whatever else the machine does hits all alike. A
     pass that is timed comes right after one of the same subnet that is not, so that none pays for the caches of
-    another. On CUDA the time is that between two events on the stream; elsewhere that of the wall clock.
-
-    Args:
-        model: on the device to measure; it is left as it was.
-        stages: from `find_stages`.
-        example: a batch, of which the first example is repeated; a mapping is passed as keywords.
-        subnets: which ones.
-        batch_sizes: examples in a pass.
-        repeats: passes of each subnet and batch size that are timed.
-        on_pass: is called after each round.
+    another. ``on_pass`` is called after each round.
 
     Raises:
         ValueError: no subnet, a subnet of another model, a batch size or number of repeats below 1.
@@ -184,49 +166,61 @@ def time_subnets(
     batches = {size: batch_of(example, size) for size in sizes}
     generator = torch.Generator().manual_seed(0)
     with evaluating(inner):
-        for turn in range(-_WARM_UP, repeats):
+        for _ in range(_WARM_UP + repeats):
             for index in torch.randperm(len(subnets), generator=generator).tolist():
                 with active_subnet(inner, stages, subnets[index]):
                     for size, batch in batches.items():
                         call_model(inner, batch)
-                        milliseconds = _timed(inner, batch, device)
-                        if turn >= 0:
-                            taken[index, size].append(milliseconds)
+                        taken[index, size].append(milliseconds(lambda b=batch: call_model(inner, b), device))
             if on_pass is not None:
                 on_pass()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return [tuple(_timing(size, taken[i, size], name) for size in sizes) for i in range(len(subnets))]
+    return [tuple(_timing(size, taken[i, size][_WARM_UP:], name) for size in sizes) for i in range(len(subnets))]
 
 
-def with_latency(rows: Sequence[SubnetRow], times: Sequence[Sequence[Timing]]) -> list[SubnetRow]:
-    """The rows with the median at the smallest batch size of their timings."""
-    smallest = [min(timings, key=lambda timing: timing.batch_size) for timings in times]
-    return [replace(row, latency_ms=timing.median_ms) for row, timing in zip(rows, smallest, strict=True)]
+def measure_in_sight(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    example: Any,
+    rows: Sequence[SubnetRow],
+    *,
+    timed: Sequence[int] = (),
+    repeats: int,
+    console: Any,
+    counted: tuple[nn.Module, Any] | None = None,
+) -> tuple[list[SubnetRow], list[tuple[Timing, ...]]]:
+    """The rows with their costs, and `Timing` of each at the ``timed`` batch sizes, whose smallest is their latency.
 
-
-def measured_rounds(repeats: int) -> int:
-    """How often `time_subnets` calls ``on_pass``: the rounds that warm up are among them.
-
-    >>> measured_rounds(10)
-    13
+    Progress is shown on the console. ``counted`` are a model and an example without data, in place of these, for GMACs.
     """
-    return repeats + _WARM_UP
+    from unloaf.display import show_progress
+
+    with show_progress(console, total=len(rows), label="GMACs", lines=True) as display:
+        empty, one = counted or (model, example)
+        rows = measure_subnets(empty, stages, one, rows, on_row=lambda row: display.advance(str(row.subnet)))
+    if not timed:
+        return rows, []
+    with show_progress(console, total=_WARM_UP + repeats, label="time", lines=True) as display:
+        subnets, on_pass = [row.subnet for row in rows], lambda: display.advance("")
+        times = time_subnets(model, stages, example, subnets, batch_sizes=timed, repeats=repeats, on_pass=on_pass)
+    smallest = [min(timings, key=lambda timing: timing.batch_size) for timings in times]
+    return [replace(row, latency_ms=t.median_ms) for row, t in zip(rows, smallest, strict=True)], times
 
 
-def _timed(model: nn.Module, batch: Any, device: torch.device) -> float:
-    """Milliseconds of a pass."""
+def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
+    """How long that takes: on CUDA the time between two events on the stream, elsewhere that of the wall clock."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             torch.cuda.synchronize()
             start.record()
-            call_model(model, batch)
+            work()
             end.record()
             end.synchronize()
             return start.elapsed_time(end)
     _wait_for(device)
     before = time.perf_counter()
-    call_model(model, batch)
+    work()
     _wait_for(device)
     return 1000 * (time.perf_counter() - before)
 

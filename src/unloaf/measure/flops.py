@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from unloaf.inputs import View, batch_size, first_examples, side_of
+from unloaf.inputs import View, batch_size, first_examples, side_of, to_device
 from unloaf.methods import TrainingMethod
 from unloaf.passes import Readout, SubnetPass, logits_of
 from unloaf.stages import Stage, between_blocks, call_model, copy_of, evaluating, inner_module
-from unloaf.subnet import Subnet, active_subnet, check_stages
+from unloaf.subnet import check_stages
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
@@ -52,17 +53,11 @@ def counting_flops() -> FlopCounterMode:
 
 
 class StepFlops(NamedTuple):
-    """FLOPs of one example in a step, forward and backward (a multiply-add counts as two).
+    """FLOPs of one example in a step, forward and backward (a multiply-add counts as two)."""
 
-    Attributes:
-        common: of common training.
-        shared: with exact prefix sharing, the least possible.
-        separate: with a complete pass for each subnet.
-    """
-
-    common: float
-    shared: float
-    separate: float
+    common: float  # of common training
+    shared: float  # with exact prefix sharing, the least possible
+    separate: float  # with a complete pass for each subnet
 
 
 def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFlops:
@@ -76,17 +71,25 @@ def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFl
     return StepCounter(method.model, method.stages, x, readout=method.readout).mean(method, x, steps)
 
 
-class StepCounter:
-    """Counts `StepFlops` of steps; each forward pass runs once, whatever steps it is a part of.
+_Events = tuple[tuple[str, int], ...]  # calls of blocks and of modules between them, FLOPs since the call before
 
-    Counted by torch's flop counter on forward passes of separate subnets, independently of the shared passes; a
-    backward costs twice its forward, but for the first layer, whose input needs no gradient.
+
+class StepCounter:
+    """Counts `StepFlops` of steps, on forward passes of the main network, one for each side of the input.
+
+    Counted by torch's flop counter, independently of the shared passes; a backward costs twice its forward, but for the
+    first layer, whose input needs no gradient. Subnets do not run: a block that can be skipped keeps the shape, so the
+    other blocks cost the same without it.
 
     Args:
-        model: any network with these stages; a copy of it runs.
+        model: any network with these stages, whose blocks are not compiled; a copy of it runs.
         stages: from `find_stages`.
         x: a batch of the size that is trained.
         readout: from the model's output to the logits.
+        sides: those at which it runs, whatever is drawn: between them the cost is interpolated in the square of the
+            side. Default: it runs at every side that is drawn.
+        data: False to run without data, if the model can, in a fraction of the time. The backward of fused attention,
+            which computes more than the plain one, is then counted as the plain one.
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
@@ -99,25 +102,44 @@ class StepCounter:
     (1.23, 1.87)
     """
 
-    def __init__(self, model: nn.Module, stages: Sequence[Stage], x: Any, *, readout: Readout | None = None) -> None:
-        self.readout = readout
-        self.model, self.stages = copy_of(inner_module(model)), stages
-        self.x, self.batch_size = first_examples(x, 1), batch_size(x)
-        self.blocks = check_stages(self.model, stages)
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        x: Any,
+        *,
+        readout: Readout | None = None,
+        sides: Sequence[int] = (),
+        data: bool = True,
+    ) -> None:
+        self.stages, self.sides, self.readout = stages, sides, readout
+        one, self.batch_size = first_examples(x, 1), batch_size(x)
+        try:
+            places = (model, one) if data else (copy_of(inner_module(model)).to("meta"), to_device(one, "meta"))
+            self._begin(*places)
+        except Exception:  # whatever a model raises that looks at values, or makes tensors of its own
+            if data:
+                raise
+            self._begin(model, one)
+
+    def _begin(self, model: nn.Module, one: Any) -> None:
+        self.model, self.one = copy_of(inner_module(model)), one
+        self.blocks = check_stages(self.model, self.stages)
         self.between = dict(between_blocks(self.model, self.blocks))
-        self.events = cache(self._events)
-        self.main = self.events(Subnet.full(stages), View())
-        forward = sum(flops for _, flops in self.main)
+        self.main = cache(self._main)
+        forward = sum(flops for _, flops in self.main(View()))
         self.saved = 1 - self._forward_and_backward() / (3 * forward)  # share that the first layer's backward spares
 
     def __call__(self, passes: Sequence[SubnetPass], *, main: bool) -> StepFlops:
         """FLOPs of one example in a step with these subnets and, with ``main``, the main network."""
         seen: set[tuple[Any, ...]] = set()
-        common = 3 * sum(flops for _, flops in self.main) * (1 - self.saved)
-        shared = self._new(View(), self.main, seen) if main else 0.0
+        common = 3 * sum(flops for _, flops in self.main(View())) * (1 - self.saved)
+        shared = self._new(View(), self.main(View()), seen) if main else 0.0
         separate = common if main else 0.0
         for request in passes:
-            events = self.events(request.subnet, request.view._replace(examples=None))
+            kept = request.subnet.modes(self.stages)
+            events = self.main(request.view._replace(examples=None))
+            events = tuple((path, flops) for path, flops in events if path in kept or path not in self.blocks)
             shared += self._new(request.view, events, seen)
             separate += self._new(request.view, events, set())
         return StepFlops(common, shared, separate)
@@ -127,7 +149,7 @@ class StepCounter:
         counted = [self(method.draw(batch_size(x), side_of(x), step=step), main=method.trains_main) for step in steps]
         return StepFlops(*(sum(column) / len(counted) for column in zip(*counted, strict=True)))
 
-    def _new(self, view: View, events: Sequence[tuple[str, int]], seen: set[tuple[Any, ...]]) -> float:
+    def _new(self, view: View, events: _Events, seen: set[tuple[Any, ...]]) -> float:
         """FLOPs of what follows the longest prefix seen before."""
         prefix: tuple[Any, ...] = (view,)
         fresh = prefix not in seen
@@ -140,39 +162,30 @@ class StepCounter:
         share = 1 if view.examples is None else view.examples / self.batch_size
         return 3 * total * share * ((1 - self.saved) if fresh else 1)
 
-    def _events(self, subnet: Subnet, view: View) -> tuple[tuple[str, int], ...]:
-        """Calls of blocks and of modules between them in a pass, with the FLOPs since the call before."""
+    def _main(self, view: View) -> _Events:
+        """Of the main network that sees this of the input."""
+        side = view.side
+        at = len(self.sides) if side is None or side in self.sides else bisect_left(self.sides, side)
+        if side is not None and 0 < at < len(self.sides):
+            low, high = self.sides[at - 1], self.sides[at]
+            share = (side**2 - low**2) / (high**2 - low**2)
+            both = zip(self.main(View(low)), self.main(View(high)), strict=True)
+            return tuple((path, round(below + share * (above - below))) for (path, below), (_, above) in both)
         events: list[tuple[str, int]] = []
-        kept = subnet.modes(self.stages)
-        with evaluating(self.model), counting_flops() as counter:
-            counted = 0
+        with evaluating(self.model), counting_flops() as counter, ExitStack() as hooks:
 
             def record(path: str) -> None:
-                nonlocal counted
-                total = counter.get_total_flops()
-                events.append((path, total - counted))
-                counted = total
+                events.append((path, counter.get_total_flops() - sum(flops for _, flops in events)))
 
-            paths = [path for path in self.blocks if path in kept]
-            hooked = self._hooked({p: self.blocks[p] for p in paths} | self.between, record)
-            with hooked, active_subnet(self.model, self.stages, subnet):
-                call_model(self.model, view.of(self.x))
+            for path, module in (self.blocks | self.between).items():
+                hooks.enter_context(module.register_forward_hook(lambda *_, path=path: record(path)))
+            call_model(self.model, view.of(self.one))
             record("output")
         return tuple(events)
 
-    @contextmanager
-    def _hooked(self, modules: dict[str, nn.Module], record: Any) -> Iterator[None]:
-        handles = [module.register_forward_hook(lambda *_, path=path: record(path)) for path, module in modules.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _forward_and_backward(self) -> int:
         with evaluating(self.model), torch.enable_grad(), counting_flops() as counter:
-            logits: Tensor = logits_of(call_model(self.model, self.x), self.readout)
-            torch.autograd.grad(
-                logits.sum(), [p for p in self.model.parameters() if p.requires_grad], allow_unused=True
-            )
+            logits: Tensor = logits_of(call_model(self.model, self.one), self.readout)
+            weights = [p for p in self.model.parameters() if p.requires_grad]
+            torch.autograd.grad(logits.sum(), weights, allow_unused=True)
             return counter.get_total_flops()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unloaf.inputs import SmallerInputs, legal_sides
 from unloaf.models.build import build_model
+from unloaf.models.load import without_data
 
 STANDARD = (
     "timm/resnet50@224",
@@ -27,13 +27,7 @@ STANDARD = (
 
 @dataclass(frozen=True)
 class Network:
-    """A network to measure.
-
-    Attributes:
-        name: as for `unloaf train`.
-        side: of its images, in pixels.
-        classes: of its head.
-    """
+    """A network to measure: its name as for `unloaf train`, the side of its images in pixels, and its classes."""
 
     name: str
     side: int
@@ -86,11 +80,7 @@ _VARYING: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img
 
 
 def build_network(network: Network, *, varying: bool) -> nn.Module:
-    """A network with random weights, in training mode.
-
-    Args:
-        network: what to build.
-        varying: build those of timm that are made for one size so that they take others too.
+    """A network with random weights, in training mode; ``varying``: those of timm made for one size take others too.
 
     Raises:
         ValueError: no model has this name, or it cannot be built so.
@@ -114,11 +104,6 @@ def build_network(network: Network, *, varying: bool) -> nn.Module:
 def smaller_inputs(model: nn.Module, side: int, *, per: Literal["subnet", "step"]) -> SmallerInputs:
     """The rule of ST++, with those sides alone that the network takes.
 
-    Args:
-        model: any network of images.
-        side: of the full images.
-        per: as in `SmallerInputs`.
-
     Raises:
         ValueError: the network takes no smaller side; the message names the sides that were tried.
 
@@ -127,7 +112,7 @@ def smaller_inputs(model: nn.Module, side: int, *, per: Literal["subnet", "step"
     """
     rule = SmallerInputs(per=per)
     sides = rule.candidates(side)
-    legal = legal_sides(*_without_data(model, side), sides)
+    legal = legal_sides(*without_data(model, torch.zeros(1, 3, side, side).to(next(model.parameters()))), sides)
     if len(legal) == len(sides):
         return rule
     if len(legal) < 2:
@@ -136,15 +121,3 @@ def smaller_inputs(model: nn.Module, side: int, *, per: Literal["subnet", "step"
             "ST++ see; leave these methods out, or give a network of varying size"
         )
     return SmallerInputs(per=per, sides=tuple(legal))
-
-
-def _without_data(model: nn.Module, side: int) -> tuple[nn.Module, Tensor]:
-    """A copy whose tensors have shapes alone, or the model itself if it cannot run so, and an image for it."""
-    empty = copy.deepcopy(model).to("meta")
-    image = _image(empty, side)
-    return (empty, image) if legal_sides(empty, image, [side]) else (model, _image(model, side))
-
-
-def _image(model: nn.Module, side: int) -> Tensor:
-    parameter = next(model.parameters())
-    return torch.zeros(1, 3, side, side, dtype=parameter.dtype, device=parameter.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from unloaf.batchnorm import Statistics
-from unloaf.inputs import batch_size, side_of
-from unloaf.measure.flops import StepFlops
-from unloaf.measure.quick_flops import QuickCounter
+from unloaf.inputs import batch_size, first_tensor, side_of
+from unloaf.measure.costs import milliseconds
+from unloaf.measure.flops import StepCounter, StepFlops
 from unloaf.measure.step_memory import peak_bytes
 from unloaf.methods import CommonTraining, TrainingMethod
 from unloaf.methods.step import SubnetTraining
@@ -28,26 +27,17 @@ from unloaf.subnet import active_subnet
 class Setup:
     """On what, and in which mode, steps are measured.
 
-    Attributes:
-        network: its name.
-        input_size: side of the images, in pixels.
-        batch_size: images per step.
-        device: "cpu" or "cuda".
-        dtype: "float32", or "bfloat16" through autocast.
-        compiled: whether the blocks are compiled; then every step that is timed was run once before.
-        memory_format: "contiguous" or "channels_last".
-
     >>> Setup(network="cifar/resnet56", input_size=32, batch_size=256).title
     'cifar/resnet56, 32 px, batch 256, cpu, float32, eager'
     """
 
     network: str = ""
-    input_size: int = 0
+    input_size: int = 0  # side of the images, in pixels
     batch_size: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    compiled: bool = False
-    memory_format: str = "contiguous"
+    device: str = "cpu"  # or "cuda"
+    dtype: str = "float32"  # or "bfloat16", through autocast
+    compiled: bool = False  # the blocks; then every step that is timed was run once before
+    memory_format: str = "contiguous"  # or "channels_last"
 
     @property
     def title(self) -> str:
@@ -59,39 +49,21 @@ class Setup:
 
 @dataclass(frozen=True)
 class StepTimeRow:
-    """Cost of a method's step; "relative" is always to a step of common training right before, in the same mode.
-
-    Attributes:
-        method: its label.
-        seconds: median time of a step.
-        relative: median over the rounds of the relative time.
-        spread: lowest and highest relative time.
-        limit: mean relative FLOPs with exact prefix sharing, the least possible.
-        over_limit: median over the rounds of relative time / relative FLOPs.
-        separate: median relative time with a complete pass for each subnet; None for methods of one pass.
-        separate_limit: mean relative FLOPs of separate passes.
-        peak_bytes: peak memory of a step: tensors saved for the backward pass, parameters apart (CPU), or the peak of
-            the allocator (CUDA).
-        relative_memory: of the peak.
-        rounds: how many were timed.
-        graphs: of the compiled network, for all methods, by the first timed round.
-        late_graphs: compiled in the timed rounds of this method; above 0 its figures are of no use.
-        setup: on what, in which mode.
-    """
+    """Cost of a method's step; "relative" is always to a step of common training right before, in the same mode."""
 
     method: str
-    seconds: float
-    relative: float
-    spread: tuple[float, float]
-    limit: float
-    over_limit: float
-    separate: float | None
-    separate_limit: float
-    peak_bytes: int
-    relative_memory: float
-    rounds: int = 1
-    graphs: int = 0
-    late_graphs: int = 0
+    seconds: float  # median time of a step
+    relative: float  # median over the rounds of the relative time
+    spread: tuple[float, float]  # lowest and highest relative time
+    limit: float  # mean relative FLOPs with exact prefix sharing, the least possible
+    over_limit: float  # median over the rounds of relative time / relative FLOPs
+    separate: float | None  # median relative time with a complete pass for each subnet; None for methods of one pass
+    separate_limit: float  # mean relative FLOPs of separate passes
+    peak_bytes: int  # of a step, see `unloaf.measure.step_memory`
+    relative_memory: float  # of the peak
+    rounds: int = 1  # that were timed
+    graphs: int = 0  # of the compiled network, for all methods, by the first timed round
+    late_graphs: int = 0  # compiled in the timed rounds of this method; above 0 its figures are of no use
     setup: Setup = field(default_factory=Setup)
 
     def record(self) -> dict[str, Any]:
@@ -109,11 +81,9 @@ def step_time_rows(
     warmup: int = 2,
     setup: Setup | None = None,
     seconds: float | None = None,
-    flops: QuickCounter | None = None,
+    flops: StepCounter | None = None,
 ) -> list[StepTimeRow]:
     """Measure a step of each method, interleaved in one process, and of the same step with separate passes.
-
-    On CUDA the time is that between two events on the stream; elsewhere that of the wall clock.
 
     Args:
         methods: label to method; "common" must be among them.
@@ -123,7 +93,7 @@ def step_time_rows(
         warmup: rounds before that are not counted; of compiled blocks all rounds are run once before.
         setup: goes into the rows; its ``dtype`` and ``compiled`` say how to measure.
         seconds: begin no round after so long, but for the first; default: no limit.
-        flops: counts the network's FLOPs; default: one made of the first method's model.
+        flops: of the network before its blocks were compiled; default: one made of a method's model.
 
     Raises:
         ValueError: no common training among the methods, or fewer than one repeat.
@@ -133,7 +103,8 @@ def step_time_rows(
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}; give at least 1")
     if flops is None:
-        flops = flop_counter(methods, x)
+        one = next((method for method in methods.values() if method.stages), methods[_COMMON])
+        flops = StepCounter(one.model, one.stages, x, readout=one.readout, data=False)
     bench = _Bench(methods, x, y, setup or Setup(), flops)
     began = time.monotonic()
     # A compiled network meets every shape before the clock runs; half of the time may go into that.
@@ -151,42 +122,13 @@ def step_time_rows(
 _COMMON = "common"
 
 
-def flop_counter(methods: Mapping[str, TrainingMethod], x: Any) -> QuickCounter:
-    """A counter for the network of these methods: exact at every side, since none is interpolated.
-
-    Args:
-        methods: of one network, not compiled yet.
-        x: a batch.
-
-    >>> import unloaf
-    >>> from torchvision.models import resnet18
-    >>> model, x = resnet18(), torch.randn(1, 3, 32, 32)
-    >>> methods = {"st": unloaf.StimulativeTraining(model, unloaf.find_stages(model, x))}
-    >>> flop_counter(methods, x).mean(methods["st"], x, [0]).common > 0
-    True
-    """
-    method = next((method for method in methods.values() if method.stages), next(iter(methods.values())))
-    try:
-        # Counting needs no arithmetic: without data it takes a fraction of the time.
-        empty = copy.deepcopy(inner_module(method.model)).to("meta")
-        return QuickCounter(empty, method.stages, _on_meta(x), readout=method.readout)
-    except Exception:  # whatever a model raises that looks at values, or makes tensors of its own
-        return QuickCounter(method.model, method.stages, x, readout=method.readout)
-
-
-def _on_meta(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {name: _on_meta(value) for name, value in x.items()}
-    return x.to("meta") if isinstance(x, Tensor) else x
-
-
 @dataclass
 class _Bench:
     methods: Mapping[str, TrainingMethod]
     x: Any
     y: Any
     setup: Setup
-    flops: QuickCounter
+    flops: StepCounter
 
     def __post_init__(self) -> None:
         self.pairs: dict[tuple[str, bool], list[tuple[float, float]]] = {}
@@ -210,20 +152,10 @@ class _Bench:
         return rounds
 
     def _seconds(self, label: str, step: int, *, separate: bool = False) -> float:
-        method, device = self.methods[label], _device_of(self.x)
+        method, device = self.methods[label], first_tensor(self.x).device
         method.model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                start.record()
-                run_step(method, self.x, self.y, step, dtype=self.setup.dtype, separate=separate)
-                end.record()
-                end.synchronize()
-                return start.elapsed_time(end) / 1000
-        before = time.perf_counter()
-        run_step(method, self.x, self.y, step, dtype=self.setup.dtype, separate=separate)
-        return time.perf_counter() - before
+        x, y, dtype = self.x, self.y, self.setup.dtype
+        return milliseconds(lambda: run_step(method, x, y, step, dtype=dtype, separate=separate), device) / 1000
 
     def rows(self) -> list[StepTimeRow]:
         peaks = {label: self._peak(method) for label, method in self.methods.items()}
@@ -233,7 +165,7 @@ class _Bench:
         def step(index: int) -> None:
             run_step(method, self.x, self.y, index, dtype=self.setup.dtype)
 
-        return peak_bytes(method.model, step, device=_device_of(self.x))
+        return peak_bytes(method.model, step, device=first_tensor(self.x).device)
 
     def _counted(self, label: str, step: int) -> StepFlops:
         method = self.methods[label]
@@ -268,14 +200,6 @@ def run_step(
 ) -> None:
     """Gradients of a step of this number, shared or with separate passes, as the training loop has them made.
 
-    Args:
-        method: any.
-        x: a batch.
-        y: its targets.
-        step: decides what is drawn.
-        dtype: "float32", or "bfloat16" through autocast.
-        separate: see `separate_backward`.
-
     >>> import unloaf
     >>> model = torch.nn.Linear(4, 2)
     >>> run_step(unloaf.CommonTraining(model), torch.ones(3, 4), torch.tensor([0, 1, 1]), 0)
@@ -285,7 +209,7 @@ def run_step(
     method.model.zero_grad(set_to_none=True)
     method.step = step
     # Once around all passes, as in the training loop: weights are cast once in a step.
-    with torch.autocast(_device_of(x).type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+    with torch.autocast(first_tensor(x).device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         if separate:
             assert isinstance(method, SubnetTraining)
             separate_backward(method, x, y)
@@ -313,12 +237,6 @@ def _backward(loss: Tensor) -> None:
     # A backward takes the types of its forward; torch advises against autocast around it.
     with torch.autocast(loss.device.type, enabled=False):
         loss.backward()
-
-
-def _device_of(x: Any) -> torch.device:
-    if isinstance(x, Mapping):
-        return _device_of(next(iter(x.values())))
-    return x.device
 
 
 def compiled_graphs() -> int:

@@ -144,6 +144,7 @@ def stimulative_plus(
     *,
     sampler: Sampler | None = None,
     num_subnets: int = 6,
+    subnet_loss: Distance | None = None,
     subnet_inputs: SmallerInputs | InputRule | Literal["auto"] | None = "auto",
     amplitude: float | Literal["auto"] = "auto",
     norm: Norm = "layer_norm",
@@ -162,6 +163,7 @@ def stimulative_plus(
         stages: from `find_stages`.
         sampler: the rule that draws subnets; default `InterStageSampler`.
         num_subnets: subnets per step, 6 in the paper.
+        subnet_loss: default KL-, `direction_kl_loss` with this amplitude, norm and eps.
         subnet_inputs: "auto" for `SmallerInputs` with the sides that the model takes, or the main network's input, with
             a warning, where it takes no smaller ones; else as `StimulativeTraining`.
         amplitude: scale of the directions, see `direction_kl_loss`; the published runs used 1 on 1,000 classes.
@@ -200,7 +202,7 @@ def stimulative_plus(
         stages,
         sampler=sampler if sampler is not None else InterStageSampler(),
         num_subnets=num_subnets,
-        subnet_loss=partial(direction_kl_loss, amplitude=amplitude, norm=norm, eps=eps),
+        subnet_loss=subnet_loss or partial(direction_kl_loss, amplitude=amplitude, norm=norm, eps=eps),
         subnet_inputs=subnet_inputs,
         subnet_weight=1 / check_count("num_subnets", num_subnets) if subnet_weight is None else subnet_weight,
         subnet_batch_fraction=subnet_batch_fraction,

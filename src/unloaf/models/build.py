@@ -32,20 +32,10 @@ def build_model(
 ) -> nn.Module:
     """Builds a classifier; its weights come from torch's global generator.
 
-    Args:
-        name: "cifar/resnet20", "timm/resnet50", "tv/resnet50"; the family may be left out
-            when only one has the name. "hf/FOLDER" is the network of a local config.json of
-            transformers, "hf/ViTConfig" or "hf/ViTForImageClassification" that of a class with its
-            default values; no code of the folder is run.
-        num_classes: classes of the head.
-        in_chans: channels of an image.
-        img_size: side in pixels, for models that are built for one side (vision transformers).
-        width: channels of the first stage of cifar/resnet{6n+2}.
-        pretrained: load the published weights; the only case that uses the network.
-        drop: dropout rate before the head, timm models only.
-        drop_path: rate of the model's own stochastic depth, timm models only.
-        model_kwargs: further arguments of the model's class, timm models only; an ``img_size`` among them
-            would contradict the one above, and is refused like others that have a name here.
+    The name is "cifar/resnet20", "timm/resnet50" or "tv/resnet50"; the family may be left out when only one has it.
+    "hf/FOLDER" is the network of a local config.json of transformers, "hf/ViTConfig" or "hf/ViTForImageClassification"
+    that of a class with its default values; no code of the folder is run. Options are those of `unloaf train`; the
+    published weights are the only case that uses the network.
 
     Raises:
         ValueError: no model, or more than one, has this name, it cannot be built so, or its published weights cannot
@@ -95,8 +85,6 @@ def build_model(
 # Of torchvision's networks: vit_h_14 takes its side of 518 pixels from the published weights, inception_v3 and
 # googlenet a change of their input.
 _FORM_OF_WEIGHTS = {("tv", name) for name in ("googlenet", "inception_v3", "vit_h_14")}
-
-
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
 
 

@@ -29,13 +29,7 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A residual network with three stages of (depth - 2) / 6 blocks.
-
-    Args:
-        depth: 6n + 2 with n >= 1: 20, 32, 56, 110, ...
-        num_classes: classes of the head.
-        in_chans: channels of an image.
-        width: channels of the first stage; doubled by each following stage.
+    """A residual network with three stages of (depth - 2) / 6 blocks; the first is so wide, each one twice as wide.
 
     Raises:
         ValueError: the depth is not 6n + 2.

@@ -28,13 +28,8 @@ def build_transformer(
 ) -> nn.Module:
     """The network of a configuration, with fresh weights or, from a folder, its own.
 
-    Args:
-        name: a folder with config.json, or the name of a class of transformers: a configuration ("ViTConfig") or a
-            model ("T5EncoderModel"), with its default values.
-        num_classes: classes of the head, for image classifiers.
-        in_chans: channels of an image.
-        img_size: side in pixels, where the configuration has one.
-        pretrained: load the weights that lie in the folder.
+    The name is a folder with config.json, or a class of transformers: a configuration ("ViTConfig") or a model
+    ("T5EncoderModel"), with its default values.
 
     Raises:
         ValueError: no such class, a folder without a readable config.json, a network that no class is known for, or one

@@ -25,12 +25,8 @@ def load_initial_weights(model: nn.Module, path: Path, *, partial: bool = False)
     """Starts a model from saved weights: of this architecture, but for the classifier's classes.
 
     Words that wrappers put before the names are taken off. Tables of positions are resampled and the first
-    convolution is changed to other channels where the model needs it, as timm does with published weights.
-
-    Args:
-        model: changed in place.
-        path: see `read_tensors`.
-        partial: take what fits, also where more than the head is missing.
+    convolution is changed to other channels where the model needs it, as timm does with published weights. With
+    ``partial`` what fits is taken, also where more than the head is missing. The path is that of `read_tensors`.
 
     Returns:
         what was taken, changed and left, for the log: the first line says how many tensors.

@@ -6,13 +6,12 @@ import copy
 import importlib
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from unloaf.inputs import batch_of
+from unloaf.inputs import batch_of, to_device
 from unloaf.models.build import build_model
 from unloaf.stages import call_model, evaluating
 
@@ -88,8 +87,7 @@ def without_data(model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
     """
     try:
         empty = copy.deepcopy(model).to("meta")
-        one: Any = batch_of(example, 1)
-        inputs = {key: x.to("meta") for key, x in one.items()} if isinstance(one, Mapping) else one.to("meta")
+        inputs = to_device(batch_of(example, 1), "meta")
         with evaluating(empty):
             call_model(empty, inputs)
     except Exception:  # whatever a model raises that looks at values, or makes tensors of its own

@@ -48,18 +48,16 @@ def with_preprocessing(config: Config) -> tuple[Config, str]:
     """
     expected, files = _expected_by(config), config.dataset in FILE_SETS
     channels = 1 if config.dataset in _GREY else 3
-    config = dataclasses.replace(
-        config, **{name: _of_each(name, getattr(config, name), channels) for name in ("mean", "std")}
-    )
+    given = {name: _of_each(name, getattr(config, name), channels) for name in ("mean", "std")}
+    config = dataclasses.replace(config, **given)
     if expected is None and not files:
         return config, ""
     usual = expected or _Expected("", IMAGENET_MEAN, IMAGENET_STD)
+    asked = None if config.interpolation == "auto" else config.interpolation
     filled = {
         "mean": config.mean or _for_channels(usual.mean, channels),
         "std": config.std or _for_channels(usual.std, channels),
-        "interpolation": (usual.interpolation or "bilinear")
-        if config.interpolation == "auto"
-        else config.interpolation,
+        "interpolation": asked or usual.interpolation or "bilinear",
         "crop_pct": config.crop_pct or min(1.0, usual.crop_pct or 0.875),
     }
     if expected is None or all(getattr(config, name) == value for name, value in filled.items()):
@@ -118,21 +116,12 @@ def _of_model(name: str) -> _Expected | None:
     if family == "tv":
         import torchvision.models
 
-        return _of_torchvision(torchvision.models.get_model_weights(bare), bare)
+        weights: Any = torchvision.models.get_model_weights(bare)
+        how = weights.DEFAULT.transforms()
+        entries = {"mean": how.mean, "std": how.std, "interpolation": how.interpolation.value}
+        entries["crop_pct"] = how.crop_size[0] / how.resize_size[0]
+        return _read(entries, f"torchvision's {bare} expects")
     return None
-
-
-def _of_torchvision(weights: Any, name: str) -> _Expected:
-    how = weights.DEFAULT.transforms()
-    return _read(
-        {
-            "mean": how.mean,
-            "std": how.std,
-            "interpolation": how.interpolation.value,
-            "crop_pct": how.crop_size[0] / how.resize_size[0],
-        },
-        f"torchvision's {name} expects",
-    )
 
 
 def _of_transformers(file: Path) -> _Expected | None:
@@ -141,17 +130,11 @@ def _of_transformers(file: Path) -> _Expected | None:
     entries = _json(file)
     side, crop = (_side(entries.get(name)) for name in ("size", "crop_size"))
     share = entries.get("crop_pct") or (crop / side if side and crop and entries.get("do_center_crop") else 1.0)
-    plain = {"image_mean": [0.0], "image_std": [1.0]} if entries.get("do_normalize") is False else {}
-    values = entries | plain
-    return _read(
-        {
-            "mean": values.get("image_mean") or IMAGENET_MEAN,
-            "std": values.get("image_std") or IMAGENET_STD,
-            "interpolation": _PILLOW.get(entries.get("resample", 2), "bilinear"),
-            "crop_pct": share,
-        },
-        f"{file.name} of {file.parent.name} says",
-    )
+    if entries.get("do_normalize") is False:
+        entries |= {"image_mean": [0.0], "image_std": [1.0]}
+    found = {"mean": entries.get("image_mean") or IMAGENET_MEAN, "std": entries.get("image_std") or IMAGENET_STD}
+    found |= {"interpolation": _PILLOW.get(entries.get("resample", 2), "bilinear"), "crop_pct": share}
+    return _read(found, f"{file.name} of {file.parent.name} says")
 
 
 def _side(size: Any) -> float:

@@ -53,7 +53,10 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...]]:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
-        return file, _read_safetensors(file), ()
+        try:
+            return file, read_weights(file, {}, remedy="copy it again from its source"), ()
+        except CheckpointError as error:
+            raise ValueError(str(error)) from error
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return file, *_unnested(_read_pickle(file), file)
     raise ValueError(f"{file}: is no file of weights (it begins with {start!r}); give {_KINDS}")
@@ -92,13 +95,6 @@ def _entries(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({in_one_line(error)}); export it again") from error
     return entries if isinstance(entries, dict) else {}
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return read_weights(file, {}, remedy="copy it again from its source")
-    except CheckpointError as error:
-        raise ValueError(str(error)) from error
 
 
 def _read_pickle(file: Path) -> Any:

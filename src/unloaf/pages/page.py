@@ -78,15 +78,7 @@ def comparison_report(
 ) -> str:
     """The page, HTML: heading, table, pictures, how to read them, settings, where it was measured.
 
-    Args:
-        title: heading of the page.
-        lead: the result in one or two sentences.
-        rows: lines of the table.
-        pictures: heading to SVG.
-        caption: what the pictures show.
-        explanation: paragraphs that say how to read table and pictures.
-        settings: per method, setting to value.
-        facts: name to value: command, hardware, versions, seeds.
+    Pictures are headings to SVG, settings by method names to values, facts names (command, hardware) to values.
     """
     parts = [
         f'<p class="lead">{escape(lead)}</p>',
@@ -114,14 +106,8 @@ def runs_report(
 ) -> str:
     """The page that compares runs, HTML: table, curves, settings that differ, where they ran.
 
-    Args:
-        title: heading of the page.
-        table: heads and cells, a line for each run.
-        legend: each run with the SVG of its line.
-        pictures: heading to SVG.
-        caption: how to read the pictures.
-        differences: setting to its value in each run.
-        facts: run to its command, hardware and versions.
+    The table has heads and a line of cells for each run, the legend each run with the SVG of its line, differences a
+    setting's value in each run, facts the command, hardware and versions of a run.
     """
     heads, lines = table
     marks = "".join(f"<li>{svg}{escape(label)}</li>" for label, svg in legend)
@@ -158,18 +144,16 @@ def _page(title: str, parts: Sequence[str]) -> str:
 
 
 def _results(rows: Sequence[MethodRow]) -> str:
-    heads = ["method", "main network<br>as it stands, %", "main network<br>re-estimated, %", "mean subnet<br>top-1, %",
-             "worst subnet<br>top-1, %", "measured cost<br>of a step", "its FLOPs<br>limit"]  # fmt: skip
-    lines = [_result(row) for row in rows]
-    if all(row.main_reestimated is None for row in rows):
-        heads[1:3] = ["main network<br>top-1, %"]
-        lines = [[*line[:2], *line[3:]] for line in lines]
-    return _table("results comparison", "".join(f'<th scope="col">{text}</th>' for text in heads), lines)
-
-
-def _result(row: MethodRow) -> list[str]:
-    tops = (row.main_top1, row.main_reestimated or "–", row.mean_top1, row.worst_top1)
-    return [row.label, *map(str, tops), f"{row.cost.text(digits=2)} ×", f"{row.flops.text(digits=2)} ×"]
+    both = any(row.main_reestimated for row in rows)
+    mains = ["main network\nas it stands, %", "main network\nre-estimated, %"] if both else ["main network\ntop-1, %"]
+    heads = ["method", *mains, "mean subnet\ntop-1, %", "worst subnet\ntop-1, %", "measured cost\nof a step",
+             "its FLOPs\nlimit"]  # fmt: skip
+    lines = []
+    for row in rows:
+        tops = (row.main_top1, *[row.main_reestimated or "–"] * both, row.mean_top1, row.worst_top1)
+        costs = [f"{spread.text(digits=2)} ×" for spread in (row.cost, row.flops)]
+        lines.append([row.label, *map(str, tops), *costs])
+    return _table("results comparison", _head(heads), lines)
 
 
 def _figure(pictures: Mapping[str, str], caption: str) -> str:
@@ -182,8 +166,8 @@ def _settings(settings: Mapping[str, Mapping[str, str]]) -> str:
     columns = {name: [values.get(name, "–") for values in settings.values()] for name in names}
     shared = {name: column[0] for name, column in columns.items() if len(set(column)) == 1}
     everyone = "; ".join(f"{name} {value}" for name, value in shared.items())
-    head = '<th scope="col">setting</th>' + "".join(f'<th scope="col">{escape(label)}</th>' for label in settings)
-    table = _table("settings", head, [[name, *column] for name, column in columns.items() if name not in shared])
+    lines = [[name, *column] for name, column in columns.items() if name not in shared]
+    table = _table("settings", _head(["setting", *settings]), lines)
     return f"<p>All methods: {escape(everyone)}.</p>{table}"
 
 

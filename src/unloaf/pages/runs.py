@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from unloaf.pages.page import runs_report
 from unloaf.pages.plots import curves, key
-from unloaf.runs.histories import RunHistory, differences, run_row, table_of
+from unloaf.runs.histories import RunHistory, differences, table_of
 
 _PICTURES = {
     "Accuracy on the validation images": ("eval_top1", "top-1, %"),
@@ -35,7 +35,7 @@ def runs_page(histories: Sequence[RunHistory]) -> str:
             pictures[head] = curves(series, ylabel=ylabel)
     return runs_report(
         title="Runs side by side" if len(histories) > 1 else f"Run {histories[0].label}",
-        table=table_of([run_row(history) for history in histories]),
+        table=table_of(histories),
         legend=key([history.label for history in histories]),
         pictures=pictures,
         caption=_CAPTION,

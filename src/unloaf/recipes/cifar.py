@@ -26,7 +26,7 @@ from unloaf.recipes.entry import Recipe
 CifarSet = Literal["cifar10", "cifar100"]
 
 
-def resnet50(*, dataset: CifarSet = "cifar100", method: Method = "common", data_dir: str | None = None) -> Config:
+def resnet50(*, dataset: CifarSet = "cifar100", method: Method = "common") -> Config:
     """ResNet-50; on CIFAR-100 ST is 4.53 above common training (Ye et al. 2023, section 4.3.1).
 
     Stated: SGD, 500 epochs, batch 64. Not stated, and usual at this batch: lr 0.05, momentum 0.9 (Nesterov), weight
@@ -34,7 +34,7 @@ def resnet50(*, dataset: CifarSet = "cifar100", method: Method = "common", data_
     """
     common = Config(
         dataset=dataset,
-        data_dir=data_dir or f"data/{dataset}",
+        data_dir=f"data/{dataset}",
         val_fraction=0.0,
         model="cifar/resnet50",
         method="common",
@@ -50,7 +50,7 @@ def resnet50(*, dataset: CifarSet = "cifar100", method: Method = "common", data_
     return _by_method(common, method)
 
 
-def mobilenetv3(*, dataset: CifarSet = "cifar100", method: Method = "common", data_dir: str | None = None) -> Config:
+def mobilenetv3(*, dataset: CifarSet = "cifar100", method: Method = "common") -> Config:
     """MobileNetV3-Large; on CIFAR-100 ST is 3.68 above common training (Ye et al. 2023, section 4.3.1).
 
     Stated: SGD, 500 epochs, batch 64. Not stated: large or small, and how a network that divides the side by 32 sees
@@ -58,13 +58,11 @@ def mobilenetv3(*, dataset: CifarSet = "cifar100", method: Method = "common", da
     as large as in the usual variants for CIFAR that drop two halvings (`--img-size 32` runs too, but the last stage has
     a single pixel). The rest as for ResNet-50.
     """
-    common = replace(resnet50(dataset=dataset, data_dir=data_dir), model="timm/mobilenetv3_large_100", img_size=128)
+    common = replace(resnet50(dataset=dataset), model="timm/mobilenetv3_large_100", img_size=128)
     return _by_method(common, method)
 
 
-def small_resnet(
-    depth: int, *, dataset: CifarSet = "cifar10", method: Method = "common", data_dir: str | None = None
-) -> Config:
+def small_resnet(depth: int, *, dataset: CifarSet = "cifar10", method: Method = "common") -> Config:
     """ResNet-20, 32, 56 or 110; ResNet-32 trained alone has 92.63 on CIFAR-10 (Ye et al. 2023, section 1).
 
     As a subnet of a commonly trained ResNet-56 the same network has 46.80; ResNet-20 has 55.28 in ResNet-32 and 23.17
@@ -73,7 +71,7 @@ def small_resnet(
     (theirs are 164) with cosine.
     """
     common = replace(
-        resnet50(dataset=dataset, data_dir=data_dir),
+        resnet50(dataset=dataset),
         model=f"cifar/resnet{depth}",
         epochs=200,
         batch_size=128,

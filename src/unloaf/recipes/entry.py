@@ -13,7 +13,7 @@ class Recipe:
     """A recipe and what was published about it.
 
     Args:
-        config: the function; takes `data_dir` by keyword.
+        config: the function.
         published: top-1 in percent of the main network, as printed in `source`; empty where nothing was published.
         source: where the settings or the figure come from.
     """

@@ -22,10 +22,8 @@ from dataclasses import replace
 from unloaf.config import Config
 from unloaf.recipes.entry import Recipe
 
-DATA_DIR = "data/imagenet"
 
-
-def resnet50_common(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_common() -> Config:
     """Common training of ResNet-50: 76.70 (Ye et al. 2023, table III), the baseline of every ResNet-50 recipe here.
 
     Table V: 200 epochs, batch 512, SGD with momentum, lr 0.2, cosine, weight decay 1e-4 on all parameters, no warm-up,
@@ -34,7 +32,7 @@ def resnet50_common(*, data_dir: str = DATA_DIR) -> Config:
     """
     return Config(
         dataset="imagefolder",
-        data_dir=data_dir,
+        data_dir="data/imagenet",
         img_size=224,
         crop_pct=224 / 256,
         color_jitter=0.4,
@@ -54,89 +52,89 @@ def resnet50_common(*, data_dir: str = DATA_DIR) -> Config:
     )
 
 
-def resnet50_stochastic_depth(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_stochastic_depth() -> Config:
     """Stochastic depth with the baseline's settings.
 
     Published: 77.53 in table IV, which collects other papers' figures under their own settings. The final survival is
     not stated there: 0.8.
     """
-    return replace(resnet50_common(data_dir=data_dir), method="stochastic-depth", final_survival=0.8)
+    return replace(resnet50_common(), method="stochastic-depth", final_survival=0.8)
 
 
-def resnet50_st(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_st() -> Config:
     """ST: 77.56 (table III). One ordered subnet per step, KL of weight 1; the rest is the baseline's."""
-    return replace(resnet50_common(data_dir=data_dir), method="st", num_subnets=1)
+    return replace(resnet50_common(), method="st", num_subnets=1)
 
 
-def resnet50_klminus(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_klminus() -> Config:
     """ST with KL- and six subnets: 78.53 (table III).
 
     Layer-norm directions, the cross-entropy on them too, as in the published script. Its amplitude of 1 is what "auto"
     gives for 1,000 classes.
     """
-    return replace(resnet50_st(data_dir=data_dir), num_subnets=6, subnet_loss="kl-")
+    return replace(resnet50_st(), num_subnets=6, subnet_loss="kl-")
 
 
-def resnet50_smaller(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_smaller() -> Config:
     """ST with random smaller inputs, every side from 96 to 224 pixels: 78.56 (table III)."""
-    return replace(resnet50_st(data_dir=data_dir), subnet_inputs="smaller", min_ratio=0.43)
+    return replace(resnet50_st(), subnet_inputs="smaller", min_ratio=0.43)
 
 
-def resnet50_klminus_smaller(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_klminus_smaller() -> Config:
     """ST with KL-, six subnets and random smaller inputs: 79.83 (table III)."""
-    return replace(resnet50_klminus(data_dir=data_dir), subnet_inputs="smaller", min_ratio=0.43)
+    return replace(resnet50_klminus(), subnet_inputs="smaller", min_ratio=0.43)
 
 
-def resnet50_val240(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_val240() -> Config:
     """The same, validation images resized to 240 before the crop of 224: 79.91 (table III)."""
-    return replace(resnet50_klminus_smaller(data_dir=data_dir), crop_pct=224 / 240)
+    return replace(resnet50_klminus_smaller(), crop_pct=224 / 240)
 
 
-def resnet50_crop200(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_crop200() -> Config:
     """The same, trained on crops of 200 pixels, subnets on 86 to 200: 80.04 (table III)."""
-    return replace(resnet50_val240(data_dir=data_dir), train_img_size=200)
+    return replace(resnet50_val240(), train_img_size=200)
 
 
-def resnet50_a1(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_a1() -> Config:
     """ST++ A1, the same with inter-stage sampling: 80.50 (tables III to V).
 
     Depths 3, 3-4, 3-6 and 3 in the four stages, the best row of table II. With `--epochs 50` it is above the common
     training's 200 epochs in figure 9, which prints no figure.
     """
-    return replace(resnet50_crop200(data_dir=data_dir), method="st++", sampler="inter-stage", subnet_weight=1.0)
+    return replace(resnet50_crop200(), method="st++", sampler="inter-stage", subnet_weight=1.0)
 
 
-def resnet50_a2(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_a2() -> Config:
     """ST++ A2, which is A1 with UniformAugment for 400 epochs: 80.97 (tables III to V).
 
     UniformAugment is that of the script, see `unloaf.data.uniform`.
     """
-    return replace(resnet50_a1(data_dir=data_dir), aa="uniform", epochs=400)
+    return replace(resnet50_a1(), aa="uniform", epochs=400)
 
 
-def resnet50_gkt(*, data_dir: str = DATA_DIR) -> Config:
+def resnet50_gkt() -> Config:
     """GKT with the baseline's settings; the text at hand, the abstract, states neither settings nor figures.
 
     Three groups, two loops, ema 0.5, weight 1, depths with probability proportional to 0.5**(d-k): our reading. On
     digits a weight of 0.17 was better, see `unloaf.recipes.digits`.
     """
-    return replace(resnet50_common(data_dir=data_dir), method="gkt", groups=3, loops=2, group_ema=0.5, decay_base=0.5)
+    return replace(resnet50_common(), method="gkt", groups=3, loops=2, group_ema=0.5, decay_base=0.5)
 
 
-def resnet101_common(*, data_dir: str = DATA_DIR) -> Config:
+def resnet101_common() -> Config:
     """Common training of ResNet-101; the baseline's figure is in a drawing (Ye et al. 2023, figure 8).
 
     Section 4.3.1: SGD, 100 epochs, batch 512. Not stated: all else, taken from ResNet-50.
     """
-    return replace(resnet50_common(data_dir=data_dir), model="tv/resnet101", epochs=100)
+    return replace(resnet50_common(), model="tv/resnet101", epochs=100)
 
 
-def resnet101_st(*, data_dir: str = DATA_DIR) -> Config:
+def resnet101_st() -> Config:
     """ST on ResNet-101; settings as in `resnet101_common`."""
-    return replace(resnet101_common(data_dir=data_dir), method="st", num_subnets=1)
+    return replace(resnet101_common(), method="st", num_subnets=1)
 
 
-def deit_common(*, data_dir: str = DATA_DIR) -> Config:
+def deit_common() -> Config:
     """Common training of DeiT-S with DeiT's recipe, a baseline of ours for the transformers here.
 
     From the column DeiT of table V in Ye et al. 2023: 300 epochs, batch 1024, AdamW, lr 1e-3, cosine, weight decay
@@ -148,7 +146,7 @@ def deit_common(*, data_dir: str = DATA_DIR) -> Config:
     """
     return Config(
         dataset="imagefolder",
-        data_dir=data_dir,
+        data_dir="data/imagenet",
         img_size=224,
         interpolation="bicubic",
         aa="rand-m9-mstd0.5-inc1",
@@ -174,19 +172,19 @@ def deit_common(*, data_dir: str = DATA_DIR) -> Config:
     )
 
 
-def deit_st(*, data_dir: str = DATA_DIR) -> Config:
+def deit_st() -> Config:
     """ST on DeiT-S; not published. One subnet, KL of weight 1; the rest is DeiT's."""
-    return replace(deit_common(data_dir=data_dir), method="st", num_subnets=1)
+    return replace(deit_common(), method="st", num_subnets=1)
 
 
-def vit_common(*, data_dir: str = DATA_DIR) -> Config:
+def vit_common() -> Config:
     """Common training of a vision transformer; the baseline's figure is in a drawing (figure 8).
 
     Section 4.3.1: AdamW, 100 epochs, batch 2048. Not stated: which transformer, ViT-S/16 here because it trains from
     ImageNet alone; learning rate, 2e-3, DeiT's scaled to the batch; all else, DeiT's, as in `deit_common`.
     """
     return replace(
-        deit_common(data_dir=data_dir),
+        deit_common(),
         model="timm/vit_small_patch16_224",
         epochs=100,
         global_batch_size=2048,
@@ -194,19 +192,19 @@ def vit_common(*, data_dir: str = DATA_DIR) -> Config:
     )
 
 
-def vit_st(*, data_dir: str = DATA_DIR) -> Config:
+def vit_st() -> Config:
     """ST on a vision transformer: 1.76 above common training (section 4.3.1); settings as in `vit_common`."""
-    return replace(vit_common(data_dir=data_dir), method="st", num_subnets=1)
+    return replace(vit_common(), method="st", num_subnets=1)
 
 
-def swin_common(*, data_dir: str = DATA_DIR) -> Config:
+def swin_common() -> Config:
     """Common training of Swin-T; the paper shows Swin's stages (figure 7) and trains none.
 
     Settings of Swin's own code: DeiT's without repeated augmentation, 20 epochs of warm-up from 1e-6, lr 1e-3 for batch
     1024, stochastic depth 0.2, gradients clipped at norm 5.
     """
     return replace(
-        deit_common(data_dir=data_dir),
+        deit_common(),
         model="timm/swin_tiny_patch4_window7_224",
         aug_repeats=1,
         drop_path=0.2,
@@ -215,23 +213,23 @@ def swin_common(*, data_dir: str = DATA_DIR) -> Config:
     )
 
 
-def swin_st(*, data_dir: str = DATA_DIR) -> Config:
+def swin_st() -> Config:
     """ST on Swin-T; not published. Settings as in `swin_common`."""
-    return replace(swin_common(data_dir=data_dir), method="st", num_subnets=1)
+    return replace(swin_common(), method="st", num_subnets=1)
 
 
-def pvt_common(*, data_dir: str = DATA_DIR) -> Config:
+def pvt_common() -> Config:
     """Common training of PVT-v2-B2; the paper shows PVT's stages (figure 7) and trains none.
 
     B2 of the second version has the stages 3-4-6-3 of PVT-Small, which timm lacks. Settings of its own code: DeiT's
     without repeated augmentation, stochastic depth 0.1.
     """
-    return replace(deit_common(data_dir=data_dir), model="timm/pvt_v2_b2", aug_repeats=1)
+    return replace(deit_common(), model="timm/pvt_v2_b2", aug_repeats=1)
 
 
-def pvt_st(*, data_dir: str = DATA_DIR) -> Config:
+def pvt_st() -> Config:
     """ST on PVT-v2-B2; not published. Settings as in `pvt_common`."""
-    return replace(pvt_common(data_dir=data_dir), method="st", num_subnets=1)
+    return replace(pvt_common(), method="st", num_subnets=1)
 
 
 _TABLE_3 = "Ye et al. 2023, table III"

@@ -20,21 +20,13 @@ _MOST_BYTES = 1 << 30  # a line of metrics.jsonl for each of a million steps has
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run so far.
+    """A run so far."""
 
-    Attributes:
-        label: a name that tells it from the others.
-        config: its settings.
-        epochs: lines of summary.csv, oldest first; a cell without a number is left out.
-        result: figures of the finished run, empty before; percent and nats.
-        environment: env.json.
-    """
-
-    label: str
+    label: str  # a name that tells it from the others
     config: Config
-    epochs: tuple[dict[str, float], ...]
-    result: dict[str, float]
-    environment: dict[str, Any]
+    epochs: tuple[dict[str, float], ...]  # lines of summary.csv, oldest first; a cell without a number is left out
+    result: dict[str, float]  # figures of the finished run, empty before; percent and nats
+    environment: dict[str, Any]  # env.json
 
     def curve(self, column: str) -> list[tuple[float, float]]:
         """(epoch, value) where summary.csv has a value."""
@@ -111,91 +103,38 @@ def _is_number(text: str) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class RunRow:
-    """A run as a line of a table: accuracies in percent, None where there is none.
+def table_of(histories: Sequence[RunHistory]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the comparison, accuracies in percent; columns that no run has are left out.
 
-    Attributes:
-        label: of the run.
-        model: its network.
-        method: how it trains.
-        done: whole epochs trained.
-        epochs: all that are planned.
-        best_top1: best on the validation images.
-        best_epoch: when.
-        last_top1: the newest.
-        test_top1: on the test images, when the run has finished.
-        ema_top1: of the moving average, the newest on the validation images.
-        subnets_mean: mean over the subnets that are judged each epoch, the newest.
-        subnets_min: the worst of them.
-        main_reestimated: the main network with batch-norm statistics re-estimated as theirs are, the newest.
-        seconds: median time of an epoch, evaluation not included.
+    >>> epochs = ({"epoch": 1.0, "eval_top1": 91.5, "time": 3.25}, {"epoch": 2.0, "eval_top1": 90.0})
+    >>> table_of([RunHistory("a", Config(model="cifar/resnet20"), epochs, {}, {})])[1]
+    [['a', 'cifar/resnet20', 'st', '2/30', '91.50 (1)', '90.00', '3.2']]
     """
-
-    label: str
-    model: str
-    method: str
-    done: int
-    epochs: int
-    best_top1: float | None
-    best_epoch: int | None
-    last_top1: float | None
-    test_top1: float | None
-    ema_top1: float | None
-    subnets_mean: float | None
-    subnets_min: float | None
-    main_reestimated: float | None
-    seconds: float | None
+    lines = [_cells(history) for history in histories]
+    shown = [head for head in lines[0] if any(line[head] != "–" for line in lines)]
+    return shown, [[line[head] for head in shown] for line in lines]
 
 
-def run_row(history: RunHistory) -> RunRow:
-    """The run as a line of a table."""
-    tops = history.curve("eval_top1")
-    best = max(tops, key=lambda pair: pair[1]) if tops else None
-    times = [seconds for _, seconds in history.curve("time")]
-    return RunRow(
-        label=history.label,
-        model=history.config.model,
-        method=history.config.method,
-        done=int(history.last("epoch") or 0),
-        epochs=history.config.epochs,
-        best_top1=best[1] if best else None,
-        best_epoch=int(best[0]) if best else None,
-        last_top1=history.last("eval_top1"),
-        test_top1=history.result.get("test_top1"),
-        ema_top1=history.last("ema_top1"),
-        main_reestimated=history.last("main_top1_reestimated"),
-        subnets_mean=history.last("subnets_top1_mean"),
-        subnets_min=history.last("subnets_top1_min"),
-        seconds=statistics.median(times) if times else None,
-    )
-
-
-def table_of(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the comparison; columns that no run has are left out.
-
-    >>> rows = [RunRow("a", "cifar/resnet20", "st", 2, 30, 91.5, 2, 91.5, None, None, None, None, None, 3.25)]
-    >>> table_of(rows)[1]
-    [['a', 'cifar/resnet20', 'st', '2/30', '91.50 (2)', '91.50', '3.2']]
-    """
-    columns: dict[str, list[str]] = {
-        "run": [row.label for row in rows],
-        "model": [row.model for row in rows],
-        "method": [row.method for row in rows],
-        "epochs": [f"{row.done}/{row.epochs}" for row in rows],
-        "best val\n% (epoch)": [
-            "–" if row.best_top1 is None else f"{row.best_top1:.2f} ({row.best_epoch})" for row in rows
-        ],
-        "last val\n%": [_percent(row.last_top1) for row in rows],
-        "test\n%": [_percent(row.test_top1) for row in rows],
-        "EMA val\n%": [_percent(row.ema_top1) for row in rows],
-        "mean\nsubnet %": [_percent(row.subnets_mean) for row in rows],
-        "worst\nsubnet %": [_percent(row.subnets_min) for row in rows],
-        "main re-\nestimated %": [_percent(row.main_reestimated) for row in rows],
-        "s per\nepoch": ["–" if row.seconds is None else f"{row.seconds:.1f}" for row in rows],
+def _cells(history: RunHistory) -> dict[str, str]:
+    tops, times = history.curve("eval_top1"), [seconds for _, seconds in history.curve("time")]
+    epoch, best = max(tops, key=lambda pair: pair[1]) if tops else (0, None)
+    newest = {
+        "last val\n%": "eval_top1",
+        "EMA val\n%": "ema_top1",
+        "mean\nsubnet %": "subnets_top1_mean",
+        "worst\nsubnet %": "subnets_top1_min",
+        "main re-\nestimated %": "main_top1_reestimated",
     }
-    shown = {head: cells for head, cells in columns.items() if set(cells) != {"–"}}
-    return list(shown), [list(line) for line in zip(*shown.values(), strict=True)]
+    cells = {
+        "run": history.label,
+        "model": history.config.model,
+        "method": history.config.method,
+        "epochs": f"{history.last('epoch') or 0:.0f}/{history.config.epochs}",
+        "best val\n% (epoch)": "–" if best is None else f"{best:.2f} ({epoch:.0f})",
+        "last val\n%": "",
+        "test\n%": _percent(history.result.get("test_top1")),
+    } | {head: _percent(history.last(column)) for head, column in newest.items()}
+    return cells | {"s per\nepoch": f"{statistics.median(times):.1f}" if times else "–"}
 
 
 def _percent(value: float | None) -> str:

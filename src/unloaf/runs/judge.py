@@ -13,14 +13,7 @@ from rich.console import Console
 from unloaf.display import show_progress
 from unloaf.engine.setup import Evaluation, Training
 from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subnets
-from unloaf.measure.costs import (
-    Timing,
-    measure_subnets,
-    measured_rounds,
-    time_subnets,
-    with_latency,
-    write_csv,
-)
+from unloaf.measure.costs import Timing, measure_in_sight, write_csv
 from unloaf.measure.pareto import pareto_front
 from unloaf.measure.records import cost_records
 from unloaf.runs.opened import open_trained
@@ -125,9 +118,11 @@ def judge_run(
     splits = _splits(training, split, run)
     judged = {name: training.evaluate(name) for name in splits}
     chosen, more = _chosen(training.stages, subnets, seed=opened.config.seed, run=run)
-    rows = _judge(training, chosen, split=splits[0], console=console)
-    times = _times(training, chosen, timed=timed, repeats=repeats, console=console) if timed and chosen else []
-    rows = with_latency(rows, times) if times else rows
+    rows, times = _judge(training, chosen, split=splits[0], console=console), []
+    if rows:
+        rows, times = measure_in_sight(
+            opened.network, training.stages, _example(training), rows, timed=timed, repeats=repeats, console=console
+        )
     params, gmacs = opened.cost(opened.network)
     return RunJudgement(
         run=run,
@@ -186,35 +181,11 @@ def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console:
         return []
     model, stages = inner_module(training.model), training.stages
     batches, calibration = training.eval_batches(split), training.calibration_batches()
-    console = console or Console(quiet=True)
     with show_progress(console, total=len(chosen), label="subnets", lines=True) as display:
-        rows = evaluate_subnets(
-            model,
-            stages,
-            batches,
-            subnets=chosen,
-            calibration=calibration,
+        return evaluate_subnets(
+            model, stages, batches, subnets=chosen, calibration=calibration,
             on_row=lambda row: display.advance(str(row.subnet)),
-        )
-    with show_progress(console, total=len(chosen), label="GMACs", lines=True) as display:
-        example = _example(training)
-        return measure_subnets(model, stages, example, rows, on_row=lambda row: display.advance(str(row.subnet)))
-
-
-def _times(
-    training: Training, chosen: Sequence[Subnet], *, timed: Sequence[int], repeats: int, console: Console | None
-) -> list[tuple[Timing, ...]]:
-    console = console or Console(quiet=True)
-    with show_progress(console, total=measured_rounds(repeats), label="time", lines=True) as display:
-        return time_subnets(
-            inner_module(training.model),
-            training.stages,
-            _example(training),
-            chosen,
-            batch_sizes=timed,
-            repeats=repeats,
-            on_pass=lambda: display.advance(""),
-        )
+        )  # fmt: skip
 
 
 def _example(training: Training) -> torch.Tensor:
