@@ -37,15 +37,10 @@ class RunConsole(Console):
 
 @dataclass(frozen=True)
 class Display:
-    """How to show something.
+    """How to show something."""
 
-    Attributes:
-        advance: moves the bar by one and puts a text beside it; nothing where there is no terminal.
-        line: prints a line that stays.
-    """
-
-    advance: Callable[[str], None]
-    line: Callable[[str], None]
+    advance: Callable[[str], None]  # moves the bar by one and puts a text beside it; nothing where there is no terminal
+    line: Callable[[str], None]  # prints a line that stays
 
 
 SILENT = Display(advance=lambda text: None, line=lambda text: None)

@@ -31,23 +31,14 @@ _LONGEST_CHOICES = 36  # letters; longer lists of choices stand in the text, whe
 
 @dataclass(frozen=True)
 class Option:
-    """An option, or an argument, which has no flag.
+    """An option, or an argument, which has no flag."""
 
-    Attributes:
-        group: the title that it stands under.
-        flags: its names, a short one first; of most switches `--name` and `--no-name`.
-        value: what stands after the flag; empty for a switch.
-        choices: all that it takes, where those are some words.
-        default: as it is typed; empty where there is none or it is off.
-        meaning: in a sentence or two.
-    """
-
-    group: str
-    flags: tuple[str, ...]
-    value: str
-    choices: tuple[str, ...]
-    default: str
-    meaning: str
+    group: str  # the title that it stands under
+    flags: tuple[str, ...]  # its names, a short one first; of most switches `--name` and `--no-name`
+    value: str  # what stands after the flag; empty for a switch
+    choices: tuple[str, ...]  # all that it takes, where those are some words
+    default: str  # as it is typed; empty where there is none or it is off
+    meaning: str  # in a sentence or two
 
     @property
     def term(self) -> str:

@@ -61,25 +61,18 @@ def build_method(
 class SubnetSchedule:
     """Weight of the subnets' loss in a step, counted from 0: a pure function, for runs that are resumed.
 
-    Attributes:
-        peak: the highest weight, which a constant schedule always has.
-        shape: constant, or half a cosine from 0 to the peak (rising) or back (falling), over first to stop.
-        interval: the last step of each group of so many has subnets.
-        first: the step from which there are subnets.
-        stop: the step from which there are none.
-        batches: calls that make up a step.
-
     >>> weight = SubnetSchedule(peak=2.0, shape="falling", interval=2, first=0, stop=8)
     >>> [round(weight(step), 2) for step in range(9)]
     [0.0, 1.92, 0.0, 1.38, 0.0, 0.62, 0.0, 0.08, 0.0]
     """
 
-    peak: float
+    peak: float  # the highest weight, which a constant schedule always has
+    # Constant, or half a cosine from 0 to the peak (rising) or back (falling), over first to stop.
     shape: Literal["constant", "rising", "falling"]
-    interval: int
-    first: int
-    stop: int
-    batches: int = 1
+    interval: int  # the last step of each group of so many has subnets
+    first: int  # the step from which there are subnets
+    stop: int  # the step from which there are none
+    batches: int = 1  # calls that make up a step
 
     def __call__(self, call: int) -> float:
         """The weight of one call of the method."""

@@ -10,6 +10,7 @@ from typing import Any
 from unloaf.config import Config
 from unloaf.data.consistency import some
 from unloaf.evaluation import Accuracy
+from unloaf.runs.opened import OpenedRun
 
 _PACKAGES = ("unloaf", "torch", "timm", "torchvision")
 _ALWAYS = ("dataset", "model", "method", "epochs", "batch_size", "lr", "weight_decay", "seed")
@@ -23,30 +24,21 @@ _ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True)
 class NetworkFacts:
-    """A line of the card's table.
+    """A line of the card's table."""
 
-    Attributes:
-        subnet: its depths, "3-4-6-3".
-        metrics: accuracy by split, measured on the network that is described.
-        params: parameters.
-        gmacs: billions of multiply-adds for one image.
-    """
-
-    subnet: str
-    metrics: Mapping[str, Accuracy]
-    params: int
-    gmacs: float
+    subnet: str  # its depths, "3-4-6-3"
+    metrics: Mapping[str, Accuracy]  # accuracy by split, measured on the network that is described
+    params: int  # parameters
+    gmacs: float  # billions of multiply-adds for one image
 
 
 def model_card(
-    *,
+    opened: OpenedRun,
     title: str,
     summary: Sequence[str],
     networks: Sequence[NetworkFacts],
     loading: str,
-    preprocessing: Mapping[str, Any],
-    class_names: Sequence[str],
-    config: Config,
+    *,
     notes: Sequence[str] = (),
     library: str | None = None,
 ) -> str:
@@ -55,9 +47,10 @@ def model_card(
     lines = [*front, "---", f"# {title}", "", *summary, ""]
     lines += ["## Accuracy and cost", "", *_table(networks), ""]
     lines += [*notes, ""] if notes else []
-    lines += ["## How to load it", "", "```python", loading, "```", "", *_preprocessing(preprocessing), ""]
+    lines += ["## How to load it", "", "```python", loading, "```", "", *_preprocessing(opened.preprocessing), ""]
+    class_names = opened.class_names
     lines += [f"The {len(class_names)} outputs stand for these classes, in this order: {some(class_names, 50)}.", ""]
-    lines += ["## How it was trained", "", *_settings(config), ""]
+    lines += ["## How it was trained", "", *_settings(opened.config), ""]
     lines += ["## Versions", "", ", ".join(f"{name} {found}" for name, found in versions().items()) + ".", ""]
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Unpack
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from unloaf.release.card import NetworkFacts, model_card
 from unloaf.release.elastic import ElasticModel, load_elastic, save_elastic
 from unloaf.release.formats import Format, Written, check_format, timm_config, write_format
 from unloaf.release.predictions import Prediction, Predictions, predict_run
-from unloaf.runs.opened import OpenedRun, open_trained
+from unloaf.runs.opened import OpenedRun, Opening, open_trained
 from unloaf.subnet import Subnet
 
 __all__ = [
@@ -36,56 +37,32 @@ _MOST_STORED = 64  # subnets of an elastic file that nobody asked to hold more
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A subnet that was exported.
+    """A subnet that was exported."""
 
-    Attributes:
-        folder: where its files are.
-        files: their sizes in bytes, by name.
-        subnet: its depths, "3-3-5-3".
-        format: state_dict, timm, pt2 or onnx.
-        metrics: accuracy by split, of the exported network.
-        params: parameters.
-        gmacs: billions of multiply-adds for one image.
-        difference: largest absolute difference of the logits, read back against exported, on fresh inputs.
-        loading: Python lines that load it.
-        notes: what a reader has to know of the checkpoint.
-        pushed: the repository that it was uploaded to, with its owner, if it was.
-    """
-
-    folder: Path
-    files: dict[str, int]
-    subnet: str
-    format: Format
-    metrics: dict[str, Accuracy]
-    params: int
-    gmacs: float
-    difference: float
-    loading: str
-    notes: tuple[str, ...] = ()
-    pushed: str | None = None
+    folder: Path  # where its files are
+    files: dict[str, int]  # their sizes in bytes, by name
+    subnet: str  # its depths, "3-3-5-3"
+    format: Format  # state_dict, timm, pt2 or onnx
+    metrics: dict[str, Accuracy]  # accuracy by split, of the exported network
+    params: int  # parameters
+    gmacs: float  # billions of multiply-adds for one image
+    difference: float  # largest absolute difference of the logits, read back against exported, on fresh inputs
+    loading: str  # Python lines that load it
+    notes: tuple[str, ...] = ()  # what a reader has to know of the checkpoint
+    pushed: str | None = None  # the repository that it was uploaded to, with its owner, if it was
 
 
 @dataclass(frozen=True)
 class ElasticResult:
-    """A network that was exported with the statistics of its subnets.
+    """A network that was exported with the statistics of its subnets."""
 
-    Attributes:
-        folder: where its files are.
-        files: their sizes in bytes, by name.
-        networks: the subnets, the main network first, judged.
-        statistics: bytes of the stored statistics; the rest is one set of weights.
-        loading: Python lines that load it.
-        notes: what a reader has to know of the checkpoint and the choice of subnets.
-        pushed: the repository that it was uploaded to, with its owner, if it was.
-    """
-
-    folder: Path
-    files: dict[str, int]
-    networks: tuple[NetworkFacts, ...]
-    statistics: int
-    loading: str
-    notes: tuple[str, ...] = ()
-    pushed: str | None = None
+    folder: Path  # where its files are
+    files: dict[str, int]  # their sizes in bytes, by name
+    networks: tuple[NetworkFacts, ...]  # the subnets, the main network first, judged
+    statistics: int  # bytes of the stored statistics; the rest is one set of weights
+    loading: str  # Python lines that load it
+    notes: tuple[str, ...] = ()  # what a reader has to know of the checkpoint and the choice of subnets
+    pushed: str | None = None  # the repository that it was uploaded to, with its owner, if it was
 
 
 def export_run(
@@ -94,12 +71,8 @@ def export_run(
     depths: str | None = None,
     output: str | Path | None = None,
     format: str = "state_dict",
-    checkpoint: str = "last",
-    ema: bool = False,
-    recalibrate: int | None = None,
-    data_dir: str | None = None,
-    device: str = "auto",
     push_to_hub: str | None = None,
+    **opening: Unpack[Opening],
 ) -> ExportResult:
     """Writes a subnet of a run as a network of its own, with a model card; the folder appears whole or not at all.
 
@@ -109,13 +82,8 @@ def export_run(
         output: the new folder; default: RUN/export/SUBNET-FORMAT.
         format: state_dict (safetensors and a JSON for `load_subnet`; of a network of transformers, also what
             ``from_pretrained`` loads), timm, pt2 (torch.export) or onnx.
-        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
-        ema: export the moving average of the weights.
-        recalibrate: training images that re-estimate the subnet's batch-norm statistics; 0 leaves them as they are;
-            default: as in the run. The main network keeps its own.
-        data_dir: where the images are now; default: as in the run.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps", for the estimate and the accuracy; files are made on the CPU.
         push_to_hub: name of a repository on the Hugging Face hub that the folder is uploaded to.
+        opening: see `open_trained`; the device is that of the estimate and the accuracy, files are made on the CPU.
 
     Raises:
         ValueError: no run, no such subnet or format, a package is missing, the form cannot hold the network, or the
@@ -123,12 +91,10 @@ def export_run(
         CheckpointError: no checkpoint is intact.
     """
     kind = check_format(format)
-    opened = open_trained(
-        Path(run), checkpoint=checkpoint, ema=ema, recalibrate=recalibrate, data_dir=data_dir, device=device
-    )
+    opened = open_trained(Path(run), **opening)
     stages = opened.training.stages
     chosen = Subnet.full(stages) if depths is None else parse_subnet(stages, depths)
-    place = _place(Path(run), f"{_file_name(chosen)}-{kind}", output)
+    place = _place(Path(run), f"{str(chosen).replace(':', '_')}-{kind}", output)
     network = opened.subnet(chosen)
     facts = _facts(opened, network, str(chosen))
     network.cpu().eval()
@@ -156,12 +122,8 @@ def export_elastic(
     *,
     output: str | Path | None = None,
     subnets: Sequence[str] | int | None = None,
-    checkpoint: str = "last",
-    ema: bool = False,
-    recalibrate: int | None = None,
-    data_dir: str | None = None,
-    device: str = "auto",
     push_to_hub: str | None = None,
+    **opening: Unpack[Opening],
 ) -> ElasticResult:
     """Writes a run's network once, with batch-norm statistics for some of its subnets, for `load_elastic`.
 
@@ -170,21 +132,15 @@ def export_elastic(
         output: the new folder; default: RUN/export/elastic.
         subnets: which ones, by name; a number draws so many ordered ones beside the main network; default: all
             ordered ones, or 64 of them where there are more.
-        checkpoint: "last" or "best".
-        ema: export the moving average of the weights.
-        recalibrate: training images for the statistics of each subnet; default: as in the run.
-        data_dir: where the images are now; default: as in the run.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps", for the estimate and the accuracy.
-        push_to_hub: name of a repository on the Hugging Face hub that the folder is uploaded to.
+        push_to_hub: as in `export_run`.
+        opening: as in `export_run`.
 
     Raises:
         ValueError: see `export_run`; also ``recalibrate`` of 0 for a network with batch norm.
         CheckpointError: no checkpoint is intact.
     """
     place = _place(Path(run), "elastic", output)
-    opened = open_trained(
-        Path(run), checkpoint=checkpoint, ema=ema, recalibrate=recalibrate, data_dir=data_dir, device=device
-    )
+    opened = open_trained(Path(run), **opening)
     if not opened.recalibrate and tracking_norms(opened.network):
         raise ValueError("recalibrate 0: each subnet of an elastic file has statistics of its own; give 2 or more")
     chosen, notes = _chosen(opened, subnets)
@@ -194,9 +150,7 @@ def export_elastic(
         if subnet != Subnet.full(model.stages):
             model.recalibrate(subnet, opened.calibration())
         networks.append(_facts(opened, model.export(subnet), str(subnet)))
-    said = notes
-    if tracking_norms(opened.network):
-        said = [*notes, _judged_as_subnets(opened)]
+    said = [*notes, _judged_as_subnets(opened)] if tracking_norms(opened.network) else notes
     model.cpu()
     loading = f'import unloaf\n\nmodel = unloaf.load_elastic("FOLDER")\nlogits = model(images, subnet="{chosen[-1]}")'
     loading += ".logits" if hasattr(opened.network, "save_pretrained") else ""
@@ -267,21 +221,10 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
     notes = []
     if tracking_norms(opened.network) and subnet != full:
         used = opened.training.calibration_images
-        statistics = (
-            f"were re-estimated on {used:,} training images" if opened.recalibrate else "are the main network's"
-        )
-        notes.append(f"Its batch-norm statistics {statistics}.")
-    return model_card(
-        title=f"{opened.config.model} {subnet}",
-        summary=summary,
-        networks=[facts],
-        loading=written.loading,
-        preprocessing=opened.preprocessing,
-        class_names=opened.class_names,
-        config=opened.config,
-        notes=notes,
-        library=written.library,
-    )
+        how = f"were re-estimated on {used:,} training images" if opened.recalibrate else "are the main network's"
+        notes.append(f"Its batch-norm statistics {how}.")
+    title, loading = f"{opened.config.model} {subnet}", written.loading
+    return model_card(opened, title, summary, [facts], loading, notes=notes, library=written.library)
 
 
 def _judged_as_subnets(opened: OpenedRun) -> str:
@@ -301,20 +244,7 @@ def _elastic_card(opened: OpenedRun, networks: Sequence[NetworkFacts], loading: 
         f"{_origin(opened)}, by the method `{opened.config.method}`: one set of weights whose depth is "
         "chosen for each call, with batch-norm statistics for each of these subnets."
     ]
-    return model_card(
-        title=f"{opened.config.model}, elastic",
-        summary=summary,
-        networks=networks,
-        loading=loading,
-        preprocessing=opened.preprocessing,
-        class_names=opened.class_names,
-        config=opened.config,
-        notes=notes,
-    )
-
-
-def _file_name(subnet: Subnet) -> str:
-    return str(subnet).replace(":", "_")
+    return model_card(opened, f"{opened.config.model}, elastic", summary, networks, loading, notes=notes)
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -331,13 +261,8 @@ def _push(folder: Path, repository: str, opened: OpenedRun, written: Written | N
         if written is not None and written.twin is not None:
             from timm.models import push_to_hf_hub
 
-            push_to_hf_hub(
-                written.twin,
-                name,
-                model_config=timm_config(opened),
-                model_args=dict(written.arguments),
-                safe_serialization=True,
-            )
+            config, arguments = timm_config(opened), dict(written.arguments)
+            push_to_hf_hub(written.twin, name, model_config=config, model_args=arguments, safe_serialization=True)
             hub.upload_file(repo_id=name, path_or_fileobj=str(folder / "README.md"), path_in_repo="README.md")
         else:
             hub.upload_folder(repo_id=name, folder_path=str(folder))

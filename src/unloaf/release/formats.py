@@ -34,21 +34,13 @@ _COMPARED = ((2, 11), (3, 12))  # batch size and seed of the inputs
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        loading: Python lines that load it from the folder.
-        difference: largest absolute difference of the logits, reloaded against exported.
-        twin: of timm's form, the network that timm built.
-        arguments: of timm's form, those that build it.
-        library: timm or transformers, if it loads the folder without unloaf.
-    """
-
-    loading: str
-    difference: float
-    twin: nn.Module | None = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    library: str | None = None
+    loading: str  # Python lines that load it from the folder
+    difference: float  # largest absolute difference of the logits, reloaded against exported
+    twin: nn.Module | None = None  # of timm's form, the network that timm built
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of timm's form, those that build it
+    library: str | None = None  # timm or transformers, if it loads the folder without unloaf
 
 
 def write_format(kind: Format, folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:

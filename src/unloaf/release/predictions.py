@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from rich.console import Console
@@ -20,7 +20,7 @@ from unloaf.display import show_progress
 from unloaf.engine.methods import class_probabilities
 from unloaf.export import parse_subnet
 from unloaf.passes import logits_of
-from unloaf.runs.opened import OpenedRun, open_trained
+from unloaf.runs.opened import OpenedRun, Opening, open_trained
 from unloaf.stages import evaluating
 from unloaf.subnet import Subnet
 
@@ -39,29 +39,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Images that were looked at by one network.
+    """Images that were looked at by one network."""
 
-    Attributes:
-        run: the run's folder.
-        checkpoint: name of the checkpoint's folder.
-        epoch: whole epochs that were trained by then.
-        weights: "model", or "model_ema" for the moving average.
-        subnet: depths of the network, "3-3-3".
-        main: whether that is the main network.
-        images: those that could be read, in the order given.
-        bad: (name, reason) of each that could not.
-        notes: what a reader has to know of the checkpoint, the statistics and the images.
-    """
-
-    run: Path
-    checkpoint: str
-    epoch: int
-    weights: str
-    subnet: str
-    main: bool
-    images: tuple[Prediction, ...]
-    bad: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
+    run: Path  # the run's folder
+    checkpoint: str  # name of the checkpoint's folder
+    epoch: int  # whole epochs that were trained by then
+    weights: str  # "model", or "model_ema" for the moving average
+    subnet: str  # depths of the network, "3-3-3"
+    main: bool  # whether that is the main network
+    images: tuple[Prediction, ...]  # those that could be read, in the order given
+    bad: tuple[tuple[str, str], ...]  # (name, reason) of each that could not
+    notes: tuple[str, ...]  # what a reader has to know of the checkpoint, the statistics and the images
 
 
 def predict_run(
@@ -70,13 +58,9 @@ def predict_run(
     *,
     depths: str | None = None,
     top_k: int = 5,
-    checkpoint: str = "last",
-    ema: bool = False,
-    recalibrate: int | None = None,
     batch_size: int | None = None,
-    data_dir: str | None = None,
-    device: str = "auto",
     console: Console | None = None,
+    **opening: Unpack[Opening],
 ) -> Predictions:
     """Classes of images, prepared as the run prepares the images that it is validated with; writes nothing.
 
@@ -85,28 +69,15 @@ def predict_run(
         images: files, or folders of which every image file below is taken.
         depths: of a subnet, "3,3,5,3", as for `export_run`; default: the main network.
         top_k: how many classes of each image.
-        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
-        ema: with the moving average of the weights.
-        recalibrate: training images that re-estimate a subnet's batch-norm statistics; 0 leaves them as they are;
-            default: as in the run.
         batch_size: images in a pass; default: as in the run.
-        data_dir: where the image set is now; default: as in the run.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         console: shows a progress bar where it is a terminal.
+        opening: see `open_trained`.
 
     Raises:
         ValueError: no run, no such subnet, or the image set of the run cannot be opened.
         CheckpointError: no checkpoint is intact.
     """
-    opened = open_trained(
-        Path(run),
-        checkpoint=checkpoint,
-        ema=ema,
-        recalibrate=recalibrate,
-        data_dir=data_dir,
-        device=device,
-        need_subnets=depths is not None,
-    )
+    opened = open_trained(Path(run), need_subnets=depths is not None, **opening)
     stages = opened.training.stages
     full = Subnet.full(stages)
     chosen = full if depths is None else parse_subnet(stages, depths)
@@ -118,7 +89,7 @@ def predict_run(
             f"the subnet's batch-norm statistics are {done if opened.recalibrate else 'those of the main network'}"
         )
     seen, bad = list[Prediction](), list[tuple[str, str]]()
-    with show_progress(console or Console(quiet=True), total=len(names), label="images") as display:
+    with show_progress(console, total=len(names), label="images") as display:
         for batch in _batches(opened, names, batch_size or opened.config.batch_size, bad, display.advance):
             seen += _predict(opened, network, batch, top_k)
     return Predictions(

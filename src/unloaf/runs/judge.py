@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from rich.console import Console
@@ -16,7 +17,7 @@ from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subn
 from unloaf.measure.costs import Timing, measure_in_sight, write_csv
 from unloaf.measure.pareto import pareto_front
 from unloaf.measure.records import cost_records
-from unloaf.runs.opened import open_trained
+from unloaf.runs.opened import Opening, open_trained
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet
 
@@ -25,35 +26,22 @@ _MOST_JUDGED = 256  # by pareto, which nobody asked to take a day
 
 @dataclass(frozen=True)
 class RunJudgement:
-    """How good a run is at one of its checkpoints.
+    """How good a run is at one of its checkpoints."""
 
-    Attributes:
-        run: its folder.
-        checkpoint: name of the checkpoint's folder.
-        epoch: whole epochs that were trained by then.
-        weights: "model", or "model_ema" for the moving average.
-        params: parameters of the main network.
-        gmacs: billions of multiply-adds of the main network for one image.
-        main: the main network as it stands, with its running batch-norm statistics, by split.
-        split: the images that judged the subnets.
-        subnets: those that were asked for, the main network first; of pareto, smallest first.
-        judged: all that were judged, the main network first and among its subnets judged as they are, with re-estimated
-            statistics.
-        notes: what a reader has to know of the checkpoint, the images and the choice of the subnets.
-        times: of each of `judged` the measured time by batch size, where that was asked for; else empty.
-    """
-
-    run: Path
-    checkpoint: str
-    epoch: int
-    weights: str
-    params: int
-    gmacs: float
-    main: dict[str, Accuracy]
-    split: str
-    subnets: tuple[SubnetRow, ...]
+    run: Path  # its folder
+    checkpoint: str  # name of the checkpoint's folder
+    epoch: int  # whole epochs that were trained by then
+    weights: str  # "model", or "model_ema" for the moving average
+    params: int  # parameters of the main network
+    gmacs: float  # billions of multiply-adds of the main network for one image
+    main: dict[str, Accuracy]  # the main network as it stands, with its running batch-norm statistics, by split
+    split: str  # the images that judged the subnets
+    subnets: tuple[SubnetRow, ...]  # those that were asked for, the main network first; of pareto, smallest first
+    # All that were judged, the main network first and among its subnets judged as they are, with re-estimated
+    # statistics.
     judged: tuple[SubnetRow, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a reader has to know of the checkpoint, the images and the choice of the subnets
+    # Of each of `judged` the measured time by batch size, where that was asked for; else empty.
     times: tuple[tuple[Timing, ...], ...] = ()
 
 
@@ -61,17 +49,12 @@ def judge_run(
     run: Path,
     *,
     subnets: str | None = None,
-    recalibrate: int | None = None,
-    checkpoint: str = "last",
     split: str | None = None,
-    ema: bool = False,
     batch_size: int | None = None,
-    workers: int | None = None,
-    data_dir: str | None = None,
-    device: str = "auto",
     timed: Sequence[int] = (),
     repeats: int = 30,
     console: Console | None = None,
+    **opening: Unpack[Opening],
 ) -> RunJudgement:
     """Judges a run at a checkpoint; writes nothing, and the run may still be training.
 
@@ -83,35 +66,22 @@ def judge_run(
         run: a folder that `unloaf train` made.
         subnets: "all" ordered ones, "pareto" for those that no other beats, a number for so many, drawn as
             `--eval-subnets` draws them, or None.
-        recalibrate: training images that re-estimate a subnet's batch-norm statistics; default: as in the run.
-        checkpoint: "last" for the newest that is not damaged, "best" for the best on the validation images.
         split: "val" or "test"; default: both for the main network, val for the subnets if there is one.
-        ema: judge the moving average of the weights.
         batch_size: images in a pass; default: as in the run.
-        workers: processes that read images; default: as in the run.
-        data_dir: where the images are now; default: as in the run.
-        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
         timed: batch sizes at which the time of the judged subnets is measured.
         repeats: passes that are timed, of each subnet and batch size.
         console: shows a progress bar where it is a terminal.
+        opening: see `open_trained`.
 
     Raises:
         ValueError: the folder is no run, has no such checkpoint or images, its args.yaml was changed, or the network
             has no subnets.
         CheckpointError: no checkpoint is intact.
     """
-    if recalibrate is not None and recalibrate < 2:
-        raise ValueError(f"recalibrate {recalibrate}: give at least 2 images")
-    opened = open_trained(
-        run,
-        checkpoint=checkpoint,
-        ema=ema,
-        recalibrate=recalibrate,
-        workers=workers,
-        data_dir=data_dir,
-        device=device,
-        need_subnets=False,
-    )
+    images = opening.get("recalibrate")
+    if images is not None and images < 2:
+        raise ValueError(f"recalibrate {images}: give at least 2 images")
+    opened = open_trained(run, need_subnets=False, **opening)
     training = opened.training
     if batch_size is not None:
         training = replace(training, config=replace(training.config, batch_size=batch_size))

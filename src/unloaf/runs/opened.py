@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -32,27 +32,16 @@ from unloaf.subnet import Subnet
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run at one of its checkpoints.
+    """A run at one of its checkpoints."""
 
-    Attributes:
-        run: its folder.
-        config: its settings, as it was trained; of a model's folder the last part alone.
-        training: its data, its network with the checkpoint's weights, its stages.
-        checkpoint: name of the checkpoint's folder.
-        epoch: whole epochs that were trained by then.
-        weights: "model", or "model_ema" for the moving average.
-        recalibrate: training images for the statistics of a subnet; 0 leaves them as they are.
-        notes: what a reader has to know of the checkpoint.
-    """
-
-    run: Path
-    config: Config
-    training: Training
-    checkpoint: str
-    epoch: int
-    weights: str
-    recalibrate: int
-    notes: tuple[str, ...]
+    run: Path  # its folder
+    config: Config  # its settings, as it was trained; of a model's folder the last part alone
+    training: Training  # its data, its network with the checkpoint's weights, its stages
+    checkpoint: str  # name of the checkpoint's folder
+    epoch: int  # whole epochs that were trained by then
+    weights: str  # "model", or "model_ema" for the moving average
+    recalibrate: int  # training images for the statistics of a subnet; 0 leaves them as they are
+    notes: tuple[str, ...]  # what a reader has to know of the checkpoint
 
     @property
     def network(self) -> nn.Module:
@@ -132,6 +121,17 @@ class OpenedRun:
         return sum(p.numel() for p in network.parameters()), gmacs(network, image)
 
 
+class Opening(TypedDict, total=False):
+    """Options of `open_trained`, which functions that open a run hand on."""
+
+    checkpoint: str
+    ema: bool
+    recalibrate: int | None
+    workers: int | None
+    data_dir: str | None
+    device: str
+
+
 def open_trained(
     run: Path,
     *,
@@ -203,13 +203,7 @@ def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:
 
 
 def _open_checkpoint(run: Path, which: str, *, ema: bool) -> tuple[Config, Checkpoint, str, list[str]]:
-    """The settings of a run, one of its checkpoints, the name of the weights to take, and notes on what was found.
-
-    Raises:
-        ValueError: the folder is no run, it has no such checkpoint or weights, or the checkpoint was trained with other
-            settings than args.yaml has.
-        CheckpointError: no checkpoint is intact.
-    """
+    """The settings of a run, one of its checkpoints, the name of the weights to take, and notes on what was found."""
     config = load_config(run_of(run) / "args.yaml")
     found, notes = checkpoint_of(run, which)
     check_settings(config, found)

@@ -36,21 +36,14 @@ _WEIGHTS_NAME = re.compile(r"(?!state$)[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What one step folder holds, read and verified.
+    """What one step folder holds, read and verified."""
 
-    Attributes:
-        path: the step folder, links resolved.
-        step: optimizer steps done.
-        weights: by file ("model", "model_ema"), then by name; on the CPU, tied tensors share memory.
-        state: everything else, on the CPU.
-        metadata: texts given to `save_checkpoint`.
-    """
-
-    path: Path
-    step: int
+    path: Path  # the step folder, links resolved
+    step: int  # optimizer steps done
+    # By file ("model", "model_ema"), then by name; on the CPU, tied tensors share memory.
     weights: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-    metadata: dict[str, str]
+    state: dict[str, Any]  # everything else, on the CPU
+    metadata: dict[str, str]  # texts given to `save_checkpoint`
 
 
 def save_checkpoint(
