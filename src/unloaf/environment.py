@@ -17,12 +17,7 @@ _PACKAGES = ("unloaf", "torch", "torchvision", "timm", "accelerate", "numpy", "s
 
 
 def environment(*, processes: int = 1, device: torch.device | None = None) -> dict[str, Any]:
-    """Command, hardware and versions as plain values for JSON.
-
-    Args:
-        processes: how many train together.
-        device: where they compute; default: on a GPU if there is one.
-    """
+    """Command, hardware and versions as plain values for JSON; by default of one process, on a GPU if there is one."""
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "hardware": hardware(device),

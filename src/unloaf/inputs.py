@@ -63,11 +63,7 @@ class SmallerInputs:
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """The batch, bilinearly resized so that its shorter side is ``side`` pixels; itself if that is its side already.
-
-    Args:
-        images: (batch, channels, height, width).
-        side: pixels.
+    """The images, bilinearly resized so that the shorter side is ``side`` pixels; as they are if it is that already.
 
     >>> import torch
     >>> from unloaf.inputs import resize
@@ -184,15 +180,10 @@ class View(NamedTuple):
 
 
 def legal_sides(model: nn.Module, images: Tensor, sides: Sequence[int]) -> list[int]:
-    """Those of the sides at which the model runs.
+    """Those of the sides at which the model runs in eval mode, on these images resized; on meta nothing is computed.
 
-    Of a range three sides decide for a network that takes any size: models that do not (patches, windows, position
-    tables) reject one of two neighbouring sides.
-
-    Args:
-        model: run in eval mode.
-        images: a batch that it takes, resized to each side; on the meta device nothing is computed.
-        sides: pixels; a range ends at the side of the images.
+    Of a range, which ends at the side of the images, three sides decide for a network that takes any size: models that
+    do not (patches, windows, position tables) reject one of two neighbouring sides.
 
     >>> from torch import nn
     >>> images = torch.zeros(1, 3, 8, 8)
@@ -219,10 +210,7 @@ def legal_sides(model: nn.Module, images: Tensor, sides: Sequence[int]) -> list[
 def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[int]) -> None:
     """Raise ValueError unless the model runs at all sides that would be drawn; the message lists the legal ones.
 
-    Args:
-        model: the network; run in eval mode on noise, one image.
-        inputs: the rule.
-        input_shape: shape of one example, (channels, height, width).
+    It runs in eval mode on noise, one image of the shape (channels, height, width).
     """
     if len(input_shape) != 3:
         raise ValueError(
@@ -246,10 +234,7 @@ def check_sides(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[i
 def fitting_inputs(model: nn.Module, inputs: SmallerInputs, input_shape: Sequence[int] | None) -> SmallerInputs | None:
     """The rule, with the sides that the model takes; None, with a warning, where it takes the full one alone.
 
-    Args:
-        model: the network; run in eval mode on noise, one image.
-        inputs: the rule.
-        input_shape: shape of one example, (channels, height, width); None where it is not one tensor.
+    It runs in eval mode on noise, one image of the shape (channels, height, width), None where an example is no tensor.
 
     >>> from torch import nn
     >>> fitting_inputs(nn.Conv2d(3, 4, 3), SmallerInputs(), (3, 8, 8))

@@ -39,13 +39,10 @@ _BAD_PATHS = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code.
+    """Runs a command, the words after `unloaf`; returns its exit code.
 
-    0 done, 1 a fault of the program, 2 bad input or configuration, 3 a loss that is not
-    finite, 130 Ctrl-C, 143 SIGTERM.
-
-    Args:
-        argv: the words after `unloaf`; default: those of the process.
+    0 done, 1 a fault of the program, 2 bad input or configuration, 3 a loss that is not finite, 130 Ctrl-C, 143
+    SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words

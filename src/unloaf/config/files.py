@@ -17,10 +17,7 @@ _MOST_BYTES = 1 << 16  # a configuration has 3 kB
 
 
 def load_config(path: str | Path) -> Config:
-    """Reads a configuration from a YAML file such as a run folder's `args.yaml`.
-
-    Args:
-        path: a YAML mapping from field names to values; fields left out keep their default.
+    """Reads a configuration from a YAML mapping of field names to values, such as a run folder's `args.yaml`.
 
     Raises:
         ValueError: the file cannot be read, is no mapping, or holds an unknown or illegal entry.

@@ -61,11 +61,7 @@ def current_names(settings: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def similar(name: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that was meant, if that can be guessed.
-
-    Args:
-        name: what was written; ``-`` and ``_`` are the same.
-        known: the names that there are.
+    """The one of the known names that was meant, if that can be guessed; ``-`` and ``_`` are the same.
 
     >>> similar("learning-rate", ["lr", "layer_decay"]), similar("bath_size", ["batch-size"]), similar("qqq", ["lr"])
     ('lr', 'batch-size', None)

@@ -88,13 +88,9 @@ class TrainBatches:
         close_workers(self._loader)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[list[Batch]]:
-        """The batches of each optimizer step of an epoch.
+        """The batches of each optimizer step of an epoch, counted from 1, but for the first ``start`` of them.
 
         A new epoch ends the one before, also if that was not read to its end.
-
-        Args:
-            epoch: counted from 1.
-            start: steps of this epoch that are already done; their images are not read.
 
         Raises:
             ValueError: an image cannot be read, or, with bad_images skip, more than 1 % of them.

@@ -14,10 +14,7 @@ from unloaf.printable import printable
 def _check_classes(data: Data, record: Mapping[str, Any], *, place: str | None) -> None:
     """Raises ValueError unless the classes of an image set are those of a run's record, in the same order.
 
-    Args:
-        data: the image set.
-        record: of the run. Where one of the two has no names, only numbers, their count is compared.
-        place: where the image set lies.
+    Where one of the two has no names, only numbers, their count is compared.
     """
     had, now = record["class_names"], class_names_of(data)
     where = printable(place or data.name)
@@ -48,18 +45,7 @@ def check_resumed(
     checkpoint: str,
     allow: bool,
 ) -> list[str]:
-    """Compares the images of a run that goes on with those that its checkpoint was trained on.
-
-    Args:
-        data: the image set as it is now.
-        now: its record.
-        record: the one in the checkpoint; None in one that has none.
-        listed: the images of the run, if there is a list.
-        checkpoint: its name.
-        allow: go on if training or validation images are others.
-
-    Returns:
-        lines on what is not the same.
+    """Compares the images of a run that goes on with the record in its checkpoint; lines on what is not the same.
 
     Raises:
         ValueError: the classes differ, or without `allow` the images do.
@@ -82,17 +68,9 @@ def check_resumed(
 def check_judged(
     data: Data, record: Mapping[str, Any] | None, listed: list[Row] | None, *, own: str | None, place: str | None
 ) -> list[str]:
-    """Compares the images that judge a run with its own.
+    """Compares the images that judge a run with the record in its checkpoint; lines on what is not the same.
 
-    Args:
-        data: the image set.
-        record: the one in the run's checkpoint; None in one that has none.
-        listed: the images of the run, if there is a list.
-        own: the folder of the run's images.
-        place: another folder of images, if one is given: they may be others of the same classes.
-
-    Returns:
-        lines on what is not the same.
+    Images in another place than the run's own may be others, of the same classes.
 
     Raises:
         ValueError: the classes differ, or validation images are held out of other images than in training, so that

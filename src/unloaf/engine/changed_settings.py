@@ -25,13 +25,8 @@ FREE_SETTINGS = frozenset({
 def check_settings(config: Config, checkpoint: Checkpoint, *, longer_than: int | None = None) -> list[str]:
     """Compares the settings of a run with those that its checkpoint was trained with.
 
-    Args:
-        config: from the run's args.yaml, which nothing else protects.
-        checkpoint: of the run.
-        longer_than: the epochs that the run was to have, where more are asked for now.
-
-    Returns:
-        lines on settings that may differ and do.
+    They are from args.yaml, which nothing else protects; `longer_than` are the epochs that the run was to have, where
+    more are asked for now. Returns lines on settings that may differ and do.
 
     Raises:
         ValueError: a setting differs that decides what is learned.
@@ -83,13 +78,7 @@ def lengths(run: Path) -> list[int]:
 
 
 def different_settings(config: Config, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ, as (before, now).
-
-    Args:
-        config: the settings now.
-        before: the ones before by name; what an older unloaf did not know has its default value. Lists of JSON count as
-            tuples.
-    """
+    """Settings that differ, as (before, now); what an older unloaf did not know had its default value."""
     named = current_names(before).items()
     had = dataclasses.asdict(Config()) | {k: tuple(v) if isinstance(v, list) else v for k, v in named}
     return {name: (had[name], now) for name, now in dataclasses.asdict(config).items() if had[name] != now}

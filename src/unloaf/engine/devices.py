@@ -33,10 +33,7 @@ from unloaf.stages import inner_module
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of this name; one with a number becomes torch's current one.
-
-    Args:
-        name: "auto" for the accelerator, or the CPU where there is none; "cpu", "cuda", "cuda:1", "mps" and their kind.
+    """The device of this name, "auto" or one of torch's; one with a number becomes torch's current one.
 
     Raises:
         ValueError: there is no such device here.
@@ -75,11 +72,7 @@ _OF_ONE_MACHINE = {"data_dir", "initial_checkpoint", "name", "output"}
 
 
 def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
-    """The device of this process and its place among the processes of the run.
-
-    Args:
-        config: device, precision, trackers.
-        folder: where trackers write.
+    """The device of this process and its place among the processes of the run, whose trackers write into the folder.
 
     Raises:
         ValueError: the machine cannot do what is asked for.
@@ -282,14 +275,11 @@ def _statistics(model: nn.Module) -> list[Tensor]:
 
 
 def keep_freed_memory() -> bool:
-    """Let the GNU C library hand freed memory out again instead of returning it to the system.
+    """Let the GNU C library hand freed memory out again instead of returning it to the system; whether that was done.
 
-    Training allocates the same large tensors in every step; by default many are mapped anew, and the first touch of
-    a page is a fault. A step with six subnets of a ResNet-50 (64 px, batch 16, 2 cores) had 32,000 to 42,000 faults,
-    0.1 s of system time in 0.9 s; with this it has 3.
-
-    Returns:
-        Whether it was done; False where there is no such library.
+    Training allocates the same large tensors in every step; by default many are mapped anew, and the first touch of a
+    page is a fault. A step with six subnets of a ResNet-50 (64 px, batch 16, 2 cores) had 32,000 to 42,000 faults, 0.1
+    s of system time in 0.9 s; with this it has 3.
     """
     if not sys.platform.startswith("linux"):
         return False

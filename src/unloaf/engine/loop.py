@@ -80,10 +80,8 @@ def train_epoch(
 ) -> EpochRow:
     """Trains the rest of the present epoch, validates if that is due, and goes on to the next one.
 
-    Args:
-        training: learns in place, its position included.
-        on_step: is called after every step; what it raises leaves the run between two steps.
-        on_eval_batch: is called before every batch of the validation; what it raises leaves the epoch not validated.
+    What `on_step` raises after a step leaves the run between two steps; what `on_eval_batch` raises before a batch
+    leaves the epoch not validated.
 
     Raises:
         NonFiniteLossError: a loss became NaN or infinite and config.on_nan is stop, so that step was not made; or it is

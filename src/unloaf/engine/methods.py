@@ -30,12 +30,8 @@ def build_method(
 ) -> Any:
     """The method of this configuration, for this model.
 
-    Args:
-        config: names the method and its settings.
-        model: the network to train.
-        stages: where its residual blocks are; not used by common training.
-        steps_per_epoch: optimizer steps of an epoch; needed where the subnets' weight changes over the run.
-        batches_per_step: batches whose gradients are added; to the method each is a step.
+    Optimizer steps of an epoch are needed where the subnets' weight changes over the run; of the batches whose
+    gradients are added in one, each is a step to the method.
 
     Raises:
         ValueError: the method cannot train this model.

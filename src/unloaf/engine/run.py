@@ -65,14 +65,8 @@ def train(
 ) -> TrainResult:
     """Trains a run and keeps its record and its checkpoints in its folder. Every process of a run calls it.
 
-    Args:
-        config: the run.
-        console: shows a progress bar on a terminal, plain lines elsewhere.
-        resume: see `open_run`.
-        folder: of the run, when it is opened already.
-        data: the image set when it is loaded already.
-        model: train this network instead of config.model.
-        allow_changed_data: go on with a run though its training or validation images are others now.
+    The folder may be opened already (see `open_run`), the data may be loaded, and another model than config.model may
+    be given. With `allow_changed_data` a run goes on though its training or validation images are others now.
 
     Raises:
         ValueError: bad input; nothing was trained.

@@ -123,12 +123,9 @@ class RunFolder:
     def cut_back(self, sizes: Mapping[str, int] | None) -> list[str]:
         """Takes away what was written after a checkpoint: the resumed run writes it again.
 
-        Args:
-            sizes: of the growing files when the checkpoint was written. None without a checkpoint, when the run begins
-                anew: what it wrote before is kept under another name.
-
-        Returns:
-            lines on what is kept elsewhere, and on what is missing.
+        Sizes are those of the growing files when the checkpoint was written; without a checkpoint the run begins anew,
+        and what it wrote before is kept under another name. Returns lines on what is kept elsewhere, and on what is
+        missing.
         """
         there = [self.path / name for name in _GROWING if (self.path / name).exists()]
         if sizes is None:
@@ -188,11 +185,7 @@ def _json(value: Any) -> Any:
 
 
 def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
-    """The folder of a new run, or of one that goes on.
-
-    Args:
-        config: gives output and name; without a name it is time-model-method.
-        resume: "auto" to go on with OUTPUT/NAME if it was begun, a path to go on with that run; None for a new run.
+    """The folder of a new run, or of one that goes on: with resume "auto" OUTPUT/NAME if it was begun, or a path.
 
     Raises:
         ValueError: the folder exists, cannot be made or is in use, its run had other settings, or another output or

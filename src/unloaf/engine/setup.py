@@ -150,13 +150,9 @@ class Training:
         subnets: Sequence[Subnet] = (),
         on_batch: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """Loss and accuracy on train, val or test.
+        """Loss and accuracy on train, val or test, and of subnets, each with batch-norm statistics of its own.
 
-        Args:
-            split: whose images.
-            subnets: which ones to judge besides, each with batch-norm statistics of its own; then the main network is
-                judged with such statistics too.
-            on_batch: is called before every batch.
+        With subnets the main network is judged with such statistics too. `on_batch` is called before every batch.
         """
         add = partial(total, self.accelerator)
         models = [self.model] if self.average is None else [self.model, self.average.module]
@@ -237,12 +233,8 @@ def prepare(
 ) -> Training:
     """Loads the data and builds model, method and optimizer; nothing is trained yet.
 
-    Args:
-        config: the run.
-        data: the image set when it is loaded already.
-        model: train this network instead of config.model.
-        accelerator: what `find_devices` found, when it was asked already.
-        resumed: the weights of a checkpoint will follow, so none are read to start from.
+    Data, another network than config.model and what `find_devices` found may be there already; of a run that is resumed
+    the weights will follow, so none are read to start from.
 
     Raises:
         ValueError: the data are not there, the model is unknown or no classifier, or the method cannot train it.

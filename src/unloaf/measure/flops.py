@@ -61,12 +61,9 @@ class StepFlops(NamedTuple):
 
 
 def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFlops:
-    """Mean `StepFlops` of a method over the draws of the given steps.
+    """Mean `StepFlops` of a method over the draws of the given steps; its step counter is left as it is.
 
-    Args:
-        method: any; its step counter is left as it is.
-        x: a batch of the size that is trained; the network runs on its first example.
-        steps: which steps' draws to count, e.g. ``range(100)``.
+    The batch is of the size that is trained; the network runs on its first example.
     """
     return StepCounter(method.model, method.stages, x, readout=method.readout).mean(method, x, steps)
 

@@ -35,13 +35,10 @@ class Network:
 
 
 def chosen_networks(names: tuple[str, ...], *, input_size: int | None, num_classes: int | None) -> list[Network]:
-    """The networks that were asked for, each once.
+    """The networks that were asked for, each once: NAME, NAME@SIDE, or standard for all of `STANDARD`.
 
-    Args:
-        names: NAME, NAME@SIDE, or standard for all of `STANDARD`.
-        input_size: side where the name has none; default: 32 for cifar/, else the model's own if it is built for one
-            size, else 64.
-        num_classes: default: 10 for cifar/, else 1000.
+    Defaults: a side of 32 for cifar/, else the model's own if it is built for one size, else 64; 10 classes for cifar/,
+    else 1000.
 
     Raises:
         ValueError: a side that is no positive number.

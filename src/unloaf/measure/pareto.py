@@ -16,10 +16,6 @@ def pareto_front(rows: Sequence[SubnetRow], *, cost: Cost = "gmacs") -> list[Sub
 
     Rows whose accuracy is NaN, of networks that predict nothing, are left out.
 
-    Args:
-        rows: with ``top1`` and the cost.
-        cost: "gmacs", "params" or "latency_ms".
-
     Raises:
         ValueError: a row has no accuracy, or not this cost.
 

@@ -14,11 +14,7 @@ _AS_IT_STANDS = "(running)"  # the main network with its running statistics
 
 
 def cost_records(rows: Sequence[SubnetRow], times: Sequence[Sequence[Timing]] = ()) -> list[dict[str, Any]]:
-    """A flat record of each row, for a CSV or JSON file; columns that no row has are left out.
-
-    Args:
-        rows: the subnets.
-        times: timings of each, from `time_subnets`; empty where nothing was measured.
+    """A flat record of each row, with its timings, for a CSV or JSON file; columns that no row has are left out.
 
     >>> from unloaf import Subnet, SubnetRow
     >>> from unloaf.measure.costs import Timing
@@ -62,14 +58,10 @@ def _timing_record(timings: Sequence[Timing]) -> dict[str, Any]:
 def cost_table(
     rows: Sequence[SubnetRow], times: Sequence[Sequence[Timing]] = (), front: Set[Subnet] | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the rows, for a table of text.
+    """Heads and cells of the rows, with their timings, for a table of text.
 
-    The main network has a line more where it was judged both ways, with its running statistics.
-
-    Args:
-        rows: not empty.
-        times: timings of each, or empty.
-        front: subnets that get a star; with it the rows have an accuracy, which is shown.
+    The main network has a line more where it was judged both ways, with its running statistics. With a front, whose
+    subnets get a star, the rows have an accuracy, which is shown.
 
     >>> from unloaf import Subnet, SubnetRow
     >>> row = SubnetRow(Subnet(((True, False),)), top1=91.5, params=1_234, gmacs=0.5)

@@ -11,14 +11,10 @@ from torch import Tensor, nn
 
 
 def peak_bytes(model: nn.Module, step: Callable[[int], None], *, device: torch.device, steps: int = 3) -> int:
-    """Highest peak over a few steps, in bytes.
+    """Highest peak over a few steps, in bytes; `step` makes the step of a number and begins without gradients.
 
-    Args:
-        model: whose step it is; on a CPU its parameters do not count.
-        step: makes the step of this number; it begins without gradients.
-        device: on CUDA all that the allocator has given out counts, weights and gradients too; elsewhere the tensors
-            that autograd keeps for the backward pass.
-        steps: how many.
+    On CUDA all that the allocator has given out counts, weights and gradients too; elsewhere the tensors that autograd
+    keeps for the backward pass, without parameters.
 
     >>> model, x = nn.Linear(4, 2), torch.ones(3, 4)
     >>> peak_bytes(model, lambda step: model(x).square().sum().backward(), device=x.device)  # x, and what is squared

@@ -41,13 +41,7 @@ class ElasticModel(nn.Module):
         network: the main network, changed by `set_depths` and calls only while they run.
         stages: its stages.
         statistics: for subnets, ``running_mean`` and ``running_var`` of the norms by name.
-        class_names: what the outputs stand for, in their order.
-
-    Attributes:
-        network: the main network with its own statistics.
-        stages: its stages.
-        subnet: what ``model(x)`` runs.
-        class_names: what the outputs stand for; empty where nobody said it.
+        class_names: what the outputs stand for, in their order; empty where nobody said it.
 
     >>> from torchvision.models import resnet18
     >>> network, x = resnet18(num_classes=10).eval(), torch.randn(4, 3, 32, 32)
@@ -203,11 +197,7 @@ def save_elastic(
 ) -> None:
     """Writes ``elastic.safetensors`` and ``elastic.json``, from which `load_elastic` gives the model again.
 
-    Args:
-        folder: exists.
-        model: with the statistics that are to be stored.
-        architecture: arguments of `build_model` for the main network.
-        more: further entries of the JSON, which nothing reads.
+    The architecture are arguments of `build_model` for the main network; nothing reads further entries of the JSON.
     """
     subnets = [subnet for subnet in model._statistics if model._statistics[subnet]]
     tensors = {f"network.{name}": tensor for name, tensor in model.network.state_dict().items()}

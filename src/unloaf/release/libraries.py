@@ -27,15 +27,8 @@ def timm_twin(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The same network built by timm alone: its keywords for depths are tried, and the result is compared.
 
-    Args:
-        network: what `export_subnet` returned, of a model of timm.
-        kinds: the classes of the blocks.
-        name: of the architecture.
-        arguments: further ones of ``timm.create_model``.
-        same: raises if the network it is given is not the same.
-
-    Returns:
-        timm's network with these weights, in eval mode, and the keyword with the depths.
+    From what `export_subnet` returned, the classes of its blocks, the architecture's name and further arguments of
+    ``timm.create_model`` to timm's network with these weights, in eval mode, and the keyword with the depths.
 
     Raises:
         ValueError: no keyword gives this network; the message has the reason for each.
@@ -71,14 +64,8 @@ def timm_twin(
 def describe_for_transformers(folder: Path, network: Any, same: Comparison, *, class_names: Sequence[str] = ()) -> bool:
     """Writes config.json beside model.safetensors, so that ``from_pretrained`` loads the folder, if it does.
 
-    Args:
-        folder: holds the network's weights, by their names in the network.
-        network: what `export_subnet` returned, of a model of transformers.
-        same: raises if the network it is given is not the same.
-        class_names: of its outputs; left out where two are the same, which transformers cannot hold.
-
-    Returns:
-        whether from_pretrained gave the same network; if not, no file is left.
+    Class names are left out where two are the same, which transformers cannot hold. Returns whether from_pretrained
+    gave the same network; if not, no file is left.
     """
     file = folder / "config.json"
     entries = transformers_config(network)

@@ -77,14 +77,9 @@ def save_subnet(
 ) -> None:
     """Writes ``model.safetensors`` and ``subnet.json``, from which `load_subnet` gives the network again.
 
-    Args:
-        folder: exists.
-        network: what `export_subnet` returned.
-        architecture: arguments of `build_model` for the main network; for one of transformers also ``config``, the
-            entries of its config.json.
-        stages: of the main network.
-        subnet: which one it is.
-        more: further entries of the JSON, such as ``class_names``.
+    The network is what `export_subnet` returned, the architecture are arguments of `build_model` for the main network
+    and, for one of transformers, the entries of its config.json as ``config``; there may be further entries of the
+    JSON.
     """
     fields = {
         "architecture": dict(architecture),
