@@ -27,3 +27,16 @@ def _escape(letter: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python carries a byte that is no UTF-8 (PEP 383)
         return f"\\x{code - 0xDC00:02x}"
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def is_unicode(text: str) -> bool:
+    r"""Whether a text can be written as UTF-8: names of files may hold bytes that are none.
+
+    >>> is_unicode("\udcff")
+    False
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -41,18 +41,8 @@ class CheckData:
 
     def config(self) -> Config:
         """The part of a run's configuration that decides how images are read; nothing is held out."""
-        return Config(
-            dataset=self.dataset,
-            data_dir=self.dir,
-            train_split=self.train_split,
-            val_split=self.val_split,
-            input_key=self.input_key,
-            target_key=self.target_key,
-            num_classes=self.num_classes,
-            max_pixels=self.max_pixels,
-            workers=self.workers,
-            val_fraction=0.0,
-        )
+        given = {name: value for name, value in vars(self).items() if name != "dir"}
+        return Config(**given, data_dir=self.dir, val_fraction=0.0)
 
 
 def run(words: list[str]) -> int:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from unloaf.printable import is_unicode
+
 if TYPE_CHECKING:
     from unloaf.config.fields import Config
 
@@ -255,7 +257,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 def _check_text(name: str, value: str) -> None:
     """Texts become lines of args.yaml: what cannot be one is refused before training."""
-    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value) or not _is_unicode(value):
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in value) or not is_unicode(value):
         raise ValueError(f"{name} {brief(value)}: give a text without control characters, in Unicode")
 
 
@@ -263,14 +265,6 @@ def _check_path(name: str, value: str) -> None:
     """Most texts become file names or parts of them."""
     if len(value) > 4000 or any(len(part.encode()) > 255 for part in value.split("/")):
         raise ValueError(f"{name} {brief(value)}: too long for a path; give at most 255 bytes between two slashes")
-
-
-def _is_unicode(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def brief(value: Any) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unloaf.data.consistency import some
-from unloaf.printable import printable
+from unloaf.printable import is_unicode, printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Folders that systems and storage put beside the user's, with copies or thumbnails of the images in them.
@@ -92,7 +92,7 @@ class _Walk:
                     f"classes {printable(self.seen[real])} and {printable(name)} of {printable(self.root)} are the "
                     "same folder; remove one of the two"
                 )
-            if _not_unicode(name):
+            if not is_unicode(name):
                 raise ValueError(f"class folder {printable(self.root / name)}: its name is no UTF-8; rename it")
             self.seen[real] = name
             names.append(name)
@@ -181,11 +181,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is none of the user's images."""
     return name.startswith(".") or name in _OF_SYSTEMS
-
-
-def _not_unicode(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
