@@ -9,8 +9,8 @@ import unloaf
 from toy_networks import ToyNetwork
 from unloaf.measure.flops import StepCounter, method_flops
 from unloaf.measure.step_memory import peak_bytes
-from unloaf.measure.step_time import run_step, separate_backward, step_time_rows
-from unloaf.passes import SubnetPass
+from unloaf.measure.step_time import run_step, step_time_rows
+from unloaf.passes import SubnetPass, separate_backward
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_separate_passes_give_the_gradients_of_the_twin(network):
     model, stages, x, y = network
     method = unloaf.GroupKnowledgeTraining(model, stages, groups=2, loops=2)
     subnets = [request.subnet for request in method.draw(len(x), x.shape[-1])]
-    separate_backward(method, x, y)
+    method.step_in(separate_backward, x, y)
     assert twin.distance(model, twin.group_knowledge(model, stages, subnets, x, y, groups=2, loops=2, ema=0.5)) < 1e-12
     assert method.step == 1
 

@@ -42,7 +42,7 @@ def assert_equal(found, expected):
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["st", "st++", "gkt"])
+@pytest.mark.parametrize("kind", ["st", "st++", "gkt", "st*"])
 def test_gradients_buffers_and_output_are_those_of_a_lean_step(kind):
     model, stages, x, y = network()
     twin = copy.deepcopy(model)

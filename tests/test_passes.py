@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import unloaf
-from unloaf.passes import SubnetPass, lean_backward, one_graph
+from unloaf.passes import Losses, SubnetPass, lean_backward, one_graph
 
 
 class Block(nn.Module):
@@ -332,8 +332,7 @@ def test_a_mapping_of_inputs_and_an_output_with_logits():
     method = unloaf.StimulativeTraining(model, stages, num_subnets=2)
     out = method.backward(batch, torch.tensor([0, 1, 2, 0]))
     passes = [SubnetPass(subnet) for subnet in out.subnets]
-    losses = {"main_loss": lambda main: main, "subnet_loss": lambda index, logits, main, known: logits}
-    step = one_graph(model, stages, batch, passes, **losses)
+    step = one_graph(model, stages, batch, passes, Losses(lambda main: main, lambda index, logits, *_: logits))
     torch.testing.assert_close(step.main_loss, out.logits)
     assert step.subnet_losses[0].shape == (4, 3)
 
@@ -347,7 +346,7 @@ def test_a_loss_may_wait_for_logits_that_come_later_in_depth_first_order(chain):
     def loss(index, student, main, known):
         return unloaf.kl_loss(student, known[teachers[index]])
 
-    step = lean_backward(model, stages, x, passes, main_loss=lambda z: z.square().mean(), subnet_loss=loss)
+    step = lean_backward(model, stages, x, passes, Losses(lambda z: z.square().mean(), loss))
     logits = [twin.logits_of_subnet(model, stages, subnet, x) for subnet in subnets]
     expected = [twin.kl(logits[i], logits[teachers[i]].detach()) for i in range(3)]
     torch.testing.assert_close(torch.stack(step.subnet_losses), torch.stack(expected).detach())

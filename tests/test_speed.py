@@ -5,8 +5,10 @@ Counts do not hang on the machine. What they are compared with is counted by han
 
 import copy
 import statistics
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unloaf
-from unloaf.measure.step_time import separate_backward
 from unloaf.models.build import build_model
+from unloaf.passes import separate_backward
 
 
 class Operations(TorchDispatchMode):
@@ -132,6 +134,40 @@ def test_gradients_of_a_suffix_are_added_once(resnet):
     assert counts["add_"] == (3 * 6 + 2) + (6 * 6 + 2) + 19 + 2 * (3 + 6)
 
 
+def executed(run, *rooms):
+    """How many functions and lines of these rooms a call executes."""
+    folders = tuple(str(Path(unloaf.__file__).parent / room) for room in rooms)
+    functions, lines = set(), set()
+
+    def trace(frame, event, _):
+        if not frame.f_code.co_filename.startswith(folders):
+            return None
+        if not frame.f_code.co_name.startswith("<"):  # comprehensions are functions in some versions of Python
+            functions.add(frame.f_code)
+        if event == "line":
+            lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return len(functions), len(lines)
+
+
+def test_a_step_stays_as_short_as_a_reader_can_follow(resnet):
+    model, stages, x, y = resnet
+    method = unloaf.StimulativeTraining(model, stages)
+    method.backward(x, y)  # what is looked at in the first step alone
+    method.step = 1
+    functions, lines = executed(lambda: method.backward(x, y), "passes", "methods")
+    # 67 and 350 with drawing; 78 and 384 before plan and execution came apart.
+    assert functions <= 70
+    assert lines <= 365
+
+
 def ratio(one, another, rounds=9):
     """Median over interleaved rounds of the time of one relative to another."""
     times = []
@@ -169,7 +205,7 @@ def test_sharing_is_faster_than_separate_passes(resnet):
         run()
 
     separate = ratio(
-        lambda step: at(step, lambda: separate_backward(method, x, y)),
+        lambda step: at(step, lambda: method.step_in(separate_backward, x, y)),
         lambda step: at(step, lambda: method.backward(x, y)),
     )
     assert separate > 1.5  # 2.3 on two quiet cores

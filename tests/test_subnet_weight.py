@@ -8,7 +8,7 @@ import unloaf
 from toy_networks import ToyNetwork
 from unloaf import GroupKnowledgeTraining, StimulativeTraining
 from unloaf.measure.flops import method_flops
-from unloaf.measure.step_time import separate_backward
+from unloaf.passes import separate_backward
 
 METHODS = {"st": StimulativeTraining, "gkt": GroupKnowledgeTraining}
 every_method = pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
@@ -95,6 +95,6 @@ def test_the_measured_step_of_separate_passes_has_the_weight_of_its_step():
     shared, apart = (build(StimulativeTraining, lambda step: float(step)) for _ in range(2))
     _, expected = gradients(shared, 2, lean=True)
     apart.step = 2
-    separate_backward(apart, *batch())
+    apart.step_in(separate_backward, *batch())
     found = {name: p.grad for name, p in apart.model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(found, expected)

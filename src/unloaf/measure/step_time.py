@@ -9,18 +9,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from unloaf.batchnorm import Statistics
 from unloaf.inputs import batch_size, first_tensor, side_of
 from unloaf.measure.costs import milliseconds
 from unloaf.measure.flops import StepCounter, StepFlops
 from unloaf.measure.step_memory import peak_bytes
 from unloaf.methods import CommonTraining, TrainingMethod
 from unloaf.methods.step import SubnetTraining
-from unloaf.passes import call_for_logits
-from unloaf.stages import inner_module
-from unloaf.subnet import active_subnet
+from unloaf.passes import separate_backward
 
 
 @dataclass(frozen=True)
@@ -211,32 +207,9 @@ def run_step(
     # Once around all passes, as in the training loop: weights are cast once in a step.
     with torch.autocast(first_tensor(x).device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         if separate:
-            assert isinstance(method, SubnetTraining)
-            separate_backward(method, x, y)
+            method.step_in(separate_backward, x, y)
         else:
             method.backward(x, y)
-
-
-def separate_backward(method: SubnetTraining, x: Any, y: Any) -> None:
-    """The same step with a complete forward and backward pass for each subnet: what sharing is measured against."""
-    passes, losses = method.draw(batch_size(x), side_of(x)), method.losses(y)
-    model = inner_module(method.model)
-    logits = call_for_logits(method.model, x, readout=method.readout)
-    _backward(losses.main(logits))
-    teacher = logits.detach()
-    known: list[Tensor | None] = [None] * len(passes)
-    for index, request in enumerate(passes):
-        with active_subnet(model, method.stages, request.subnet), Statistics(model).frozen():
-            student = call_for_logits(model, request.view.of(x), readout=method.readout)
-        known[index] = student.detach()
-        _backward(method.weighted_term(losses, index, student, teacher, known))
-    method.step += 1
-
-
-def _backward(loss: Tensor) -> None:
-    # A backward takes the types of its forward; torch advises against autocast around it.
-    with torch.autocast(loss.device.type, enabled=False):
-        loss.backward()
 
 
 def compiled_graphs() -> int:

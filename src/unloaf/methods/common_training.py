@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 
 from unloaf.methods.step import SinglePassTraining
 from unloaf.methods.terms import Criterion
-from unloaf.passes import Readout, SubnetPass
+from unloaf.passes import Losses, Readout, SubnetPass
 from unloaf.subnet import Subnet
 
 
@@ -36,7 +36,7 @@ class CommonTraining(SinglePassTraining):
         """No pass beside the main one."""
         return []
 
-    def _active(self, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
+    def _requested(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> tuple[Any, list[SubnetPass], Losses]:
         if subnets:
             raise ValueError(f"common training runs no subnets, but {len(subnets)} are given; leave subnets out")
-        return nullcontext(())
+        return super()._requested(x, y, subnets)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from unloaf.methods.changed_inputs import ChangedInputs, InputRule
-from unloaf.methods.step import StepOutput, TrainingMethod, Weight, check_count, step_output, weight_in
-from unloaf.passes import StepTerms, SubnetPass, lean_backward, one_graph, tell_what_is_not_compiled
+from unloaf.methods.step import TrainingMethod, Weight, check_count
+from unloaf.passes import Losses, SubnetPass, tell_what_is_not_compiled
 from unloaf.passes.containers import unchanged, with_tensors
 from unloaf.sampling import InterStageSampler, Sampler, draw_generator
 from unloaf.stages import Stage, inner_module
@@ -59,6 +58,8 @@ class GroundTruthTraining(TrainingMethod):
     ['main', 'subnet0']
     """
 
+    _gives_logits = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,30 +84,6 @@ class GroundTruthTraining(TrainingMethod):
         self.weight_at(0)
         self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
 
-    def __call__(self, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None) -> StepOutput:
-        """See `forward`."""
-        return self.forward(x, y, subnets)
-
-    def forward(self, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None) -> StepOutput:
-        """All passes of the step in one autograd graph: the caller calls ``out.loss.backward()``.
-
-        Args:
-            x: the batch, as the loss takes it.
-            y: for loops that hand over inputs and targets: the batch is then (x, y).
-            subnets: train these instead of drawing.
-        """
-        return super().forward(x, y, subnets)
-
-    def backward(
-        self, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None, *, loss_scale: float | Tensor = 1.0
-    ) -> StepOutput:
-        """Add the gradients of the step to ``.grad``; arguments as `forward`, ``loss_scale`` as all methods."""
-        return super().backward(x, y, subnets, loss_scale=loss_scale)
-
-    def weight_at(self, step: int) -> float:
-        """Weight of a subnet's loss in a step, counted from 0."""
-        return weight_in(self._weight, step)
-
     def draw(self, examples: int = 0, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
         """The subnet passes of a step, by default the next one, whatever the batch; none in a step of weight 0."""
         step = self.step if step is None else step
@@ -120,16 +97,7 @@ class GroundTruthTraining(TrainingMethod):
         drawn = {"rule": self.shrink, "name": "shrink", "seed": self.seed, "step": step}
         return [SubnetPass(s, change=ChangedInputs.of(**drawn, index=index)) for index, s in enumerate(subnets)]
 
-    def _check_batch(self, x: Any, y: Any) -> None:
-        """A batch is what the loss takes."""
-
-    def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        return self._step(one_graph, x, y, subnets)
-
-    def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        return self._step(partial(lean_backward, scale=scale), x, y, subnets)
-
-    def _step(self, run: Callable[..., StepTerms], x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
+    def _requested(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> tuple[Any, list[SubnetPass], Losses]:
         requests = self.draw() if subnets is None else self._passes(subnets, self.step)
         weight, parts = self.weight_at(self.step), {}
 
@@ -138,16 +106,13 @@ class GroundTruthTraining(TrainingMethod):
             parts.update((name, part.detach()) for name, part in found.items())
             return sum(found.values(), start=next(iter(found.values())).new_zeros(()))
 
-        return step_output(
-            run,
-            self,
-            x if y is None else (x, y),
-            requests,
-            main_loss=lambda loss: _finite(loss, parts, "the main network"),
-            subnet_loss=lambda index, loss, *_: weight * _finite(loss, parts, f"subnet {requests[index].subnet}"),
-            call=call,
-            alike=True,
-        )._replace(logits=None)
+        def main(loss: Tensor) -> Tensor:
+            return _finite(loss, parts, "the main network")
+
+        def subnet(index: int, loss: Tensor, *_: Any) -> Tensor:
+            return weight * _finite(loss, parts, f"subnet {requests[index].subnet}")
+
+        return x if y is None else (x, y), requests, Losses(main, subnet, call, alike=True)
 
 
 def _called_once(loss: Loss, model: nn.Module, batch: Any) -> dict[str, Tensor]:

@@ -122,7 +122,6 @@ class GroupKnowledgeTraining(SubnetTraining):
             teacher = logits if loop == 0 else self.ema * teacher + (1 - self.ema) * logits
         return teacher
 
-    def term_name(self, index: int) -> str:
-        """The loop and the group of the subnet."""
+    def _term_name(self, index: int) -> str:
         loop, group = divmod(index, self.groups)
         return f"loop{loop}_group{group + 1}"

@@ -5,34 +5,34 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unloaf.batchnorm import Statistics
 from unloaf.inputs import batch_size, first_tensor, side_of
 from unloaf.losses import is_binary, is_regression, takes_softmax
 from unloaf.methods.terms import Criterion, Distance, StepLosses, innermost
 from unloaf.passes import (
     Deferred,
+    Losses,
     Readout,
     StepTerms,
     SubnetPass,
     advice_on_small_batches,
     call_for_logits,
     check_batch,
-    check_gradient,
     lean_backward,
     one_graph,
+    one_pass,
     tell_what_is_not_compiled,
 )
-from unloaf.stages import Stage, inner_module
+from unloaf.stages import Stage
 from unloaf.subnet import Subnet, check_stages
 
 Weight = float | Callable[[int], float]
+Form = Callable[[nn.Module, Sequence[Stage], Any, Sequence[SubnetPass], Losses], StepTerms]
 
 
 class StepOutput(NamedTuple):
@@ -76,20 +76,23 @@ class TrainingMethod(ABC):
     trains_main = True
     stages: tuple[Stage, ...] = ()
     readout: Readout | None = None
+    _weight: Weight = 1.0
+    _gives_logits = True
 
     def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
         self.model = model
         self.seed = seed
         self.step = 0
+        self._defer = Deferred()
 
-    def __call__(self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None, **lean: Any) -> StepOutput:
+    def __call__(self, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None, **lean: Any) -> StepOutput:
         """See `forward`."""
         return self.forward(x, y, subnets, **lean)
 
     def forward(
         self,
         x: Any,
-        y: Any,
+        y: Any = None,
         subnets: Sequence[Subnet] | None = None,
         *,
         lean: bool = False,
@@ -108,17 +111,11 @@ class TrainingMethod(ABC):
                 ``scaler.scale(method(x, y, lean=True, loss_scale=scaler.get_scale()).loss).backward()``. What is handed
                 over is divided by it.
         """
-        self._check_batch(x, y)
-        with advice_on_small_batches(x):
-            if lean and torch.is_grad_enabled():
-                out = self._deferred(x, y, subnets, loss_scale)
-            else:
-                out = self._forward(x, y, subnets)
-        self.step += 1
-        return out
+        deferred = lean and torch.is_grad_enabled()
+        return self.step_in(self._form("deferred" if deferred else "one graph", loss_scale), x, y, subnets)
 
     def backward(
-        self, x: Any, y: Any, subnets: Sequence[Subnet] | None = None, *, loss_scale: float | Tensor = 1.0
+        self, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None, *, loss_scale: float | Tensor = 1.0
     ) -> StepOutput:
         """Add the gradients of the step to ``.grad``; peak memory is about that of the main network's graph.
 
@@ -134,11 +131,19 @@ class TrainingMethod(ABC):
                 "backward inside torch.no_grad() or torch.inference_mode() computes no gradient; leave it, or call "
                 "method(x, y) inside torch.no_grad() for the loss alone"
             )
-        self._check_batch(x, y)
+        return self.step_in(self._form("lean", loss_scale), x, y, subnets)
+
+    def step_in(self, form: Form, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None) -> StepOutput:
+        """One step in a form of `unloaf.passes`, such as `separate_backward`."""
         with advice_on_small_batches(x):
-            out = self._backward(x, y, subnets, loss_scale)
+            inputs, requests, losses = self._requested(x, y, subnets)
+            step = form(self.model, self.stages, inputs, requests, losses)
+        values = [step.main_loss, *step.subnet_losses]
+        names = ["main", *map(self._term_name, range(len(step.subnet_losses)))]
+        terms = {n: value.detach() if value.requires_grad else value for n, value in zip(names, values, strict=True)}
         self.step += 1
-        return out
+        logits = step.logits if self._gives_logits else None
+        return StepOutput(torch.stack(values).sum(), logits, terms, tuple(request.subnet for request in requests))
 
     def state_dict(self) -> dict[str, int]:
         """All that a resumed run needs to draw on: numbers only. The model's own state is not part of it."""
@@ -162,26 +167,37 @@ class TrainingMethod(ABC):
             step: which one; default the next one.
         """
 
-    def term_name(self, index: int) -> str:
-        """The name of the loss term of a subnet pass."""
+    @abstractmethod
+    def _requested(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> tuple[Any, list[SubnetPass], Losses]:
+        """What the passes of the next step get, which there are beside the main one, and what is made of them."""
+
+    def _form(self, kind: Literal["lean", "one graph", "deferred"], scale: float | Tensor) -> Form:
+        if kind == "one graph":
+            return one_graph
+        return partial(lean_backward if kind == "lean" else self._defer, scale=scale)
+
+    def weight_at(self, step: int) -> float:
+        """Weight of a subnet's loss in a step, counted from 0.
+
+        Raises:
+            ValueError: the function that was given as weight returned no number from 0 up.
+        """
+        value = self._weight(step) if callable(self._weight) else self._weight
+        try:
+            if math.isfinite(value) and value >= 0:
+                return float(value)
+        except TypeError:  # no number
+            pass
+        found = f"subnet_weight({step}) returned" if callable(self._weight) else "subnet_weight is"
+        raise ValueError(f"{found} {value!r}; give a finite number, 0 or above")
+
+    def _term_name(self, index: int) -> str:
+        """Of the loss of a subnet."""
         return f"subnet{index}"
-
-    @abstractmethod
-    def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput: ...
-
-    @abstractmethod
-    def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput: ...
-
-    def _deferred(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        """A step of one pass is lean as it is."""
-        return self._forward(x, y, subnets)
-
-    def _check_batch(self, x: Any, y: Any) -> None:
-        check_batch(self.model, x, y)
 
 
 class SinglePassTraining(TrainingMethod):
-    """A method whose step is one pass, trained on the labels."""
+    """A method whose step is one pass, trained on the labels: lean as it is."""
 
     def __init__(
         self, model: nn.Module, *, criterion: Criterion | None, readout: Readout | None, seed: int = 0
@@ -189,29 +205,19 @@ class SinglePassTraining(TrainingMethod):
         super().__init__(model, seed=seed)
         self.criterion, self.readout = criterion if criterion is not None else nn.CrossEntropyLoss(), readout
 
-    @abstractmethod
-    def _active(self, subnets: Sequence[Subnet] | None) -> AbstractContextManager[tuple[Subnet, ...]]:
-        """Makes the model the network of the pass; gives the subnet if it is not the main network."""
+    def _form(self, kind: Literal["lean", "one graph", "deferred"], scale: float | Tensor) -> Form:
+        return partial(one_pass, scale=scale if kind == "lean" else None)
 
-    def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        with self._active(subnets) as trained, Statistics(inner_module(self.model)).unless_raised():
-            out = self._pass(x, y, trained)
-            check_gradient(out.loss.requires_grad or not torch.is_grad_enabled())
-        return out
+    def _requested(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> tuple[Any, list[SubnetPass], Losses]:
+        check_batch(self.model, x, y)
+        losses = StepLosses(self.criterion, y, classes_last=self.readout is not None)
+        requests = self.draw(1) if subnets is None else [SubnetPass(subnet) for subnet in subnets]
+        return x, requests, Losses(losses.main, no_subnet, partial(call_for_logits, readout=self.readout))
 
-    def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        # What the model checkpoints itself is computed anew in the backward pass: by the same subnet.
-        with self._active(subnets) as trained, Statistics(inner_module(self.model)).unless_raised():
-            out = self._pass(x, y, trained)
-            check_gradient(out.loss.requires_grad)
-            with torch.autocast(out.loss.device.type, enabled=False):
-                (out.loss * scale).backward()
-        return out._replace(loss=out.loss.detach())
 
-    def _pass(self, x: Any, y: Any, trained: tuple[Subnet, ...]) -> StepOutput:
-        logits = call_for_logits(self.model, x, readout=self.readout)
-        loss = StepLosses(self.criterion, y, classes_last=self.readout is not None).main(logits)
-        return StepOutput(loss, logits.detach(), {"main": loss.detach()}, trained)
+def no_subnet(*_: Any) -> Tensor:
+    """The subnets' loss where there are none."""
+    raise AssertionError
 
 
 class SubnetTraining(TrainingMethod):
@@ -239,10 +245,9 @@ class SubnetTraining(TrainingMethod):
     ) -> None:
         super().__init__(model, seed=seed)
         self.criterion: Criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-        self.subnet_loss, self.readout, self._defer = subnet_loss, readout, Deferred()
+        self.subnet_loss, self.readout = subnet_loss, readout
         tell_what_is_not_compiled(model)
         _check_softmax(self.criterion, subnet_loss, readout)
-        self._shares_known = False
         check_stages(model, stages)
         self.stages, self._weight = tuple(stages), subnet_weight
         self.weight_at(0)
@@ -254,14 +259,6 @@ class SubnetTraining(TrainingMethod):
     def subnet_weight(self) -> float:
         """Weight of a subnet's loss in the next step."""
         return self.weight_at(self.step)
-
-    def weight_at(self, step: int) -> float:
-        """Weight of a subnet's loss in a step, counted from 0.
-
-        Raises:
-            ValueError: the function that was given as weight returned no number from 0 up.
-        """
-        return weight_in(self._weight, step)
 
     def draw(self, examples: int, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
         """The subnet passes of a step, by default the next one; none in a step of weight 0."""
@@ -282,10 +279,28 @@ class SubnetTraining(TrainingMethod):
         seen = max(2, round(self.subnet_batch_fraction * examples))
         return passes if seen >= examples else [request._replace(examples=seen) for request in passes]
 
-    def losses(self, y: Any) -> StepLosses:
-        """The loss terms of a step with these targets."""
-        known = {"classes_last": self.readout is not None, "shares_known": self._shares_known}
-        return StepLosses(self.criterion, y, subnet_loss=self.subnet_loss, **known)
+    def _requested(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> tuple[Any, list[SubnetPass], Losses]:
+        check_batch(self.model, x, y)
+        examples = batch_size(x) if self.subnet_batch_fraction < 1 else len(first_tensor(x))
+        side = side_of(x)
+        requests = self.draw(examples, side) if subnets is None else self._passes(subnets, examples, side, self.step)
+        # Whether soft labels are shares of classes is looked at once: it costs a wait for the device.
+        known = {"classes_last": self.readout is not None, "shares_known": self.step > 0}
+        losses = StepLosses(self.criterion, y, subnet_loss=self.subnet_loss, **known)
+        subnet = partial(self._subnet_loss, losses, self.weight_at(self.step))
+        return x, requests, Losses(losses.main, subnet, partial(call_for_logits, readout=self.readout))
+
+    def _subnet_loss(
+        self,
+        losses: StepLosses,
+        weight: float,
+        index: int,
+        student: Tensor,
+        main: Tensor,
+        known: Sequence[Tensor | None],
+    ) -> Tensor:
+        seen = main if len(student) == len(main) else main[: len(student)]
+        return losses.subnet(student, self.teacher_of(index, seen, known), weight)
 
     @abstractmethod
     def teacher_of(self, index: int, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
@@ -296,61 +311,6 @@ class SubnetTraining(TrainingMethod):
             main: detached logits of the main network, of the examples that the pass was run on.
             known: detached logits of the passes known by then.
         """
-
-    def weighted_term(
-        self, losses: StepLosses, index: int, student: Tensor, main: Tensor, known: Sequence[Tensor | None]
-    ) -> Tensor:
-        """The loss of a pass as it enters the sum; `main` are logits of the whole batch. Else as `teacher_of`."""
-        seen = main if len(student) == len(main) else main[: len(student)]
-        teacher = self.teacher_of(index, seen, known)
-        return losses.subnet(student, teacher, self.subnet_weight)
-
-    def _forward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        return self._step(one_graph, x, y, subnets)
-
-    def _backward(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        return self._step(partial(lean_backward, scale=scale), x, y, subnets)
-
-    def _deferred(self, x: Any, y: Any, subnets: Sequence[Subnet] | None, scale: float | Tensor) -> StepOutput:
-        return self._step(partial(self._defer, scale=scale), x, y, subnets)
-
-    def _step(self, run: Callable[..., StepTerms], x: Any, y: Any, subnets: Sequence[Subnet] | None) -> StepOutput:
-        losses, side = self.losses(y), side_of(x)
-        examples = batch_size(x) if self.subnet_batch_fraction < 1 else len(first_tensor(x))
-        requests = self.draw(examples, side) if subnets is None else self._passes(subnets, examples, side, self.step)
-        out = step_output(
-            run,
-            self,
-            x,
-            requests,
-            main_loss=losses.main,
-            subnet_loss=partial(self.weighted_term, losses),
-            call=partial(call_for_logits, readout=self.readout),
-        )
-        self._shares_known = True
-        return out
-
-
-def step_output(
-    run: Callable[..., StepTerms], method: TrainingMethod, x: Any, requests: Sequence[SubnetPass], **how: Any
-) -> StepOutput:
-    """What a step with subnets returns.
-
-    Args:
-        run: `lean_backward` or `one_graph`.
-        method: whose model is trained.
-        x: the batch.
-        requests: the passes beside the main one.
-        how: the losses and the call, as `lean_backward` takes them.
-    """
-    if torch.is_inference_mode_enabled():
-        raise ValueError("torch.inference_mode() hides which outputs are changed in place; use torch.no_grad()")
-    step = run(method.model, method.stages, x, requests, **how)
-    losses = [step.main_loss, *step.subnet_losses]
-    terms = [loss.detach() if loss.requires_grad else loss for loss in losses]
-    names = ["main", *map(method.term_name, range(len(requests)))]
-    subnets = tuple(request.subnet for request in requests)
-    return StepOutput(torch.stack(losses).sum(), step.logits, dict(zip(names, terms, strict=True)), subnets)
 
 
 def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout | None) -> None:
@@ -363,18 +323,6 @@ def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout
             "give subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for yes or no) or, where that axis "
             "holds classes, say so: readout=lambda output: output"
         )
-
-
-def weight_in(weight: Weight, step: int) -> float:
-    """The weight in a step; ValueError for anything but a number from 0 up."""
-    value = weight(step) if callable(weight) else weight
-    try:
-        if math.isfinite(value) and value >= 0:
-            return float(value)
-    except TypeError:  # no number
-        pass
-    found = f"subnet_weight({step}) returned" if callable(weight) else "subnet_weight is"
-    raise ValueError(f"{found} {value!r}; give a finite number, 0 or above")
 
 
 def check_count(name: str, value: int) -> int:

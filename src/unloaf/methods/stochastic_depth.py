@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from unloaf.methods.step import SinglePassTraining
 from unloaf.methods.terms import Criterion
-from unloaf.passes import Readout, SubnetPass
+from unloaf.passes import Losses, Readout, SubnetPass
 from unloaf.sampling import StochasticSampler, draw_generator
 from unloaf.stages import Stage
-from unloaf.subnet import Subnet, active_subnet, check_stages
+from unloaf.subnet import Subnet, check_stages
 
 
 class StochasticDepth(SinglePassTraining):
@@ -71,13 +71,10 @@ class StochasticDepth(SinglePassTraining):
         generator = draw_generator(self.seed, self.step if step is None else step, 0)
         return [SubnetPass(self.sampler.sample(self.stages, generator))]
 
-    @contextmanager
-    def _active(self, subnets: Sequence[Subnet] | None) -> Iterator[tuple[Subnet, ...]]:
+    def _requested(self, x: Any, y: Any, subnets: Sequence[Subnet] | None) -> tuple[Any, list[SubnetPass], Losses]:
         if subnets is not None and len(subnets) != 1:
             raise ValueError(f"stochastic depth trains 1 subnet a step, but {len(subnets)} are given; give one")
-        subnet = self.draw(1)[0].subnet if subnets is None else subnets[0]
-        with active_subnet(self.model, self.stages, subnet):
-            yield (subnet,)
+        return super()._requested(x, y, subnets)
 
 
 def _check_waits_for_no_skipped_block(model: nn.Module) -> None:

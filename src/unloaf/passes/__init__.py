@@ -10,25 +10,28 @@ and ends with one backward through the main graph; `one_graph` leaves everything
 """
 
 from unloaf.passes.deferred import Deferred
-from unloaf.passes.guards import advice_on_small_batches, check_batch, check_gradient, tell_what_is_not_compiled
+from unloaf.passes.guards import advice_on_small_batches, check_batch, tell_what_is_not_compiled
 from unloaf.passes.lean import lean_backward
 from unloaf.passes.one_graph import one_graph
+from unloaf.passes.one_pass import one_pass
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.readout import Call, Readout, call_for_logits, logits_of
-from unloaf.passes.terms import StepTerms
+from unloaf.passes.readout import Readout, call_for_logits, logits_of
+from unloaf.passes.separate import separate_backward
+from unloaf.passes.terms import Losses, StepTerms
 
 __all__ = [
-    "Call",
     "Deferred",
+    "Losses",
     "Readout",
     "StepTerms",
     "SubnetPass",
     "advice_on_small_batches",
     "call_for_logits",
     "check_batch",
-    "check_gradient",
     "lean_backward",
     "logits_of",
     "one_graph",
+    "one_pass",
+    "separate_backward",
     "tell_what_is_not_compiled",
 ]

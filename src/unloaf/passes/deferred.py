@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unloaf.passes.lean import lean_backward
 from unloaf.passes.plan import SubnetPass
 from unloaf.passes.standins import parameters_replaced
-from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss
+from unloaf.passes.terms import Losses, StepTerms
 from unloaf.stages import Stage, inner_module
 
 
@@ -35,26 +35,21 @@ class Deferred:
         stages: Sequence[Stage],
         inputs: Any,
         passes: Sequence[SubnetPass],
+        losses: Losses,
         *,
-        main_loss: MainLoss,
-        subnet_loss: SubnetLoss,
         scale: float | Tensor = 1.0,
-        **how: Any,
     ) -> StepTerms:
         """As `lean_backward`; gradients are computed times `scale`, and handed over without it."""
         _check(model, scale)
         self._tell_if_lost()
         apart = _Apart(inner_module(model))
-
-        def main(output: Tensor) -> Tensor:
-            return apart.seen(main_loss(output))
-
-        def subnet(index: int, output: Tensor, *others: Any) -> Tensor:
+        seen = losses._replace(
+            main=lambda output: apart.seen(losses.main(output)),
             # What lies below the output belongs to the model, and was seen with the main loss.
-            return apart.seen(subnet_loss(index, output, *others), output)
-
+            subnet=lambda index, output, *others: apart.seen(losses.subnet(index, output, *others), output),
+        )
         with apart.opened():
-            step = lean_backward(model, stages, inputs, passes, main_loss=main, subnet_loss=subnet, scale=scale, **how)
+            step = lean_backward(model, stages, inputs, passes, seen, scale=scale)
         float16 = torch.get_autocast_dtype(step.logits.device.type) == torch.float16
         float16 = float16 and torch.is_autocast_enabled(step.logits.device.type)
         self._last = _Kept(apart.gradients, scale, float16)
@@ -67,7 +62,7 @@ class Deferred:
             warnings.warn(
                 "the loss of an earlier step with lean=True has not gone backward before this one: its gradients, a "
                 "copy of the size of the model, are kept or lost; call out.loss.backward() after each step",
-                stacklevel=8,
+                stacklevel=6,
             )
 
 

@@ -22,28 +22,23 @@ class Draws:
     """
 
     def __init__(self, device: torch.device, *, own: bool = False) -> None:
-        self.device, self.own = device, own
-        self._start = self._last = self._end = self._now()
+        self.device, self.own, self._last = device, own, ()
+        self._start = self._end = self.mark(shared=True)
         self._python = self._python_end = random.getstate()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """The main pass."""
-        yield
-        self.before_call()
-        self._end, self._python_end = self._last, random.getstate()
-        self.own = self.own or self._python_end != self._python
-
-    def before_call(self) -> None:
-        """In the main pass: has the model drawn something since the last shared call?"""
-        now = self._now()
-        self.own = self.own or not all(map(torch.equal, now, self._last))
-        self._last = now
-
-    def after_call(self) -> RandomState:
-        """The state that a call has left."""
-        self._last = self._now()
+    def mark(self, *, shared: bool) -> RandomState:
+        """The state now; what was drawn since the last mark, a shared call drew, or else the model's own forward."""
+        states = [torch.default_generator.get_state()]
+        if self.device.type not in ("cpu", "meta"):
+            states.append(torch.get_device_module(self.device).get_rng_state())
+        self.own = self.own or not (shared or all(map(torch.equal, states, self._last)))
+        self._last = tuple(states)
         return self._last
+
+    def end(self) -> None:
+        """After the main pass."""
+        self._end, self._python_end = self.mark(shared=False), random.getstate()
+        self.own = self.own or self._python_end != self._python
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -64,9 +59,3 @@ class Draws:
         torch.default_generator.set_state(state[0])
         if len(state) > 1:
             torch.get_device_module(self.device).set_rng_state(state[1])
-
-    def _now(self) -> RandomState:
-        states = [torch.default_generator.get_state()]
-        if self.device.type not in ("cpu", "meta"):
-            states.append(torch.get_device_module(self.device).get_rng_state())
-        return tuple(states)

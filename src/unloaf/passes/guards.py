@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,11 +63,20 @@ def check_gradient(has_one: bool) -> None:
         )
 
 
-@contextmanager
-def shared_graphs_explained() -> Iterator[None]:
-    """What to do where one backward of the step met the graph of another."""
+def refuse_inference_mode() -> None:
+    """Raise ValueError where torch does not tell which outputs are changed in place."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("torch.inference_mode() hides which outputs are changed in place; use torch.no_grad()")
+
+
+def run_backward(roots: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """A backward, if it has roots, with advice where it meets the graph of another one of the step."""
+    if not roots:
+        return
     try:
-        yield
+        # It runs in the types of its forward; autocast around it is not supported by torch.
+        with torch.autocast(roots[0].device.type, enabled=False):
+            torch.autograd.backward(roots, grads)
     except RuntimeError as error:
         if "backward through the graph a second time" not in str(error):
             raise
@@ -85,18 +94,14 @@ class CheckpointGuard:
 
     def __init__(self, name: str, *, separate_graphs: bool) -> None:
         self.name, self.separate_graphs, self.with_gradients = name, separate_graphs, torch.is_grad_enabled()
-        self.begin()
-
-    def begin(self) -> None:
-        """Before a pass."""
-        self._pack: Any = None
+        self.pack: Any = None  # the checkpoint that the last call of a pass was in; None before the first
 
     def check(self, module: nn.Module) -> None:
         """Before a call of a block, or of a module between blocks."""
         # Torch has no public way to ask whether a call is checkpointed.
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
         pack = hooks[0] if hooks is not None and hooks[0].__module__ == checkpoint.__module__ else None
-        found = pack is not None and (self.separate_graphs or pack is self._pack)
+        found = pack is not None and (self.separate_graphs or pack is self.pack)
         if self.with_gradients and not torch.is_grad_enabled():  # so are the first passes of reentrant checkpoints
             found = any(parameter.requires_grad for parameter in module.parameters())
         if found:
@@ -106,7 +111,7 @@ class CheckpointGuard:
                 "and call unloaf.checkpoint_blocks(model, stages). If it runs modules under no_grad instead, freeze "
                 "them: requires_grad_(False)"
             )
-        self._pack = pack
+        self.pack = pack
 
 
 def tell_what_is_not_compiled(model: nn.Module) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unloaf.passes.guards import check_gradient, shared_graphs_explained
-from unloaf.passes.plan import Move, Pass, SubnetPass
-from unloaf.passes.readout import Call, call_for_logits
+from unloaf.passes.guards import check_gradient, run_backward
+from unloaf.passes.plan import Pass, SubnetPass
 from unloaf.passes.replay import Session
 from unloaf.passes.standins import StandIn, parameters_replaced, undone_where_passes_met
-from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms
+from unloaf.passes.terms import Losses, StepTerms
 from unloaf.stages import Stage
 
 
@@ -23,14 +21,11 @@ def lean_backward(
     stages: Sequence[Stage],
     inputs: Any,
     passes: Sequence[SubnetPass],
+    losses: Losses,
     *,
-    main_loss: MainLoss,
-    subnet_loss: SubnetLoss,
-    call: Call = call_for_logits,
-    alike: bool = False,
     scale: float | Tensor = 1.0,
 ) -> StepTerms:
-    """Add the gradient of ``main_loss + sum of subnet losses`` to ``.grad``, one suffix alive at a time.
+    """Add the gradient of the main loss and all subnet losses to ``.grad``, one suffix alive at a time.
 
     Prefixes are shared. A suffix starts from detached leaves of recorded outputs, and its backward returns their
     gradients; they enter the one backward through the main graph at the end. That backward alone runs through the
@@ -42,79 +37,53 @@ def lean_backward(
         stages: its stages.
         inputs: a batch, (batch, channels, height, width) if a request names a side.
         passes: the subnets to run.
-        main_loss: from what the main pass gave to a loss of shape ().
-        subnet_loss: from (index of the request, what its pass gave, the same of the main pass and of all requests that
-            are known by then, detached) to a loss of shape ().
-        call: from (model, what a pass sees of the batch) to what it gives, a tensor; default the model's logits.
-        alike: let all passes draw alike in modules too; else only what the model's own forward is seen to draw.
+        losses: of the main network and of subnets.
         scale: multiplies every gradient (1 / accumulation steps, a gradient scaler's factor), not the losses returned.
     """
-    session = Session(model, stages, inputs, passes, detach=True, call=call, alike=alike)
-    step = _LeanStep(session, Terms(len(passes), main_loss, subnet_loss), scale)
+    session = Session(model, stages, inputs, passes, losses, detach=True)
     first, *moves, last = session.plan.moves()
     with session.statistics.unless_raised():
         with session.open():
-            step.forward(first)
-            with session.beside_main(), parameters_replaced(session.inner) as standins:
+            session.forward(first)
+            with session.statistics.frozen() as session.rewind, parameters_replaced(session.inner) as standins:
                 for move in moves:
                     if move.kind == "forward":
-                        step.forward(move)
+                        session.forward(move)
                     else:
-                        step.backward(move)
-        step.main_backward(last, standins)
-    return step.terms.result()
+                        _suffix_backward(session, move.of, scale)
+        _main_backward(session, last.of, scale, standins)
+    return session.terms.result()
 
 
-class _LeanStep:
-    """Executes the moves of a plan; each graph is gone once its pass has gone backward."""
-
-    def __init__(self, session: Session, terms: Terms, scale: float | Tensor) -> None:
-        self.session, self.terms, self.scale = session, terms, scale
-        self.has_gradient = False
-
-    def forward(self, move: Move) -> None:
-        self.terms.add(move, self.session.forward(move.of))
-
-    def _backward(self, roots: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        if roots:
-            with _no_autocast(roots[0]), shared_graphs_explained():
-                torch.autograd.backward(roots, grads)
-
-    def _roots(self, one: Pass) -> tuple[list[Tensor], list[Tensor]]:
-        """Where the backward of a pass begins: its losses, and its recorded outputs for which gradients came back."""
-        roots = [(loss, torch.ones_like(loss) * self.scale) for loss in self.terms.hand_over(one) if loss.requires_grad]
-        for record in self.session.traces[one].records.values():
-            roots += [(t, g) for t, g in zip(record.tensors, record.grads, strict=True) if g is not None]
-        self.has_gradient = self.has_gradient or bool(roots)
-        return [tensor for tensor, _ in roots], [grad for _, grad in roots]
-
-    def backward(self, move: Move) -> None:
-        """Of a suffix: gradients arrive at its leaves and at the stand-ins of the parameters."""
-        self._backward(*self._roots(move.of))
-        for record, index, leaf in self.session.traces[move.of].leaves:
-            if leaf.grad is not None:
-                before = record.grads[index]
-                record.grads[index] = leaf.grad if before is None else before + leaf.grad
-        self.session.release(move.of)
-
-    def main_backward(self, move: Move, standins: Collection[StandIn]) -> None:
-        """Of the main graph, which the gradients of the suffixes enter."""
-        roots, root_grads = self._roots(move.of)
-        check_gradient(self.has_gradient)
-        with undone_where_passes_met(standins):
-            for standin in standins:
-                parameter, grad = standin.parameter, standin.gradient()
-                if grad is not None and parameter._backward_hooks:  # they change gradients: they have to see the sum
-                    roots.append(parameter)
-                    root_grads.append(grad)
-                elif grad is not None:
-                    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-            self._backward(roots, root_grads)
-        self.session.release(move.of)
+def _suffix_backward(session: Session, one: Pass, scale: float | Tensor) -> None:
+    """Gradients arrive at the leaves, where the main backward finds them, and at the stand-ins of the parameters."""
+    run_backward(*_roots(session, one, scale))
+    for record, index, leaf in session.traces[one].leaves:
+        if leaf.grad is not None:
+            before = record.grads[index]
+            record.grads[index] = leaf.grad if before is None else before + leaf.grad
+    session.release(one)
 
 
-@contextmanager
-def _no_autocast(tensor: Tensor) -> Iterator[None]:
-    """Backward passes run in the types of their forward passes; autocast around them is not supported by torch."""
-    with torch.autocast(tensor.device.type, enabled=False):
-        yield
+def _main_backward(session: Session, main: Pass, scale: float | Tensor, standins: Collection[StandIn]) -> None:
+    """Of the main graph, which the gradients of the suffixes enter."""
+    roots, grads = _roots(session, main, scale)
+    suffixes = [(standin.parameter, grad) for standin in standins if (grad := standin.gradient()) is not None]
+    check_gradient(bool(roots or suffixes))
+    with undone_where_passes_met(standins):
+        for parameter, grad in suffixes:
+            if parameter._backward_hooks:  # they change gradients: they have to see the sum
+                roots.append(parameter)
+                grads.append(grad)
+            else:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        run_backward(roots, grads)
+    session.release(main)
+
+
+def _roots(session: Session, one: Pass, scale: float | Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Where the backward of a pass begins: its losses, and its recorded outputs for which gradients came back."""
+    roots = [(loss, torch.ones_like(loss) * scale) for loss in session.terms.hand_over(one) if loss.requires_grad]
+    for record in session.traces[one].records.values():
+        roots += [(t, g) for t, g in zip(record.tensors, record.grads, strict=True) if g is not None]
+    return [tensor for tensor, _ in roots], [grad for _, grad in roots]

@@ -8,24 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from unloaf.passes.guards import check_gradient
+from unloaf.passes.guards import check_gradient, refuse_inference_mode
 from unloaf.passes.plan import SubnetPass
-from unloaf.passes.readout import Call, call_for_logits
 from unloaf.passes.replay import Session
-from unloaf.passes.terms import MainLoss, StepTerms, SubnetLoss, Terms
+from unloaf.passes.terms import Losses, StepTerms
 from unloaf.stages import Stage
 
 
 def one_graph(
-    model: nn.Module,
-    stages: Sequence[Stage],
-    inputs: Any,
-    passes: Sequence[SubnetPass],
-    *,
-    main_loss: MainLoss,
-    subnet_loss: SubnetLoss,
-    call: Call = call_for_logits,
-    alike: bool = False,
+    model: nn.Module, stages: Sequence[Stage], inputs: Any, passes: Sequence[SubnetPass], losses: Losses
 ) -> StepTerms:
     """The losses of the main network and of each request, all in one autograd graph; arguments as `lean_backward`.
 
@@ -33,25 +24,25 @@ def one_graph(
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
-    >>> from unloaf.passes import SubnetPass, one_graph
+    >>> from unloaf.passes import Losses, SubnetPass, one_graph
     >>> model, x = resnet18(num_classes=5), torch.randn(2, 3, 64, 64)
     >>> stages = unloaf.find_stages(model, x)
     >>> passes = [SubnetPass(unloaf.Subnet.from_depths(stages, (2, 2, 1, 1)))]
-    >>> losses = {"main_loss": lambda main: main.logsumexp(1).mean(), "subnet_loss": lambda i, z, main, known: z.mean()}
-    >>> terms = one_graph(model, stages, x, passes, **losses)
+    >>> losses = Losses(main=lambda logits: logits.logsumexp(1).mean(), subnet=lambda i, logits, *_: logits.mean())
+    >>> terms = one_graph(model, stages, x, passes, losses)
     >>> terms.main_loss.shape, len(terms.subnet_losses)
     (torch.Size([]), 1)
     """
-    session = Session(model, stages, inputs, passes, detach=False, call=call, alike=alike)
-    terms = Terms(len(passes), main_loss, subnet_loss)
+    refuse_inference_mode()
+    session = Session(model, stages, inputs, passes, losses, detach=False)
     first, *moves = [move for move in session.plan.moves() if move.kind == "forward"]
     with session.statistics.unless_raised():
         with session.open():
-            terms.add(first, session.forward(first.of))
-            with session.beside_main():
+            session.forward(first)
+            with session.statistics.frozen() as session.rewind:
                 for move in moves:
-                    terms.add(move, session.forward(move.of))
-        step = terms.result()
+                    session.forward(move)
+        step = session.terms.result()
         has_one = any(loss.requires_grad for loss in (step.main_loss, *step.subnet_losses))
         check_gradient(has_one or not torch.is_grad_enabled())
     return step

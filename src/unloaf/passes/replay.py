@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,10 @@ from unloaf.batchnorm import Statistics
 from unloaf.passes.containers import tensors_in, with_tensors
 from unloaf.passes.draws import Draws, RandomState
 from unloaf.passes.guards import CheckpointGuard, not_compiled, uncompiled
-from unloaf.passes.plan import Pass, Plan, State, SubnetPass
-from unloaf.passes.readout import Call
+from unloaf.passes.plan import Move, Pass, Plan, State, SubnetPass
+from unloaf.passes.terms import Losses, Terms
 from unloaf.stages import Form, Stage, between_blocks, inner_module, stand_in
-from unloaf.subnet import BlockMode, Subnet, branches, check_stages, check_subnet, replaced_forwards, replaces_forward
+from unloaf.subnet import Subnet, branches, check_stages, check_subnet, replaced_forwards, replaces_forward
 
 Key = tuple[State, str, int]  # in this state the call of this module ("" for a block) of this number
 
@@ -52,24 +53,30 @@ class Trace:
     leaves: list[tuple[Record, int, Tensor]] = field(default_factory=list)
 
 
+class Site(NamedTuple):
+    """Where a forward is replaced.
+
+    Attributes:
+        path: of the module.
+        forward: what computes it.
+        branch: what computes a block without its skip connection, if a subnet asks for that.
+        form: of a block's output, where it is a tuple.
+    """
+
+    path: str
+    forward: Callable[..., Any]
+    branch: Callable[..., Any] | None = None
+    form: Form | None = None
+
+
 class Player(Protocol):
-    """What shadows ask when a module of the model is called; `forward` is what computes it."""
+    """Decides what the calls of a model's modules give."""
 
-    def enter(self, path: str, block: nn.Module) -> BlockMode | None:
-        """A block is called: how the pass applies it, None to skip it."""
+    def block(self, site: Site, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """What a block returns."""
 
-    def block(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The output of the block that was entered."""
-
-    def between(
-        self,
-        path: str,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """The output of a module before, between or behind the blocks."""
+    def between(self, site: Site, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """What a module before, between or behind the blocks returns."""
 
 
 def shadows(
@@ -88,37 +95,13 @@ def shadows(
     for subnet in set(subnets):
         branch |= branches(model, stages, subnet)
     made: dict[nn.Module, Callable[..., Any]] = {
-        blocks[path]: _block_shadow(player, path, blocks[path].forward, branch.get(path), stage.form(path))
+        blocks[path]: partial(player.block, Site(path, blocks[path].forward, branch.get(path), stage.form(path)))
         for stage in stages
         for path in stage.blocks
     }
     for path, module in between_blocks(model, blocks):
-        made.setdefault(module, _module_shadow(player, path, module.forward))
-    return made
-
-
-def _block_shadow(
-    player: Player, path: str, forward: Callable[..., Any], branch: Callable[..., Any] | None, form: Form | None
-) -> Callable[..., Any]:
-    @replaces_forward
-    def shadow(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        mode = player.enter(path, block)
-        if mode is None:
-            return stand_in(form, args, kwargs)
-        if mode == "block":
-            return player.block(forward, args, kwargs)
-        assert branch is not None
-        return player.block(branch, (block, *args), kwargs)
-
-    return shadow
-
-
-def _module_shadow(player: Player, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-    @replaces_forward
-    def shadow(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return player.between(path, module, forward, args, kwargs)
-
-    return shadow
+        made.setdefault(module, partial(player.between, Site(path, module.forward)))
+    return {module: replaces_forward(shadow) for module, shadow in made.items()}
 
 
 class Session:
@@ -129,9 +112,8 @@ class Session:
         stages: its stages.
         inputs: the batch.
         requests: the subnets to run.
+        losses: of the passes.
         detach: let each pass but the main one start from leaves, so that it has a graph of its own.
-        call: from (model, what a pass sees of the batch) to what it gives.
-        alike: every pass begins with the random state that the main one began with.
     """
 
     def __init__(
@@ -140,24 +122,24 @@ class Session:
         stages: Sequence[Stage],
         inputs: Any,
         requests: Sequence[SubnetPass],
+        losses: Losses,
         *,
         detach: bool,
-        call: Call,
-        alike: bool,
     ) -> None:
-        self.model, self.inner, self.call = uncompiled(model), inner_module(model), call
+        self.model, self.inner, self.call = uncompiled(model), inner_module(model), losses.call
         self.inputs, self.detach, self.cloning = inputs, detach, False
         self.inside = 0  # calls that are being computed: what they call is a part of them
         for request in requests:
             check_subnet(stages, request.subnet)
         self._shadows = shadows(self, self.inner, stages, [request.subnet for request in requests])
-        self.plan = Plan(stages, requests)
+        self.plan, self.terms = Plan(stages, requests), Terms(len(requests), losses)
         self.sharing = all(stage.replayable for stage in stages)
         self.traces: dict[Pass, Trace] = {}
         self.statistics = Statistics(self.inner)
+        self.rewind: Callable[[], None]  # lets a pass begin with the buffers that the main one began with
         self._records: dict[Key, Record] = {}
         self._guard = CheckpointGuard(type(self.inner).__name__, separate_graphs=detach)
-        self._draws = Draws(next(self.inner.parameters(), torch.empty(0)).device, own=alike)
+        self._draws = Draws(next(self.inner.parameters(), torch.empty(0)).device, own=losses.alike)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -168,17 +150,9 @@ class Session:
         finally:
             self._shadows.clear()  # they refer to the session: a cycle would keep activations until collected
 
-    @contextmanager
-    def beside_main(self) -> Iterator[None]:
-        """For the passes after the main one: they begin with the buffers and draws that it began with, and move none.
-
-        So they find what it found in the prefix that they share with it.
-        """
-        with self.statistics.frozen() as self._rewind:
-            yield
-
-    def forward(self, one: Pass) -> Tensor:
-        """Call the model as this pass; what that gives."""
+    def forward(self, move: Move) -> None:
+        """Call the model as this pass, and then the losses that can be called."""
+        one = move.of
         try:
             output = self._call(one)
         except RuntimeError as error:
@@ -194,16 +168,17 @@ class Session:
                 f"{type(self.inner).__name__} did not call its blocks once each in the order of its stages; "
                 "find the stages again on this model"
             )
-        return output
+        self.terms.add(move, output)
 
     def _call(self, one: Pass) -> Tensor:
         self.current, self.state, self.traces[one] = one, self.plan.roots[one.view], Trace()
         self.calls: Counter[tuple[State, str]] = Counter()
-        self._guard.begin()
+        self._guard.pack = None
         if one is self.plan.main:
-            with self._draws.watched():
-                return self.call(self.model, self._input(one))
-        self._rewind()
+            output = self.call(self.model, self._input(one))
+            self._draws.end()
+            return output
+        self.rewind()
         with self._draws.again():
             return self.call(self.inner, self._input(one))
 
@@ -221,35 +196,29 @@ class Session:
         graphs = self.detach and one is not self.plan.main and any(tensor.requires_grad for tensor in record.tensors)
         return self._leaves(record, read=True) if graphs else record.value
 
-    def enter(self, path: str, block: nn.Module) -> BlockMode | None:
-        """A block is called: how the pass applies it, None to skip it."""
+    def block(self, site: Site, block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """Skip the block, or replay or compute it, as the pass says."""
         self._guard.check(block)
-        mode = self.current.modes.get(path)
-        if mode is not None:
-            following = self.state.following.get((path, mode))
-            if following is None:
-                raise ValueError(f"block {path!r} was called out of the order of its stages; find the stages again")
-            self.state = following
-        return mode
+        mode = self.current.modes.get(site.path)
+        if mode is None:
+            return stand_in(site.form, args, kwargs)
+        following = self.state.following.get((site.path, mode))
+        if following is None:
+            raise ValueError(f"block {site.path!r} was called out of the order of its stages; find the stages again")
+        self.state = following
+        if mode == "branch":
+            assert site.branch is not None
+            return self._replayed_or_computed((following, "", 0), site.branch, (block, *args), kwargs)
+        return self._replayed_or_computed((following, "", 0), site.forward, args, kwargs)
 
-    def block(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The output of the block that was entered."""
-        return self._replayed_or_computed((self.state, "", 0), forward, args, kwargs)
-
-    def between(
-        self,
-        path: str,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """The output of a module before, between or behind the blocks."""
+    def between(self, site: Site, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        """Replay or compute the module."""
         if self.inside:  # the same module once more, within a block or a stem: its record is theirs
-            return forward(*args, **kwargs)
+            return site.forward(*args, **kwargs)
         self._guard.check(module)
-        self.calls[self.state, path] += 1
-        return self._replayed_or_computed((self.state, path, self.calls[self.state, path]), forward, args, kwargs)
+        self.calls[self.state, site.path] += 1
+        key = (self.state, site.path, self.calls[self.state, site.path])
+        return self._replayed_or_computed(key, site.forward, args, kwargs)
 
     def _replayed_or_computed(
         self, key: Key, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -262,13 +231,13 @@ class Session:
             # At the branch the next module really reads it; before, nobody computes.
             return self._leaves(record, read=self.state is self.current.branch)
         if self.current is self.plan.main:
-            self._draws.before_call()
+            self._draws.mark(shared=False)
         self.inside += 1
         try:
             value = forward(*args, **kwargs)
         finally:
             self.inside -= 1
-        random = self._draws.after_call()
+        random = self._draws.mark(shared=True)
         if key[0].visits > 1 and self.sharing:
             record = Record.of(value, random)
             if record.tensors:

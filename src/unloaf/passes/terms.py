@@ -8,10 +8,26 @@ from typing import NamedTuple
 from torch import Tensor
 
 from unloaf.passes.plan import Move, Pass
+from unloaf.passes.readout import Call, call_for_logits
 
-MainLoss = Callable[[Tensor], Tensor]
-SubnetLoss = Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], Tensor]
 _MAIN = -1
+
+
+class Losses(NamedTuple):
+    """What a step makes of its passes.
+
+    Attributes:
+        main: from what the main pass gave to a loss of shape ().
+        subnet: from (index of the request, what its pass gave, the same of the main pass and of all requests that are
+            known by then, detached) to a loss of shape ().
+        call: from (model, what a pass sees of the batch) to what it gives, a tensor; default the model's logits.
+        alike: let all passes draw alike in modules too; else only what the model's own forward is seen to draw.
+    """
+
+    main: Callable[[Tensor], Tensor]
+    subnet: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], Tensor]
+    call: Call = call_for_logits
+    alike: bool = False
 
 
 class StepTerms(NamedTuple):
@@ -29,32 +45,31 @@ class Terms:
     lean step and in one graph alike.
     """
 
-    def __init__(self, requests: int, main_loss: MainLoss, subnet_loss: SubnetLoss) -> None:
-        self._main_loss, self._subnet_loss = main_loss, subnet_loss
+    def __init__(self, requests: int, losses: Losses) -> None:
+        self._losses = losses
         self._known: list[Tensor | None] = [None] * requests
-        self._losses: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
         self._waiting: dict[Pass, Tensor] = {}
 
     def add(self, move: Move, logits: Tensor) -> None:
         """After a pass has gone forward: call the losses that can be called."""
         if move.of.number == 0:
-            self.main_logits = logits.detach()
-            self._losses[_MAIN] = self._main_loss(logits)
+            self.main_logits, self._values[_MAIN] = logits.detach(), self._losses.main(logits)
         for index in move.of.requests:
             self._known[index] = logits.detach()
         self._waiting[move.of] = logits
         for ready in move.losses:
             logits = self._waiting.pop(ready)
             for index in ready.requests:
-                self._losses[index] = self._subnet_loss(index, logits, self.main_logits, self._known)
+                self._values[index] = self._losses.subnet(index, logits, self.main_logits, self._known)
 
     def hand_over(self, one: Pass) -> list[Tensor]:
         """The losses of a pass, for its backward; without their graphs they stay."""
         indices = [*([_MAIN] if one.number == 0 else []), *one.requests]
-        losses = [self._losses[index] for index in indices]
-        self._losses.update((index, loss.detach()) for index, loss in zip(indices, losses, strict=True))
+        losses = [self._values[index] for index in indices]
+        self._values.update((index, loss.detach()) for index, loss in zip(indices, losses, strict=True))
         return losses
 
     def result(self) -> StepTerms:
         """All of them."""
-        return StepTerms(self.main_logits, self._losses[_MAIN], [self._losses[i] for i in range(len(self._known))])
+        return StepTerms(self.main_logits, self._values[_MAIN], [self._values[i] for i in range(len(self._known))])
