@@ -33,7 +33,7 @@ from unloaf.measure.costs import subnet_cost
 from unloaf.models.build import build_model
 from unloaf.models.hf import transformers_config
 from unloaf.passes import logits_of
-from unloaf.release.libraries import aligned, timm_twin
+from unloaf.release.libraries import aligned, built_by_timm
 from unloaf.release.subnet_files import save_subnet
 from unloaf.stages import call_model
 
@@ -153,8 +153,8 @@ def _by_timm(folder: Path, library: str, name: str, entry: Mapping[str, Any]) ->
     arguments = {"num_classes": CLASSES, **entry["options"]}
     for small, _, found, x in subnets_of(model, entry):
         kinds = {type(model.get_submodule(path)) for stage in found for path in stage.blocks}
-        twin, depths = timm_twin(small, kinds, name, arguments, same=lambda _: None)
-        save_file(twin.state_dict(), folder / "model.safetensors")
+        rebuilt, depths = built_by_timm(small, kinds, name, arguments, same=lambda _: None)
+        save_file(rebuilt.state_dict(), folder / "model.safetensors")
         path = str(folder / "model.safetensors")
         _compare(small, timm.create_model(name, **arguments, **depths, checkpoint_path=path), x)
 

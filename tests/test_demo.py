@@ -110,14 +110,14 @@ def test_main_network_stands_in_the_table_both_ways_and_is_compared_as_its_subne
         (
             [98.0],
             [98.5],
-            "too close to be told apart by one seed and 600 test images (two standard errors are 1.5 ",
+            "no significant difference by one seed and 600 test images (two standard errors are 1.5 ",
         ),
-        ([90.0], [98.0], "further apart than chance explains with one seed and 600 test images (two standard errors"),
-        ([97, 98, 99], [98, 99, 100], "too close to be told apart by 3 seeds (two standard errors are 1.6 points)."),
+        ([90.0], [98.0], "a significant difference by one seed and 600 test images (two standard errors"),
+        ([97, 98, 99], [98, 99, 100], "no significant difference by 3 seeds (two standard errors are 1.6 points)."),
         (
             [97, 98, 99],
             [94, 95, 96],
-            "further apart than chance explains with 3 seeds (two standard errors are 1.6 ",
+            "a significant difference by 3 seeds (two standard errors are 1.6 ",
         ),
     ],
 )

@@ -107,7 +107,7 @@ def test_gradients_are_those_of_separate_passes_from_the_same_random_state(kind,
     else:
         method.backward(x, y, subnets=subnets)
     assert (gradients(model) - gradients(separate)).norm() <= 1e-10 * gradients(separate).norm()
-    # The next step draws anew, from where the main pass has left off.
+    # The next step draws again, from where the main pass has left off.
     assert torch.equal(torch.get_rng_state(), after[0])
     assert random.getstate() == after[1]
 

@@ -297,10 +297,10 @@ BATCHES = {
         {"image": SCORES, "label": LABELS},
         r"is dict with the keys image, label; .*\[\(batch\['image'\], batch\['label'\]\) for batch in loader\]",
     ),
-    "a tensor of two rows": (SCORES[:2], "is Tensor; judging takes pairs"),
+    "a tensor of two rows": (SCORES[:2], "is Tensor; evaluation takes pairs"),
     "three parts": (
         (SCORES, LABELS, LABELS),
-        r"is 3 parts; judging takes pairs .*\[\(batch\[0\], batch\[1\]\)",
+        r"is 3 parts; evaluation takes pairs .*\[\(batch\[0\], batch\[1\]\)",
     ),
 }
 

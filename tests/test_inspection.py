@@ -273,7 +273,7 @@ def test_latency_of_a_model_is_printed_with_device_and_threads(capsys):
         (["cifar/resnet20", "--subnets", "0"], "subnets '0': give all, pareto or a number"),
         (["cifar/resnet20", "-b", "0"], "batch_size (0,): give one or more numbers of at least 1"),
         (["cifar/resnet20", "--repeats", "0"], "repeats 0: give at least 1"),
-        (["output/norun"], "output/norun is no run"),
+        (["output/norun"], "output/norun is not a run"),
         (["tv/vgg11", "--img-size", "64"], "VGG has no residual blocks"),
         (["resnet18"], "is more than one"),
     ],

@@ -304,7 +304,7 @@ def test_graphs_that_passes_share_unseen_are_told_apart_from_broken_ones(kind):
     with sharing():
         method(x, y, subnets=subnets).loss.backward()
     if kind is Cached:
-        # The twin's passes compute the weight anew, to the same numbers.
+        # The twin's passes compute the weight again, to the same numbers.
         assert twin.distance(model, twin.stimulative(model, stages, subnets, x, y)) < 1e-12
 
 

@@ -1,7 +1,7 @@
 """Stages of many published architectures, against golden lists and against the depths their papers give.
 
 The golden lists (tests/golden) are of narrow forms with all their blocks. What they must agree with is PUBLISHED below,
-which was written by hand; ``python benchmarks/models_table.py --golden`` writes them anew.
+which was written by hand; ``python benchmarks/models_table.py --golden`` writes them again.
 """
 
 import contextlib

@@ -57,10 +57,10 @@ def test_stages_of_a_part_run_the_whole_model():
 @pytest.mark.parametrize(
     ("within", "message"),
     [
-        ("body", "within is 'body', which is no module of Detector; give .* such as 'backbone.body'$"),
+        ("body", "within is 'body', which is not a module of Detector; give .* such as 'backbone.body'$"),
         ("backbon.body", "such as 'backbone.body'"),
         ("zzz", "such as 'backbone', 'head'$"),
-        (3, "within is 3, which is no module"),
+        (3, "within is 3, which is not a module"),
     ],
 )
 def test_a_part_that_does_not_exist_is_answered_with_the_nearest(within, message):

@@ -21,7 +21,7 @@ def checkpoint_blocks(model: nn.Module, stages: Sequence[Stage]) -> None:
     """Keep only the input of each residual block for the backward pass, which computes the rest once more.
 
     Each application of a block costs one more forward pass of it. What passes share stays shared: a block's output is
-    recorded as before, and no block is computed anew because a subnet branches off behind it. The second computation
+    recorded as before, and no block is recomputed because a subnet branches off behind it. The second computation
     leaves running statistics alone and repeats the dropout of the first. A ``copy.deepcopy`` does the same. Blocks that
     run as their residual branch alone (`RawSampler`) keep all.
 

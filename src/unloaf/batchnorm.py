@@ -1,4 +1,4 @@
-"""Batch-norm statistics of a subnet: left alone in training, re-estimated before it is judged or exported."""
+"""Batch-norm statistics of a subnet: left alone in training, re-estimated before it is evaluated or exported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _READS_NONE = ("torch.nn.modules.", "timm.layers.")
 
 
 # The buffers of each norm, and those that stand in for them while its statistics are frozen: kept, because making them
-# anew costs small networks more than the norm itself.
+# again costs small networks more than the norm itself.
 _standins: WeakKeyDictionary[nn.Module, dict[str, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
 
 
@@ -129,7 +129,7 @@ def _forget(norm: Any) -> None:
 def _momentum(norm: nn.Module, usual: float | None, share: float) -> float:
     """The momentum with which a batch gets a share of the average, in the sense in which the norm means its own.
 
-    In torch and timm it is the weight of the new batch, whatever its value, usually 0.1; in norms of one's own it may
+    In torch and timm it is the weight of the new batch, whatever its value, usually 0.1; in user-defined norms it may
     be that of the old average (TensorFlow), usually 0.9.
     """
     in_torch = isinstance(norm, nn.modules.batchnorm._NormBase) or type(norm).__module__.startswith("timm.")
@@ -173,8 +173,8 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
     """Re-estimate the running statistics of all batch norms: the average over the given batches.
 
     Means and (unbiased) variances of the batches are averaged, each by its number of examples: a batch of two counts as
-    two. Call it inside `active_subnet`, on a copy, to judge or export a subnet. Only batch norms run in training mode,
-    and no gradient is computed. Norms of other classes (EvoNorm) count where they have ``running_mean`` or
+    two. Call it inside `active_subnet`, on a copy, to evaluate or export a subnet. Only batch norms run in training
+    mode, and no gradient is computed. Norms of other classes (EvoNorm) count where they have ``running_mean`` or
     ``running_var`` and a ``momentum``; running statistics that move by no such momentum are left, with a warning that
     names them.
 

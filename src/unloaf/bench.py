@@ -47,7 +47,7 @@ def bench_step(
     """Measure a training step of each method on noise, for each network and mode; options of `unloaf bench step`.
 
     A network, a mode or a method that cannot be measured here costs its own rows alone: a line on the console says why.
-    Files are written anew after each network and mode.
+    Files are written again after each network and mode.
 
     Raises:
         ValueError: an unknown method or mode, no such device, or nothing at all could be measured.

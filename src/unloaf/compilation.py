@@ -27,7 +27,7 @@ def compile_blocks(
 ) -> None:
     """Compile the forward of each residual block; which blocks run is still decided in eager mode, for each pass.
 
-    Compiled as a whole, a model is compiled anew for each subnet. Compiled block by block there is at most one graph
+    Compiled as a whole, a model is recompiled for each subnet. Compiled block by block there is at most one graph
     for each distinct shape of a block and each size of the input, however many subnets are drawn. A ``copy.deepcopy``
     of the model is compiled too. Where the compiler fails, blocks of that class run as they are, with a warning.
 

@@ -48,7 +48,7 @@ class DemoResult:
 
 
 def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, console: Console) -> DemoResult:
-    """Trains, judges all ordered subnets on the test images, writes report.html, results.json and results.csv.
+    """Trains, evaluates all ordered subnets on the test images, writes report.html, results.json and results.csv.
 
     Raises:
         ValueError: an argument is out of range or the folder cannot be written.
@@ -91,9 +91,9 @@ def _folder(path: Path) -> Path:
 
 
 def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: Console) -> list[MethodRun]:
-    """Trains all configurations, an epoch of each in turn, and judges all their ordered subnets.
+    """Trains all configurations, an epoch of each in turn, and evaluates all their ordered subnets.
 
-    In turn, so that whatever else the machine does slows all of them alike: the measured costs
+    In turn, so that other load on the machine slows all of them alike: the measured costs
     are the median over the epochs of the ratio to the baseline's epoch. The runs share nothing
     but the images; each is the run that `unloaf train` makes of its configuration.
     """
@@ -165,7 +165,7 @@ def _report(
     lowest = min(line.lowest_top1 for lines in sizes.values() for line in lines)
     upper = statistics.median(lines[0].mean_top1 for lines in sizes.values())
     return comparison_report(
-        title="The networks inside a network",
+        title="Subnets of a network",
         lead=_lead(rows, images=len(data.test)),
         rows=rows,
         pictures={
@@ -174,7 +174,7 @@ def _report(
         },
         caption=(
             f"Accuracy on {len(data.test)} test images. A dot is one subnet at one seed; a line joins the means of the "
-            "subnets that keep equally many blocks. The right end is the main network itself, judged as they are."
+            "subnets that keep equally many blocks. The right end is the main network itself, evaluated as they are."
         ),
         explanation=_explanation(len(runs[0].proper_subnets)),
         settings={label: _settings(config) for label, config in configs.items()},
@@ -207,7 +207,7 @@ def _what_it_says(common: Spread, best: Spread, images: int) -> str:
         error = math.sqrt(common.sd**2 / common.n + best.sd**2 / best.n)
         judges, more = f"{common.n} seeds", "."
     apart = abs(best.mean - common.mean) > 2 * error
-    verdict = "further apart than chance explains with" if apart else "too close to be told apart by"
+    verdict = "a significant difference by" if apart else "no significant difference by"
     return f"{verdict} {judges} (two standard errors are {2 * error:.1f} points){more}"
 
 
@@ -215,16 +215,15 @@ def _explanation(subnets: int) -> list[str]:
     return [
         f"Every method trains the same network, from the same weights, on the same images. Then all {subnets} ordered "
         "subnets are cut out of it, none of them trained further: a subnet keeps the first blocks of each stage. Their "
-        "batch-norm statistics are re-estimated on the training images. The main network is judged both ways: as it "
-        "stands, with the running statistics of its training, and re-estimated, to be compared with its subnets. Where "
-        "a line falls to the left, the subnets loaf: they lean on the blocks that were removed. A flat line is a "
-        "network whose every part does its work.",
+        "batch-norm statistics are re-estimated on the training images. The main network is evaluated both ways: with "
+        "the running statistics of its training, and with re-estimated ones, comparable with its subnets. Where a line "
+        "falls to the left, the subnets loaf: they depend on the blocks that were removed.",
         "The measured cost is the time of a training step relative to common training, the median over epochs that "
         "were trained in turn. The FLOPs limit is the arithmetic of the very same steps when no block is computed "
         "twice: what is between the two is overhead.",
         "The settings were chosen on the validation images, with the same budget for each method, but for eps and the "
         "weights of ST++ and GKT, which took further trials, also on validation images. All trials, and what a second "
-        "look at the test images means for the baseline, are told in unloaf.recipes.digits. With ±, numbers are mean "
+        "look at the test images means for the baseline, are in unloaf.recipes.digits. With ±, numbers are mean "
         "and standard deviation over seeds.",
     ]
 

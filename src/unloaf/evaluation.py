@@ -59,10 +59,10 @@ class SubnetRow:
         gmacs: billions of multiply-adds for one example.
         latency_ms: median milliseconds of a forward pass.
         metric: mean over the examples of the metric that was given.
-        statistics: the batch-norm statistics with which it was judged: "running", those that the main network gathered
-            in training, or "re-estimated", from calibration batches; None for a network without any.
-        running: of the main network where it was judged with re-estimated statistics, as its subnets are: how good it
-            is with its running ones, with which it is used as it stands; None of every other row.
+        statistics: the batch-norm statistics with which it was evaluated: "running", those that the main network
+            gathered in training, or "re-estimated", from calibration batches; None for a network without any.
+        running: of the main network where it was evaluated with re-estimated statistics, as its subnets are: how
+            good it is with its running ones, as it is used; None of every other row.
 
     >>> from unloaf import Subnet, SubnetRow
     >>> row = SubnetRow(Subnet(((True, True), (True, False))), top1=93.2, params=272_474)
@@ -110,17 +110,17 @@ def evaluate_subnets(
             leading dimensions of the logits; iterated per subnet (an iterator, used up after one, is kept as a list).
         subnets: which ones; a number draws that many ordered ones, the main network among them; default: all ordered
             subnets (`enumerate_subnets`).
-        calibration: batches of training inputs, ``x`` or ``(x, ...)``; before a network is judged, its batch-norm
+        calibration: batches of training inputs, ``x`` or ``(x, ...)``; before a network is evaluated, its batch-norm
             statistics are re-estimated from them on a copy: those of the main network too, so that all rows can be
-            compared; ``row.running`` is the main network as it stands. Without, all are judged with the main network's
-            statistics, which do not fit a subnet.
+            compared; ``row.running`` has its figures with running ones. Without, all are evaluated with the main
+            network's statistics, which do not fit a subnet.
         seed: of the sample, if ``subnets`` is a number.
         reduce: see `accuracy`.
         readout: from the model's output to the logits, (batch, ..., classes); default the output itself, its ``logits``
             or ``["logits"]``.
-        metric: judge by this instead of accuracy: from (outputs, targets) of a batch to a number for each example, or
-            to their mean. Targets may then be anything.
-        ignore_index: label of positions that are not judged.
+        metric: evaluate by this instead of accuracy: from (outputs, targets) of a batch to a number for each example,
+            or to their mean. Targets may then be anything.
+        ignore_index: label of positions that are not evaluated.
         on_row: is called with each row as soon as it is known, to show how far it is.
 
     Returns:
@@ -130,7 +130,7 @@ def evaluate_subnets(
         ValueError: a subnet of another model, a number below 1, an empty loader, batches that are no pairs or, without
             a metric, targets that are no class indices of the logits' leading dimensions.
 
-    Source: Ye et al. 2022 (ST) judge subnets after re-estimating batch-norm statistics.
+    Source: Ye et al. 2022 (ST) evaluate subnets after re-estimating batch-norm statistics.
 
     >>> import torch, unloaf
     >>> from torchvision.models import resnet18
@@ -193,7 +193,7 @@ def count_params(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> i
 def choose_subnets(
     stages: Sequence[Stage], subnets: Sequence[Subnet] | int | None = None, *, seed: int = 0
 ) -> list[Subnet]:
-    """The subnets that `evaluate_subnets` judges: those given, a drawn number of ordered ones, or all ordered ones.
+    """The subnets that `evaluate_subnets` evaluates: those given, a drawn number of ordered ones, or all ordered ones.
 
     A number of them are the main network and others, none twice, or all if there are no more. Few of very many are
     drawn one by one and returned in that order, the others in the order of `enumerate_subnets`.
@@ -310,7 +310,7 @@ _UNKNOWN = Accuracy(loss=math.nan, top1=math.nan, top5=math.nan)
 
 def _check_count(count: float) -> None:
     if not count:
-        raise ValueError("the loader yielded no example to judge on; give at least one batch (x, y)")
+        raise ValueError("the loader yielded no example to evaluate on; give at least one batch (x, y)")
 
 
 def _pair(batch: Any) -> tuple[Any, Any]:
@@ -323,7 +323,7 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         x, *_, y = [*batch, *batch]
         found += f" with the keys {', '.join(map(str, batch))}"
     advice = f"[(batch[{x!r}], batch[{y!r}]) for batch in loader]"
-    raise ValueError(f"a batch of the loader is {found}; judging takes pairs (x, y): {advice}, for instance")
+    raise ValueError(f"a batch of the loader is {found}; evaluation takes pairs (x, y): {advice}, for instance")
 
 
 def _check_labels(logits: Tensor, y: Any) -> None:
@@ -339,8 +339,8 @@ def _check_labels(logits: Tensor, y: Any) -> None:
         )
     if y.shape != logits.shape[:-1]:
         second = y.shape == (*logits.shape[:1], *logits.shape[2:])
-        cure = "readout=lambda output: output.movedim(1, -1)" if second else "one label for each row of logits"
-        raise ValueError(f"{shapes}; the classes must be on the last axis: give {cure}")
+        remedy = "readout=lambda output: output.movedim(1, -1)" if second else "one label for each row of logits"
+        raise ValueError(f"{shapes}; the classes must be on the last axis: give {remedy}")
 
 
 def _summed_loss(rows: Tensor, targets: Tensor, ignore_index: int) -> Tensor:

@@ -264,7 +264,7 @@ def _take_out(model: nn.Module, skipped: Sequence[str], deleting: Sequence[str])
 
 
 def _delete(parent: nn.Module, names: set[str]) -> None:
-    """Numbered children are numbered anew, named ones keep their names (unlike in nn.Sequential's own ``del``)."""
+    """Numbered children are renumbered, named ones keep their names (unlike in nn.Sequential's own ``del``)."""
     numbered = list(parent._modules) == [str(i) for i in range(len(parent._modules))]
     kept = [(name, module) for name, module in parent._modules.items() if name not in names]
     parent._modules.clear()
@@ -299,7 +299,7 @@ def block_counts(model: nn.Module, kinds: set[type[nn.Module]]) -> list[int]:
 
 
 def without_stand_ins(model: nn.Module, kinds: set[type[nn.Module]]) -> nn.Module:
-    """A copy without the nn.Identity that stand for skipped blocks in containers of such blocks: numbered anew."""
+    """A copy without the nn.Identity that stand for skipped blocks in containers of such blocks: renumbered."""
     copied = copy_of(model)
     for module in copied.modules():
         types = {type(child) for child in module.children()}
@@ -348,10 +348,10 @@ def _check_configuration(small: nn.Module, inputs: Any, expected: list[Tensor]) 
         with torch.random.fork_rng():
             reread = type(config).from_dict(config.to_dict())
             reread._attn_implementation = config._attn_implementation
-            twin = type(small)(reread)
-        twin.load_state_dict(small.state_dict())
+            rebuilt = type(small)(reread)
+        rebuilt.load_state_dict(small.state_dict())
         weight = next(small.parameters())
-        if same_outputs(_outputs(twin.to(weight.device, weight.dtype), inputs), expected):
+        if same_outputs(_outputs(rebuilt.to(weight.device, weight.dtype), inputs), expected):
             return
         reason = "the output differs"
     except Exception as error:

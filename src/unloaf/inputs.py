@@ -81,7 +81,7 @@ def first_examples(inputs: Any, count: int) -> Any:
     """The first examples of a batch; in a mapping, of each tensor that has a row for each example, nothing else.
 
     Raises:
-        ValueError: of a mapping it cannot be told which tensors have.
+        ValueError: of a mapping it is not known which tensors have.
 
     >>> first_examples({"pixels": torch.zeros(4, 3), "scale": 2.0}, 2)["pixels"].shape
     torch.Size([2, 3])
@@ -110,7 +110,7 @@ def batch_size(inputs: Any) -> int:
     if others and others[0][1] == most:
         listed = ", ".join(f"{name} {count}" for name, count in rows.items())
         raise ValueError(
-            f"the tensors of x have these rows: {listed}; it cannot be told which have one for each example, "
+            f"the tensors of x have these rows: {listed}; it is not known which have one for each example, "
             "so no part of the batch can be taken: give subnet_batch_fraction=1"
         )
     return size

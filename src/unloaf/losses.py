@@ -1,4 +1,4 @@
-"""What a subnet learns from its teacher: KL divergence, KL- (of directions, without magnitude), KL of yes or no."""
+"""What a subnet learns from its teacher: KL divergence, KL- (of directions), KL of binary predictions."""
 
 from __future__ import annotations
 
@@ -344,5 +344,5 @@ def _check_logits(student: Tensor, teacher: Tensor, temperature: float) -> None:
     if student.ndim < 2 or student.shape[-1] < 2:
         raise ValueError(
             f"logits have shape {tuple(student.shape)}; give (..., classes) with at least 2 classes, or another "
-            "subnet_loss: unloaf.bce_kl_loss for yes or no, F.mse_loss for a regression"
+            "subnet_loss: unloaf.bce_kl_loss for binary outputs, F.mse_loss for a regression"
         )

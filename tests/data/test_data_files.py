@@ -310,8 +310,8 @@ def test_bare_numbers_and_texts_as_labels(tables):
 def test_wrong_columns_are_told_with_those_there(tables):
     _, build, folder = tables
     build(TRAIN).save_to_disk(str(folder))
-    refused(table_config(folder, input_key="img"), "--input-key 'img' is no column", "give one of image, label")
-    refused(table_config(folder, target_key="y"), "--target-key 'y' is no column", "give one of image, label")
+    refused(table_config(folder, input_key="img"), "--input-key 'img' is not a column", "give one of image, label")
+    refused(table_config(folder, target_key="y"), "--target-key 'y' is not a column", "give one of image, label")
     refused(table_config(folder, input_key="label"), "column 'label' holds", "give another --input-key")
     refused(table_config(folder, target_key="image"), "column 'image' holds", "give another --target-key")
 

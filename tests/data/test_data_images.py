@@ -240,7 +240,9 @@ def test_what_is_no_regular_file_is_not_read(tmp_path, monkeypatch, kind):
     told = []
 
     def read():
-        with pytest.raises(BadImageError, match="it is no regular file but a folder, pipe, socket or device") as error:
+        with pytest.raises(
+            BadImageError, match="it is not a regular file but a folder, pipe, socket or device"
+        ) as error:
             read_image_file(str(path), name="x")
         told.append(error)
 

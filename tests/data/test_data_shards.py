@@ -1,4 +1,4 @@
-"""Tar shards: nothing that is labelled is left out without a word, and no shard makes the reader wait or run away."""
+"""Tar shards: nothing that is labelled is left out silently, and no shard makes the reader wait or run away."""
 
 import io
 import os
@@ -172,7 +172,7 @@ def header(name, size, kind=tarfile.REGTYPE):
 @pytest.mark.parametrize("size", [-512, -1, -1024, -(2**60)])
 def test_members_of_negative_size_are_refused(tmp_path, size):
     (tmp_path / "train.tar").write_bytes(header("1.cls", size) + png(1).ljust(512, b"\0") + bytes(1024))
-    refused(tmp_path, r"^shard .*train.tar (has a negative size for 1.cls|cannot be read|goes on after)")
+    refused(tmp_path, r"^shard .*train.tar (has a negative size for 1.cls|cannot be read|continues after)")
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])
@@ -191,11 +191,11 @@ def test_joined_and_damaged_shards_are_refused(tmp_path):
         write_shard(tmp_path / f"{number}.tar", {f"{number}.png": png(1), f"{number}.cls": b"%d" % number})
     first, second = ((tmp_path / f"{number}.tar").read_bytes() for number in range(2))
     (tmp_path / "train.tar").write_bytes(first + second)
-    refused(tmp_path, r"^shard .*train.tar goes on after its end at byte \d+: it is damaged, or was joined by cat")
+    refused(tmp_path, r"^shard .*train.tar continues after its end at byte \d+: it is damaged, or was joined by cat")
     damaged = bytearray(first)
     damaged[1024 + 5] ^= 1  # in the header of the label: to tarfile this is the end
     (tmp_path / "train.tar").write_bytes(damaged)
-    refused(tmp_path, r"^shard .*train.tar goes on after its end at byte 1024: it is damaged")
+    refused(tmp_path, r"^shard .*train.tar continues after its end at byte 1024: it is damaged")
 
 
 def test_a_shard_without_its_end_is_told(tmp_path):

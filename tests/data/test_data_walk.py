@@ -131,7 +131,7 @@ def test_names_that_are_no_utf8(folders):
     [at] = [at for at in range(len(images)) if images.name(at).endswith(name)]
     assert images.open(at).getpixel((0, 0)) == (7, 100, 200)
     (folders / "train" / os.fsdecode(b"caf\xe9")).mkdir()
-    with pytest.raises(ValueError, match=r"^class folder .*train/caf\\xe9: its name is no UTF-8; rename it$"):
+    with pytest.raises(ValueError, match=r"^class folder .*train/caf\\xe9: its name is not UTF-8; rename it$"):
         found(folders)
 
 

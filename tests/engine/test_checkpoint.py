@@ -367,7 +367,7 @@ def test_a_path_that_is_no_checkpoint_is_told(tmp_path: Path):
 
 
 def test_format_1_still_loads():
-    """Written by unloaf 0.1.0 with torch 2.15 and safetensors 0.8; never write it anew: see `fixtures/README.md`."""
+    """Written by unloaf 0.1.0 with torch 2.15 and safetensors 0.8; never write it again: see `fixtures/README.md`."""
     checkpoint = load_checkpoint(FIXTURE)
     assert (checkpoint.step, checkpoint.metadata) == (12, {"model": "tiny", "method": "st"})
     assert sorted(checkpoint.weights) == ["model", "model_ema"]

@@ -210,7 +210,7 @@ def sharded(method):
 
 
 def captured(fsdp):
-    """Whether a checkpoint that is still being written changes with the training that goes on."""
+    """Whether a checkpoint that is still being written changes with the training that continues."""
     training = prepare(replace(CONFIG, opt="adamw", lr=1e-3, fsdp=fsdp), data=data(), model=Small("batch"))
     train_epoch(training)
     weights, state = capture(training)
@@ -252,7 +252,7 @@ def stop_code(config, images, model):
 
 
 def stopped_and_resumed(rank, folder, config, **network):
-    """A run that is not interrupted, and one that rank 1 interrupts and that goes on afterwards."""
+    """A run that is not interrupted, and one that rank 1 interrupts and that continues afterwards."""
     console = Console(file=io.StringIO())
     config = replace(config, output=str(folder))
     train(replace(config, name="whole"), console=console, data=data(), model=Small(**network))
@@ -472,7 +472,7 @@ def test_a_sharded_run_does_not_go_on_in_one_process(outcome, tmp_path):
     shutil.copytree(outcome.folder / "fsdp" / "stopped", run, symlinks=True)
     config = replace(CONFIG, fsdp=True, output=str(tmp_path), name="stopped")
     options = {"console": Console(file=io.StringIO()), "resume": "auto", "data": data()}
-    with pytest.raises(ValueError, match="fsdp: one process has nobody to share the weights with"):
+    with pytest.raises(ValueError, match="fsdp: one process has no other to share the weights with"):
         train(config, model=Small("batch"), **options)
     with pytest.raises(ValueError, match="was begun with fsdp True"):
         train(replace(config, fsdp=False), model=Small("batch"), **options)

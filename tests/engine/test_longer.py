@@ -120,5 +120,5 @@ def test_a_schedule_that_does_not_look_at_the_length_is_said_to_go_on(tmp_path):
     tiny.run(constant)
     tiny.run(replace(constant, epochs=2), resume="auto")
     told = log(tmp_path / "run")
-    assert "--sched constant goes on as it was: it does not look at the number of epochs" in told
+    assert "--sched constant continues as it was: it does not look at the number of epochs" in told
     assert [row["lr"] for row in epochs(tmp_path / "run")] == ["0.05", "0.05"]

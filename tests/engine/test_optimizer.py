@@ -268,7 +268,7 @@ def test_optimizer_of_second_derivatives_is_refused_by_name():
 
 
 def resumed_differs(opt: str, folder: Path) -> bool:
-    """Whether a run that is saved after an epoch and goes on elsewhere ends with other weights."""
+    """Whether a run that is saved after an epoch and continues elsewhere ends with other weights."""
     settings = {"method": "common", "opt": opt, "lr": 1e-3}
     whole, rest = begin(**settings), begin(**settings)
     train_epoch(whole)

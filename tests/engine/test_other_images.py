@@ -85,7 +85,7 @@ def test_statistics_are_estimated_from_images_of_all_classes(tmp_path: Path):
 
 
 def copied(made: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
-    """Images and run of one's own; the run names the images as it was begun, so they are given anew."""
+    """Images and run of one's own; the run names the images as it was begun, so they are given again."""
     root = Path(shutil.copytree(made[0], tmp_path / "images"))
     return root, Path(shutil.copytree(made[1], tmp_path / "run", symlinks=True))
 
@@ -225,11 +225,11 @@ def test_run_does_not_go_on_with_other_images_unless_told_to(images_and_run, kin
     change, told = CHANGES[kind]
     change(root / "train")
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=f"{told}.*; put them back, or go on with them by --allow-changed-data"):
+    with pytest.raises(ValueError, match=f"{told}.*; put them back, or continue with them by --allow-changed-data"):
         go_on(run, root)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
     go_on(run, root, allow_changed_data=True)
-    assert "goes on with other images than those before: " in (run / "log.txt").read_text()
+    assert "continues with other images than those before: " in (run / "log.txt").read_text()
     record = json.loads((run / "data.json").read_text())
     assert record["splits"]["train"]["images"] == sum(
         len(list(folder.iterdir())) for folder in (root / "train").iterdir()
@@ -271,7 +271,7 @@ def test_one_image_less_redraws_the_held_out_ones_and_is_refused(held_out_run, h
     args.write_text(args.read_text().replace(str(held_out[0]), str(root)))
     for opening in (judge_run, open_trained):
         with pytest.raises(
-            ValueError, match=f"drawn anew: {count} of the 9 validation images were trained on .*1 gone"
+            ValueError, match=f"drawn again: {count} of the 9 validation images were trained on .*1 gone"
         ):
             opening(run, device="cpu")
 

@@ -1,4 +1,4 @@
-"""What a run that goes on must have in common with its checkpoint, and what becomes of one that has less."""
+"""What a resumed run must have in common with its checkpoint, and what becomes of one that has less."""
 
 import csv
 import json
@@ -234,7 +234,8 @@ def test_checkpoints_of_fewer_steps_per_epoch_are_the_newest(tmp_path):
 def test_stopped_inside_an_epoch_it_goes_on_at_the_same_share_of_it(tmp_path):
     path = shrunk(tmp_path, stop=6, checkpoint_interval=1)  # half of epoch 2
     told = (
-        "an epoch has 2 steps now, it had 4: the run and its schedule go on at the same share of epoch 2, after 1 of 2"
+        "an epoch has 2 steps now, it had 4: the run and its schedule continue at the same share of epoch 2, "
+        "after 1 of 2"
     )
     assert told in log(path)
     events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

@@ -75,7 +75,7 @@ def test_closed_folder_can_be_opened_again(tmp_path):
 def test_existing_run_is_refused_without_resume(tmp_path):
     config = tiny.config(output=str(tmp_path), name="run")
     begin(config)
-    with pytest.raises(ValueError, match=r"run folder .*run exists; give another --name, go on with --resume auto"):
+    with pytest.raises(ValueError, match=r"run folder .*run exists; give another --name, continue with --resume auto"):
         open_run(config)
 
 
@@ -83,13 +83,13 @@ def test_existing_run_is_refused_without_resume(tmp_path):
 def test_folder_that_is_no_run_is_refused_and_left_alone(tmp_path, resume):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("everything")
-    with pytest.raises(ValueError, match=r"run folder .* exists and is no run; give another --name"):
+    with pytest.raises(ValueError, match=r"run folder .* exists and is not a run; give another --name"):
         open_run(tiny.config(output=str(tmp_path), name="run"), resume=resume)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 def test_resume_of_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run: it has no args\.yaml"):
+    with pytest.raises(ValueError, match=r"is not a run: it has no args\.yaml"):
         open_run(tiny.config(output=str(tmp_path)), resume=str(tmp_path))
 
 
@@ -147,7 +147,9 @@ def test_run_that_moved_goes_on_at_its_new_place(tmp_path):
 def test_another_place_for_a_run_that_goes_on_is_refused(tmp_path, flag, value):
     config = tiny.config(output=str(tmp_path), name="run")
     begin(config)
-    with pytest.raises(ValueError, match=rf"^{flag} {value}: the run goes on in {tmp_path}/run; leave it out, or move"):
+    with pytest.raises(
+        ValueError, match=rf"^{flag} {value}: the run continues in {tmp_path}/run; leave it out, or move"
+    ):
         open_run(replace(config, **{flag: value}), resume=str(tmp_path / "run"))
 
 
@@ -307,7 +309,9 @@ def test_runs_in_a_folder_that_is_none_are_named(tmp_path):
     for name in ("b", "a"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.yaml").write_text("epochs: 1")
-    with pytest.raises(ValueError, match=f"is no run: .* one of the runs in it, such as {tmp_path}/a, {tmp_path}/b$"):
+    with pytest.raises(
+        ValueError, match=f"is not a run: .* one of the runs in it, such as {tmp_path}/a, {tmp_path}/b$"
+    ):
         run_of(tmp_path)
 
 

@@ -77,7 +77,7 @@ def test_signal_in_a_step_ends_the_run_after_that_step(tmp_path, command, capsys
     assert command("--method", "common", "--output", str(tmp_path), network=network) == code
     assert load_checkpoint(tmp_path / "run" / "last").step == 6
     assert logged_steps(tmp_path / "run") == 6
-    assert f"after step 6; go on with --resume {tmp_path}/run" in capsys.readouterr().err
+    assert f"after step 6; continue with --resume {tmp_path}/run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)

@@ -67,4 +67,4 @@ def test_lines_of_a_run_are_lost_where_standard_error_has_no_room():
 def test_name_with_control_characters_keeps_to_its_line_in_an_error(capsys):
     assert main(["report", os.fsdecode(b"a\x1b[2J\xff\nunloaf: all is well")]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(r"unloaf: error: a\x1b[2J\xff unloaf: all is well is no run")
+    assert line.startswith(r"unloaf: error: a\x1b[2J\xff unloaf: all is well is not a run")

@@ -181,7 +181,7 @@ def test_json_holds_everything(run, new, capsys):
         (["r", "a.png", "--json", "--csv"], "give one of them"),
         (["r", "a.png", "--depths", "3;3"], "give a number for each stage"),
         (["r", "a.png", "--top-k", "0"], "top_k 0: give at least 1"),
-        (["r", "a.png"], "r is no run"),
+        (["r", "a.png"], "r is not a run"),
     ],
 )
 def test_bad_input(capsys, words, message):

@@ -335,7 +335,7 @@ def test_bad_arguments_leave_nothing(cifar, arguments, reason, tmp_path):
 
 
 def test_no_run_and_no_average(cifar, resnet, tmp_path):
-    with pytest.raises(ValueError, match="is no run"):
+    with pytest.raises(ValueError, match="is not a run"):
         export_run(tmp_path)
     with pytest.raises(ValueError, match="no moving average"):
         export_run(resnet, ema=True, output=tmp_path / "x", **CPU)
@@ -665,7 +665,7 @@ def test_damaged_configuration_is_told_without_the_temporary_folder(hf, tmp_path
 
 def test_timm_form_of_a_network_of_transformers_is_refused(hf, tmp_path):
     run, _, depths, _ = hf("ViT")
-    with pytest.raises(ValueError, match=r"model hf/tiny-ViT is none of timm's; take --format state_dict"):
+    with pytest.raises(ValueError, match=r"model hf/tiny-ViT is not timm's; take --format state_dict"):
         export_run(run, depths=depths, format="timm", output=tmp_path / "small", **CPU)
     assert not list(tmp_path.iterdir())
 

@@ -45,7 +45,9 @@ def test_path_that_is_no_utf8_is_told_and_not_taken_for_damage(tmp_path):
     path = save_checkpoint(tmp_path / "run" / "checkpoints", 1, weights={}, state={})
     shutil.copytree(tmp_path / "run", folder.parent, symlinks=True)
     for read in (lambda: load_checkpoint(folder / path.name), lambda: newest_checkpoint(folder)):
-        with pytest.raises(ValueError, match="its path is no UTF-8, and safetensors takes no other; rename the folder"):
+        with pytest.raises(
+            ValueError, match="its path is not UTF-8, and safetensors takes no other; rename the folder"
+        ):
             read()
 
 

@@ -126,7 +126,7 @@ def test_many_subnets_are_drawn_and_said_so(trained, monkeypatch):
     judged = judge_run(trained, subnets="pareto")
     assert len(judged.judged) == 4
     drawn = "4 of 8 ordered subnets were drawn; others may be better"
-    assert judged.notes == (f"{drawn} (give all instead of pareto to judge every one)",)
+    assert judged.notes == (f"{drawn} (give all instead of pareto to evaluate every one)",)
 
 
 def test_gmacs_by_hand_and_as_published():
@@ -235,7 +235,7 @@ def test_place_that_cannot_be_written_is_known_before_anything_is_judged(
 
 def test_folder_without_a_run_or_a_checkpoint_is_answered(run, capsys, tmp_path):
     code, _, err = in_process(capsys, "eval", tmp_path)
-    assert (code, "is no run" in err) == (2, True)
+    assert (code, "is not a run" in err) == (2, True)
     (run / "model_best").unlink()
     code, _, err = in_process(capsys, "eval", run, "--checkpoint", "best")
     assert (code, "has no model_best" in err) == (2, True)
@@ -335,7 +335,7 @@ def test_report_of_a_folder_takes_all_runs_in_it(trained, second, tmp_path, caps
     assert [line.split()[0] for line in out.splitlines() if "cifar/resnet14" in line] == ["first", "second"]
     code, _, err = in_process(capsys, "report", runs / "notes")
     assert (code, err.count("\n")) == (2, 1)
-    assert "notes is no run: neither it nor a folder in it has an args.yaml; give runs or their folder" in err
+    assert "notes is not a run: neither it nor a folder in it has an args.yaml; give runs or their folder" in err
 
 
 def test_no_number_is_broken_on_a_terminal_of_80_columns(trained, second, capsys, monkeypatch):
@@ -351,7 +351,7 @@ def test_no_number_is_broken_on_a_terminal_of_80_columns(trained, second, capsys
 
 def test_report_of_no_run_is_answered(tmp_path, capsys):
     code, _, err = in_process(capsys, "report", tmp_path)
-    assert (code, "is no run" in err) == (2, True)
+    assert (code, "is not a run" in err) == (2, True)
     code, _, err = in_process(capsys, "report")
     assert (code, "give at least one run folder" in err) == (2, True)
 

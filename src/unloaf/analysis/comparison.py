@@ -13,8 +13,8 @@ from unloaf.evaluation import Accuracy, SubnetRow
 class MethodRun:
     """One method at one seed.
 
-    `subnets` are judged on the same images for every method, with re-estimated batch-norm statistics; the main network
-    is among them, and its row holds how good it is with its running statistics too.
+    `subnets`, the main network among them, are evaluated on the same images for every method, with re-estimated
+    batch-norm statistics; the main network's row has its figures with running statistics too.
     `cost` is the measured time of a step, `flops` its least possible arithmetic, both
     relative to common training.
     """
@@ -67,7 +67,7 @@ class Spread:
 class MethodRow:
     """A line of the table: accuracies in percent, costs relative to common training.
 
-    `main_top1` is the main network as it stands, with its running batch-norm statistics; `main_reestimated` the same
+    `main_top1` is the main network with its running batch-norm statistics; `main_reestimated` the same
     network with statistics re-estimated as those of its subnets are, to be compared with them, or None.
     """
 
@@ -82,7 +82,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class SizeRow:
-    """Accuracy in percent of the subnets that keep the same number of blocks, over all seeds, judged alike."""
+    """Accuracy in percent of the subnets that keep the same number of blocks, over all seeds, evaluated alike."""
 
     blocks: int
     mean_top1: float

@@ -24,7 +24,7 @@ class BenchStep:
     model: tuple[str, ...] = ("timm/resnet50",)
     """Networks, as for train, NAME@SIDE for a side of their own; standard for the eight of the performance page."""
     input_size: int | None = None
-    """Side of the images in pixels; default: 32 for cifar/, else the model's own if it has but one, else 64."""
+    """Side of the images in pixels; default: 32 for cifar/, else the model's own if it has only one, else 64."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
     """Images per step."""
     num_classes: int | None = None
@@ -47,7 +47,7 @@ class BenchStep:
     minutes: float | None = None
     """Begin nothing after so long; each network and mode gets an equal share, and what is measured by then counts."""
     output: str | None = None
-    """Folder for step_time.json, step_time.csv and step_time.svg, written anew after each network and mode."""
+    """Folder for step_time.json, step_time.csv and step_time.svg, written again after each network and mode."""
     plot: str | None = None
     """File for the picture alone, .svg."""
 

@@ -82,7 +82,7 @@ def _verdict(report: CheckReport) -> str:
         return f"{unread}; replace or remove them{skip}"
     count = "1 fault" if len(report.faults) == 1 else f"{len(report.faults)} faults"
     parts = [f"{count} of the image set", *[unread] * bool(report.bad)]
-    return f"{' and '.join(parts)}, listed above; mend them and check again"
+    return f"{' and '.join(parts)}, listed above; fix them and check again"
 
 
 def _classes(counts: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""`unloaf eval`: a trained run and its subnets judged."""
+"""`unloaf eval`: a trained run and its subnets evaluated."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from unloaf.streams import say, standard_error
 class Eval:
     """Judge a trained run, also one that is still training: its main network and, if asked, subnets."""
 
-    option_groups = (("subnets", "what is judged"), ("batch_size", "data and device"), ("output", "output"))
+    option_groups = (("subnets", "what is evaluated"), ("batch_size", "data and device"), ("output", "output"))
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder of the run, as `unloaf train` named it."""
     subnets: Annotated[str | None, tyro.conf.arg(metavar="all|pareto|N")] = None
-    """Also judge all ordered subnets, those that are best for their cost (pareto), or a number drawn with the run's
+    """Also evaluate all ordered subnets, those on the Pareto front (pareto), or a number drawn with the run's
     seed, and write subnets.csv into the run folder."""
     recalibrate: int | None = None
     """Training images from which the batch-norm statistics of a subnet are estimated; default: as in the run."""
     checkpoint: Literal["last", "best"] = "last"
     """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     split: Literal["val", "test"] | None = None
-    """Images that judge; default: both for the main network, val for subnets if there is one."""
+    """Images to evaluate on; default: both for the main network, val for subnets if there is one."""
     ema: bool = False
     """Judge the moving average of the weights."""
     batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
@@ -75,7 +75,7 @@ def run(words: list[str]) -> int:
         say_subnets(judgement)
         show(*accuracy_table(judgement.subnets))
         write_subnets(judgement, output)
-        say(f"all {len(judgement.judged)} that were judged: {output}")
+        say(f"all {len(judgement.judged)} that were evaluated: {output}")
     return 0
 
 

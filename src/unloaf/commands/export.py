@@ -44,7 +44,7 @@ class Export:
     output: str | None = None
     """New folder for the results; default: one in RUN/export."""
     push_to_hub: str | None = None
-    """Also upload it under this name, by the library of timm or Hugging Face; never done unless asked for."""
+    """Also upload it under this name, by the library of timm or Hugging Face; only with this option."""
 
     def __post_init__(self) -> None:
         check_depths(self.depths)

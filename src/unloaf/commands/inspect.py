@@ -16,7 +16,7 @@ from unloaf.streams import say
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Look a model over before it is trained: what can be skipped, what a step would cost. Nothing is trained."""
+    """Describe a model before it is trained: what can be skipped, what a step would cost. Nothing is trained."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """timm/NAME, tv/NAME, cifar/NAME, hf/FOLDER or hf/CLASS, or module:function of yours, which is imported and run."""

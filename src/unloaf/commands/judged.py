@@ -1,4 +1,4 @@
-"""How a judgement is told, by `unloaf eval` and `unloaf subnets` alike."""
+"""How an evaluation is printed, by `unloaf eval` and `unloaf subnets` alike."""
 
 from __future__ import annotations
 
@@ -34,6 +34,4 @@ def say_subnets(judgement: RunJudgement) -> None:
     """Prints the head above a table of subnets."""
     print(f"\nsubnets, on the {judgement.split} images:")
     if judgement.judged[0].running is not None:
-        print(
-            "batch-norm statistics re-estimated; (running): the main network as it stands, with those of its training"
-        )
+        print("batch-norm statistics re-estimated; (running): the main network with those of its training")

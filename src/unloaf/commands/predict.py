@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Name the classes of images, by the main network of a trained run or by a subnet."""
+    """Classify images by the main network of a trained run or by a subnet."""
 
     option_groups = (("depths", "network"), ("top_k", "output"), ("batch_size", "data and device"))
 
@@ -39,7 +39,7 @@ class Predict:
     ema: bool = False
     """Take the moving average of the weights."""
     top_k: int = 5
-    """Classes of each image that are told, likeliest first."""
+    """Classes printed for each image, most probable first."""
     json: bool = False
     """Print everything as JSON."""
     csv: bool = False

@@ -38,7 +38,7 @@ class Subnets:
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN|MODEL")]
     """Folder of a run, or a network as for train."""
     subnets: Annotated[str, tyro.conf.arg(metavar="all|pareto|N")] = "16"
-    """All ordered ones, a number of them beside the main network, or, of a run, pareto: those that no other beats."""
+    """All ordered ones, a number of them beside the main network, or, of a run, pareto: the Pareto front."""
     latency: bool = False
     """Measure how long a forward pass takes."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["-b"])] = (1, 32)
@@ -50,7 +50,7 @@ class Subnets:
     checkpoint: Literal["last", "best"] = "last"
     """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     split: Literal["val", "test"] | None = None
-    """Images that judge the subnets; default: val if there is one."""
+    """Images on which the subnets are evaluated; default: val if there is one."""
     ema: bool = False
     """Judge the moving average of the weights."""
     data_dir: str | None = None

@@ -1,4 +1,4 @@
-"""Tables on a terminal: a number is never broken, and what is too wide goes on below."""
+"""Tables on a terminal: a number is never broken, and what is too wide continues below."""
 
 from __future__ import annotations
 

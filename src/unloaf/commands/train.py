@@ -29,17 +29,17 @@ class Train:
     recipe: str | None = None
     """Take defaults from a recipe; `unloaf recipes` lists them."""
     resume: Annotated[str | None, tyro.conf.arg(metavar="auto|RUN")] = None
-    """auto: go on with the run OUTPUT/NAME if it was begun, begin it otherwise; RUN: go on with this run and its
+    """auto: resume the run OUTPUT/NAME if it was begun, begin it otherwise; RUN: resume this run with its
     settings, in its folder."""
     allow_changed_data: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Go on with a run though training or validation images were added, removed, renamed or labelled anew."""
+    """Continue a run though training or validation images were added, removed, renamed or relabelled."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the configuration and stop."""
 
 
 _ABOUT = (
     "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. Options override what a "
-    "file, a recipe or the run that goes on says."
+    "file, a recipe or the resumed run says."
 )
 _FORMER_FLAGS = {"--ema": "--group-ema for the knowledge of GKT's groups, --model-ema to average the weights"}
 
@@ -111,7 +111,7 @@ def _input_size(words: list[str]) -> tuple[list[str], int | None]:
 
 
 def _defaults(asked: Train) -> Config | None:
-    """The settings that the flags override: of a file, a recipe or the run that goes on."""
+    """The settings that the flags override: of a file, a recipe or the resumed run."""
     run = None if asked.resume == "auto" else asked.resume
     sources = {"-c": asked.config, "--recipe": asked.recipe, "--resume RUN": run}
     given = [flag for flag, value in sources.items() if value is not None]

@@ -172,7 +172,7 @@ def check_together(config: Config) -> None:
             "--method st or st++"
         )
     if config.head_init is not None and config.pretrained:
-        raise ValueError("head_init draws the classifier anew, which pretrained has learned; give one of the two")
+        raise ValueError("head_init redraws the classifier that pretrained has learned; give one of the two")
     if config.fsdp:
         _check_fsdp(config)
     if config.aa is not None:
@@ -243,7 +243,7 @@ _AUGMENTATIONS = ("original", "originalr", "v0", "v0r", "3a", "trivial", "unifor
 
 def _check_augmentation(aa: str) -> None:
     if aa not in _AUGMENTATIONS and aa.partition("-")[0] not in ("rand", "augmix"):
-        raise ValueError(f"aa {aa!r}: give {', '.join(_AUGMENTATIONS)}, or rand-m9-mstd0.5 and its kind")
+        raise ValueError(f"aa {aa!r}: give {', '.join(_AUGMENTATIONS)}, or one like rand-m9-mstd0.5")
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

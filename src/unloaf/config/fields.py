@@ -58,9 +58,9 @@ class Config:
     """Classes that the labels must have; default: what the image set says."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation, up to 0.5; 0 for none. Digits has a fixed split, and where
-    validation images lie ready nothing is held out."""
+    there are validation images nothing is held out."""
     train_images: int | None = None
-    """Train on so many of the training images, the same share of each class; which ones is fixed. Validation images are
+    """Train on N of the training images, the same share of each class, always the same ones. Validation images are
     held out before."""
     bad_images: Literal["stop", "skip"] = "stop"
     """At an image that cannot be read: stop, or take its neighbour and stop above 1 %."""
@@ -80,7 +80,7 @@ class Config:
     """Files: validation images are resized to img_size / crop_pct and cropped in the centre; default: as the weights
     expect that the run starts from, 0.875 otherwise."""
     mean: tuple[float, ...] = ()
-    """Mean of each channel, which is taken off, as a share of the pixel range; default: as the weights expect that the
+    """Mean of each channel, which is subtracted, as a share of the pixel range; default: as the weights expect that the
     run starts from, otherwise ImageNet's for files, and for sets in memory that of the training images."""
     std: tuple[float, ...] = ()
     """Standard deviation of each channel, which is divided by; default: like --mean."""
@@ -102,7 +102,7 @@ class Config:
     """Unit of that shift: shares of the pixel range, as published, or grey levels, as in the script of ST++: one at
     most."""
     aa: str | None = None
-    """Automatic augmentation: rand-m9-mstd0.5 and its kind (timm), original, v0 (AutoAugment), trivial, uniform."""
+    """Automatic augmentation: one like rand-m9-mstd0.5 (timm), original, v0 (AutoAugment), trivial, uniform."""
     aug_repeats: int = 1
     """Repeated augmentation: each image of an epoch comes this many times, fewer images take part."""
     reprob: float = 0.0
@@ -131,10 +131,10 @@ class Config:
     model_kwargs: tuple[str, ...] = ()
     """Further arguments of a timm model, such as patch_size=4 depth=9."""
     pretrained: bool = False
-    """Start from the published weights (needs the network once)."""
+    """Start from the published weights (needs the internet once)."""
     initial_checkpoint: str | None = None
     """Start from the weights of this run, exported folder or file (.safetensors, .pth, .pt, .pth.tar, .bin); a
-    classifier of other classes is left as it is. A run that goes on from a checkpoint does not read it."""
+    classifier of other classes is left as it is. A run that continues from a checkpoint does not read it."""
     partial_weights: bool = False
     """Let --initial-checkpoint fill a part of the model, and leave what does not fit random."""
     head_init: float | None = None
@@ -145,7 +145,7 @@ class Config:
     drop_path: float = 0.0
     """Rate of the model's own stochastic depth, per image; timm models."""
     model_ema: bool = False
-    """Keep an exponential moving average of the weights and judge it too."""
+    """Keep an exponential moving average of the weights and evaluate it too."""
     model_ema_decay: float = 0.9998
     """Decay of the average, per step."""
     model_ema_warmup: bool = False
@@ -160,7 +160,7 @@ class Config:
     subnet_schedule: Literal["constant", "rising", "falling"] = "constant"
     """How that weight changes over the epochs that train subnets: not at all, or as a cosine from 0 up or down to 0."""
     subnet_interval: int = 1
-    """Train subnets in every so-many-th step only; the others are steps of common training, at its cost."""
+    """Train subnets in every N-th step only; the others are steps of common training, at its cost."""
     subnet_on_epoch: int = 1
     """First epoch that trains subnets."""
     subnet_off_epoch: int = 0
@@ -242,9 +242,9 @@ class Config:
     eval_interval: int = 1
     """Epochs between two evaluations; the last epoch always has one."""
     eval_subnets: int = 0
-    """Subnets judged beside the main network in an evaluation; 0 for none."""
+    """Subnets evaluated beside the main network in an evaluation; 0 for none."""
     recalibrate: int = 2048
-    """Training images from which the batch-norm statistics of a judged subnet are estimated."""
+    """Training images from which the batch-norm statistics of an evaluated subnet are estimated."""
 
     seed: int = 0
     """Seed of the weights, the order and augmentation of the images and the drawn subnets."""
@@ -265,7 +265,7 @@ class Config:
     sync_bn: bool = False
     """Normalise over the images of all devices."""
     dist_bn: Literal["reduce", "broadcast"] = "reduce"
-    """Batch-norm statistics with which several devices are judged: their mean, or the first device's."""
+    """Batch-norm statistics with which several devices are evaluated: their mean, or the first device's."""
     fsdp: bool = False
     """Shard the weights over the devices (FSDP2) instead of copying them."""
 

@@ -10,7 +10,7 @@ _FILLED = {"mean": (), "std": (), "interpolation": "auto", "crop_pct": None}  # 
 
 
 def as_begun(config: Config, begun: Config) -> Config:
-    """The settings asked for of a run that goes on, with what was left open as the run filled it in.
+    """The settings asked for of a resumed run, with what was left open as the run filled it in.
 
     >>> as_begun(Config(std=(0.5,)), Config(std=(0.5, 0.5, 0.5), crop_pct=0.9)).crop_pct
     0.9

@@ -197,7 +197,7 @@ def _automatic(aa: str, data: Data, config: Config) -> Callable[[Image], Image]:
     try:
         policy = build.get(kind, auto_augment.auto_augment_transform)(aa, hparams)
     except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(f"aa {aa!r}: timm cannot read it ({error}); give rand-m9-mstd0.5-inc1 and its kind") from error
+        raise ValueError(f"aa {aa!r}: timm cannot read it ({error}); give one like rand-m9-mstd0.5-inc1") from error
     operations = policy.ops if hasattr(policy, "ops") else [op for branch in policy.policy for op in branch]
     for operation in operations:
         if operation.name.startswith("Posterize"):

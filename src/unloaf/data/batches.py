@@ -139,7 +139,7 @@ def _epoch_keys(count: int, config: Config, *, epoch: int, steps: range, rank: i
 
 
 class _Plan:
-    """The keys of the next pass; the loader asks for them anew in every pass."""
+    """The keys of the next pass; the loader asks for them again in every pass."""
 
     def __init__(self, keys: Callable[[], Iterator[Keys]]) -> None:
         self.keys = keys

@@ -1,4 +1,4 @@
-"""Whether the images of today are those of a run: when it goes on, and when it is judged or exported."""
+"""Whether the images of today are those of a run: when it is resumed, evaluated or exported."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_resumed(
     checkpoint: str,
     allow: bool,
 ) -> list[str]:
-    """Compares the images of a run that goes on with the record in its checkpoint; lines on what is not the same.
+    """Compares the images of a resumed run with the record in its checkpoint; lines on what is not the same.
 
     Raises:
         ValueError: the classes differ, or without `allow` the images do.
@@ -59,16 +59,16 @@ def check_resumed(
     what = changes(listed, data, record, now)
     if not allow:
         raise ValueError(
-            f"the images are not those that {checkpoint} was trained on: {what}; put them back, or go on "
+            f"the images are not those that {checkpoint} was trained on: {what}; put them back, or continue "
             "with them by --allow-changed-data"
         )
-    return [f"goes on with other images than those before: {what}"]
+    return [f"continues with other images than those before: {what}"]
 
 
 def check_judged(
     data: Data, record: Mapping[str, Any] | None, listed: list[Row] | None, *, own: str | None, place: str | None
 ) -> list[str]:
-    """Compares the images that judge a run with the record in its checkpoint; lines on what is not the same.
+    """Compares the images that evaluate a run with the record in its checkpoint; lines on what is not the same.
 
     Images in another place than the run's own may be others, of the same classes.
 
@@ -88,7 +88,7 @@ def check_judged(
         if place is None:
             what = changes(listed, data, record, now)
             raise ValueError(
-                f"images were added or removed since the training, and the validation images are drawn anew: {drawn} "
+                f"images were added or removed since the training, and the validation images are drawn again: {drawn} "
                 f"({what}); put the images back, or give the --data-dir of other images"
             )
         notes += [f"by their names {drawn}"] if count else []

@@ -19,7 +19,7 @@ EXPECTED = {
 class FoundSplits(NamedTuple):
     """The splits that could be opened; `faults` says in a line each why another one could not.
 
-    `test` is `val` itself where only test images lie ready to validate with. `notes` are for whoever uses the set.
+    `test` is `val` itself where there are only test images. `notes` are for whoever uses the set.
     """
 
     train: Split | None

@@ -166,7 +166,7 @@ def read_image_file(path: str, *, name: str) -> bytes:
     """
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise BadImageError(name, "it is no regular file but a folder, pipe, socket or device")
+            raise BadImageError(name, "it is not a regular file but a folder, pipe, socket or device")
         return Path(path).read_bytes()
     except OSError as error:
         raise BadImageError(name, str(error.strerror or error)) from error

@@ -74,7 +74,7 @@ class TrainReader:
             self._windows = windows_of(images.images, pad=data.pad)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The libraries' transforms are built anew in a worker: not all of them can be sent to one.
+        # The libraries' transforms are built again in a worker: not all of them can be sent to one.
         return TrainReader, (self._data, self._config, self._images)
 
     def __getitems__(self, keys: Keys) -> Chunk | Failure:
@@ -200,7 +200,7 @@ _LAST_SECONDS = 20  # for what the run still does once it is told to end
 
 def _outlive_signals(worker: int) -> None:
     # A terminal's Ctrl-C goes to the whole group, and some batch systems send SIGTERM to every process; the run wants
-    # its workers until its last step is saved. Not for ever: a stuck one must still end.
+    # its workers until its last step is saved. Not forever: a stuck one must still end.
     os.setpgrp()
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_SECONDS))
 

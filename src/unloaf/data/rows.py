@@ -60,7 +60,7 @@ def open_row_split(
     for flag, key in (("input-key", input_key), ("target-key", target_key)):
         if key not in table.column_names:
             raise ValueError(
-                f"--{flag} {key!r} is no column of split {split} in {data_dir}; "
+                f"--{flag} {key!r} is not a column of split {split} in {data_dir}; "
                 f"give one of {', '.join(table.column_names)}"
             )
     labels, names = _labels(table, target_key, split=split)

@@ -32,8 +32,8 @@ _FILE_SIDE = 224
 class Data:
     """An image set with its three splits and the way its images are fed.
 
-    `val` is empty when no images were held out. `test` is empty when there is none; where only
-    test images lie ready to validate with, it is `val` itself. `mean` and `std` are per channel,
+    `val` is empty when no images were held out. `test` is empty when there is none; where there
+    are only test images, it is `val` itself. `mean` and `std` are per channel,
     in units of the pixel range [0, 255]: those of the settings, else of the training split
     for sets in memory, ImageNet's for files. `augment` is none, pad-crop or resized-crop; `pad` is in
     pixels, `hflip` a probability; both sides are in pixels. `interpolation` is bilinear, bicubic or, in training
@@ -80,7 +80,7 @@ class Data:
 
 @cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Kept: made anew for each batch, they would be copied to the device each time."""
+    """Kept: made again for each batch, they would be copied to the device each time."""
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 

@@ -152,7 +152,7 @@ def _members(shard: Path, left_out: dict[str, list[str]]) -> dict[str, _Place]:
         left_out.setdefault("shard(s) without the mark of the end, which may be cut off", []).append(shard.name)
     elif _goes_on(shard, end):
         raise ValueError(
-            f"shard {printable(shard)} goes on after its end at byte {end}: it is damaged, or was joined by cat; "
+            f"shard {printable(shard)} continues after its end at byte {end}: it is damaged, or was joined by cat; "
             "write it again, or join shards with tar --concatenate"
         )
     return found

@@ -93,7 +93,7 @@ class _Walk:
                     "same folder; remove one of the two"
                 )
             if not is_unicode(name):
-                raise ValueError(f"class folder {printable(self.root / name)}: its name is no UTF-8; rename it")
+                raise ValueError(f"class folder {printable(self.root / name)}: its name is not UTF-8; rename it")
             self.seen[real] = name
             names.append(name)
         return tuple(names)

@@ -1,4 +1,4 @@
-"""Whether the settings of a run that goes on, or that is judged, are those it was trained with. Imports no torch."""
+"""Whether the settings of a run that is resumed or evaluated are those it was trained with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_settings(config: Config, checkpoint: Checkpoint, *, longer_than: int |
     if bound:
         raise ValueError(
             f"{run / 'args.yaml'} has other settings than {checkpoint.path.name} was trained with: {', '.join(bound)}; "
-            "it was edited or damaged, or the checkpoint is another run's: put the values back, or train anew under "
+            "it was edited or damaged, or the checkpoint is another run's: put the values back, or train again under "
             "another --name"
         )
     free = [f"{name} {now!r} (was {then!r})" for name, (then, now) in different.items()]
@@ -85,7 +85,7 @@ def different_settings(config: Config, before: Mapping[str, Any]) -> dict[str, t
 
 
 def check_same(config: Config, begun: Config, path: Path) -> None:
-    """Raises ValueError if the run in this folder, begun with other settings, cannot go on with these."""
+    """Raises ValueError if the run in this folder, begun with other settings, cannot continue with these."""
     free = set(FREE_SETTINGS)
     if not any(path.glob("checkpoints/step-*")):
         free.remove("initial_checkpoint")  # it is where this run will start from

@@ -1,7 +1,7 @@
 """Where a run computes: device, precision, how the processes of a run share a model and what they tell each other.
 
 Batch-norm policy with several processes: each keeps the running statistics of its own images, because statistics never
-influence training; whenever the network is judged or saved, the mean over the processes (or the first one's) is used.
+influence training; whenever the network is evaluated or saved, the mean over processes (or the first one's) is used.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
         gradient_as_bucket_view=True,
         find_unused_parameters=config.method == "stochastic-depth",
     )]  # fmt: skip
-    # accelerate leaves a tracker out without a word when its package is missing.
+    # accelerate leaves a tracker out silently when its package is missing.
     missing = set(config.trackers) - {str(tracker.value) for tracker in get_available_trackers()}
     if missing:
         raise ValueError(f"trackers {', '.join(sorted(missing))}: not installed; pip install it, or leave it out")
@@ -99,7 +99,7 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
     if on_cpu and config.sync_bn:
         raise ValueError("sync_bn: torch synchronises batch norm on accelerators only; leave it out")
     if config.fsdp and accelerator.num_processes == 1:
-        raise ValueError("fsdp: one process has nobody to share the weights with; start several with torchrun")
+        raise ValueError("fsdp: one process has no other to share the weights with; start several with torchrun")
     if on_cpu:
         keep_freed_memory()
     settings = {name: value for name, value in asdict(config).items() if name not in _OF_ONE_MACHINE}
@@ -110,7 +110,7 @@ def find_devices(config: Config, *, folder: Path | None = None) -> Accelerator:
 def check_same_on_all(accelerator: Accelerator, values: Mapping[str, Any]) -> None:
     """Raises ValueError, on every process, unless all of them have the same values by these names.
 
-    Processes that make other numbers of steps or save at other times would wait for each other for ever.
+    Processes that make other numbers of steps or save at other times would wait for each other forever.
     """
     if accelerator.num_processes == 1:
         return
@@ -177,7 +177,7 @@ def share_model(accelerator: Accelerator, config: Config, model: nn.Module) -> n
         if config.eval_subnets and tracking_norms(model):
             raise ValueError(
                 f"eval_subnets {config.eval_subnets}: estimates batch-norm statistics on a whole copy of the network, "
-                f"which fsdp shards; leave it out, and judge with `unloaf eval RUN --subnets {config.eval_subnets}`"
+                f"which fsdp shards; leave it out, and evaluate with `unloaf eval RUN --subnets {config.eval_subnets}`"
             )
         # As one group: replayed passes would gather the weights of blocks that do not run.
         fully_shard(model)
@@ -233,7 +233,7 @@ def on_all(accelerator: Accelerator, value: Any) -> Any:
 
 @contextmanager
 def shared_statistics(accelerator: Accelerator, config: Config, *models: nn.Module) -> Iterator[None]:
-    """Inside, batch norms hold the statistics with which a network is judged and saved; afterwards their own again."""
+    """Inside, batch norms hold the statistics to evaluate and save a network with; afterwards their own again."""
     if accelerator.num_processes == 1:
         yield
         return
@@ -277,7 +277,7 @@ def _statistics(model: nn.Module) -> list[Tensor]:
 def keep_freed_memory() -> bool:
     """Let the GNU C library hand freed memory out again instead of returning it to the system; whether that was done.
 
-    Training allocates the same large tensors in every step; by default many are mapped anew, and the first touch of a
+    Training allocates the same large tensors in every step; by default many are mapped again, and the first touch of a
     page is a fault. A step with six subnets of a ResNet-50 (64 px, batch 16, 2 cores) had 32,000 to 42,000 faults, 0.1
     s of system time in 0.9 s; with this it has 3.
     """

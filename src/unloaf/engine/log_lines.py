@@ -1,4 +1,4 @@
-"""What a run says: its epochs as lines of summary.csv; steps, epochs and going on as lines of text."""
+"""What a run says: its epochs as lines of summary.csv; steps, epochs and continuing as lines of text."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def epoch_line(row: EpochRow, config: Config) -> str:
 
 
 def resumed_lines(training: Training, checkpoint: Checkpoint) -> list[str]:
-    """Where a resumed run goes on, and what becomes of its schedule if an epoch has other steps now."""
+    """Where a resumed run continues, and what becomes of its schedule if an epoch has other steps now."""
     lines = [f"resumed at step {training.steps_done} (epoch {training.position.epoch})"]
     position: Any = checkpoint.state["position"]
     before, now = steps_per_epoch(position, checkpoint.step), training.steps_per_epoch
     if before is not None and before != now:
         lines.append(
-            f"an epoch has {now} steps now, it had {before}: the run and its schedule go on at the same share of epoch "
+            f"an epoch has {now} steps now, it had {before}: run and schedule continue at the same share of epoch "
             f"{training.position.epoch}, after {training.position.step} of {now} steps ({position['step']} of {before} "
             f"before), and the numbers of steps only grow"
         )
@@ -92,7 +92,7 @@ def _longer(training: Training, before: int) -> list[str]:
     config, position = training.config, training.position
     told = [f"longer: {config.epochs} epochs instead of {before}, from epoch {position.epoch} on"]
     if config.sched in ("constant", "step", "multistep"):
-        told.append(f"--sched {config.sched} goes on as it was: it does not look at the number of epochs")
+        told.append(f"--sched {config.sched} continues as it was: it does not look at the number of epochs")
     else:
         now = training.optimizer.param_groups[0]["lr"]
         told.append(

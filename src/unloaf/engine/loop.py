@@ -78,7 +78,7 @@ def train_epoch(
     on_step: Callable[[StepRow], None] | None = None,
     on_eval_batch: Callable[[], None] | None = None,
 ) -> EpochRow:
-    """Trains the rest of the present epoch, validates if that is due, and goes on to the next one.
+    """Trains the rest of the present epoch, validates if that is due, and continues to the next one.
 
     What `on_step` raises after a step leaves the run between two steps; what `on_eval_batch` raises before a batch
     leaves the epoch not validated.
@@ -122,7 +122,7 @@ def _validate(training: Training, on_batch: Callable[[], None] | None) -> Evalua
     if not (due and len(training.data.val)):
         return None
     chosen: list[Subnet] = []
-    if config.eval_subnets:  # the first that is drawn is the main network, which is judged anyway
+    if config.eval_subnets:  # the first that is drawn is the main network, which is evaluated anyway
         chosen = choose_subnets(training.stages, config.eval_subnets + 1, seed=config.seed)[1:]
     return training.evaluate("val", subnets=chosen, on_batch=on_batch)
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from unloaf.config import Config
 from unloaf.files.state_tree import split_state
 
-# The default is that of SGD with momentum; LARS and its kind scale their steps themselves.
+# The default is that of SGD with momentum; LARS and similar ones scale their steps themselves.
 _LIKE_SGD = re.compile(r"c?(sgd|momentum|nesterov|n?lar[sc]|fusedsgd|bnbsgd).*")
 _FINE_TUNING = 0.1  # what remains of a usual learning rate where a network starts from trained weights
 _OF_SGD = 0.1

@@ -66,7 +66,7 @@ def train(
     """Trains a run and keeps its record and its checkpoints in its folder. Every process of a run calls it.
 
     The folder may be opened already (see `open_run`), the data may be loaded, and another model than config.model may
-    be given. With `allow_changed_data` a run goes on though its training or validation images are others now.
+    be given. With `allow_changed_data` a run continues though its training or validation images are others now.
 
     Raises:
         ValueError: bad input; nothing was trained.
@@ -112,7 +112,7 @@ def train(
 
 
 def _find_checkpoint(accelerator: Accelerator, folder: RunFolder | None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest good checkpoint of a run that goes on, and what is to be said of the damaged ones."""
+    """The newest good checkpoint of a resumed run, and what is to be said of the damaged ones."""
     found: tuple[Checkpoint | None, list[str]] = (None, [])
     if folder is not None and folder.checkpoints.is_dir():
         found = newest_checkpoint(folder.checkpoints)
@@ -249,7 +249,7 @@ class Run:
             if self.saver is not None:
                 self.saver.wait()
             return
-        with suppress(Exception):  # the error that ended the run is the one to tell
+        with suppress(Exception):  # the error that ended the run is the one to report
             self.save(best=False)
             if self.saver is not None:
                 self.saver.wait()
@@ -279,7 +279,7 @@ class Run:
         if code:
             unread = isinstance(self.console, RunConsole) and self.console.unread
             reason = "as nobody reads its output" if unread else "by Ctrl-C" if code == 130 else "by SIGTERM"
-            where = f"; go on with --resume {self.folder.path}" if self.folder else ""
+            where = f"; continue with --resume {self.folder.path}" if self.folder else ""
             raise StoppedError(f"stopped {reason} after step {self.training.steps_done}{where}", code=code)
 
     def _stop_in_validation(self) -> None:

@@ -31,7 +31,7 @@ _FILES = (
     "subnets.csv", "summary.csv",
 )  # fmt: skip
 _FOLDERS = ("checkpoints", "export", "unloaf")  # the last is of accelerate's trackers
-_GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt tells all
+_GROWING = ("summary.csv", "metrics.jsonl")  # a resumed run cuts them back to its checkpoint; log.txt keeps all
 
 
 class RunFolder:
@@ -44,7 +44,7 @@ class RunFolder:
         path: the folder, made when it is missing.
 
     Attributes:
-        epochs_before: of a run that goes on, how many it was to have until now.
+        epochs_before: of a resumed run, how many it was to have until now.
 
     Raises:
         ValueError: the folder cannot be made, or another process writes to it.
@@ -98,7 +98,7 @@ class RunFolder:
         if self.sizes().get("summary.csv"):
             with open(self.path / "summary.csv", encoding="utf-8", opener=own_file) as file:
                 known = file.readline().rstrip("\n")
-        names = known.split(",") if known else list(values)  # a run of an older unloaf goes on with its columns
+        names = known.split(",") if known else list(values)  # a run of an older unloaf continues with its columns
         lines = io.StringIO(newline="")
         writer = csv.writer(lines, lineterminator="\n")
         if not known:
@@ -123,7 +123,7 @@ class RunFolder:
     def cut_back(self, sizes: Mapping[str, int] | None) -> list[str]:
         """Takes away what was written after a checkpoint: the resumed run writes it again.
 
-        Sizes are those of the growing files when the checkpoint was written; without a checkpoint the run begins anew,
+        Sizes are those of the growing files when the checkpoint was written; without a checkpoint the run starts again,
         and what it wrote before is kept under another name. Returns lines on what is kept elsewhere, and on what is
         missing.
         """
@@ -146,7 +146,7 @@ class RunFolder:
     def close(self) -> None:
         """Lets other processes in."""
         if not self._lock.closed:
-            with suppress(OSError):  # it tells only who held the lock
+            with suppress(OSError):  # it only says who held the lock
                 (self.path / "run.lock").unlink(missing_ok=True)
             self._lock.close()
 
@@ -165,7 +165,7 @@ def _set_aside(path: Path) -> str:
     while os.path.lexists(aside := path.with_suffix(f".{number}{path.suffix}")):
         number += 1
     path.rename(aside)
-    return f"there is no checkpoint to go on from: the run begins anew, what it wrote before is kept as {aside.name}"
+    return f"there is no checkpoint to continue from: the run starts again, what it wrote is kept as {aside.name}"
 
 
 def _end_of_line(file: IO[bytes], limit: int) -> int:
@@ -185,11 +185,11 @@ def _json(value: Any) -> Any:
 
 
 def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
-    """The folder of a new run, or of one that goes on: with resume "auto" OUTPUT/NAME if it was begun, or a path.
+    """The folder of a new run, or of one that continues: with resume "auto" OUTPUT/NAME if it was begun, or a path.
 
     Raises:
         ValueError: the folder exists, cannot be made or is in use, its run had other settings, or another output or
-            name is given than that of the run to go on with.
+            name is given than that of the run to resume.
     """
     if resume is None or resume == "auto":
         if resume and config.name is None:
@@ -199,9 +199,9 @@ def open_run(config: Config, *, resume: str | None = None) -> RunFolder:
         path = run_of(Path(resume))
     begun = (path / "args.yaml").exists()
     if begun and resume is None:
-        raise ValueError(f"run folder {path} exists; give another --name, go on with --resume auto, or remove it")
+        raise ValueError(f"run folder {path} exists; give another --name, continue with --resume auto, or remove it")
     if path.is_dir() and not begun and not all(_BEFORE_BEGINNING.fullmatch(file.name) for file in path.iterdir()):
-        raise ValueError(f"run folder {path} exists and is no run; give another --name, or remove it")
+        raise ValueError(f"run folder {path} exists and is not a run; give another --name, or remove it")
     had = None
     if begun:
         checkpoints_in_sight(path)
@@ -218,7 +218,7 @@ def checkpoints_in_sight(run: Path) -> bool:
     """Whether a run that was begun has checkpoints.
 
     Raises:
-        ValueError: none can be seen, though the run wrote some: going on without them would begin anew.
+        ValueError: none can be seen, though the run wrote some: continuing without them would start again.
     """
     folder = run / "checkpoints"
     try:
@@ -228,7 +228,7 @@ def checkpoints_in_sight(run: Path) -> bool:
     except OSError as error:
         raise ValueError(
             f"{folder} cannot be read ({error.strerror}), and with it the checkpoints of the run; make it a folder "
-            "that you may read, or train anew under another --name"
+            "that you may read, or train again under another --name"
         ) from error
     else:
         if any(_STEP.fullmatch(name) for name in names):
@@ -238,7 +238,7 @@ def checkpoints_in_sight(run: Path) -> bool:
     if traces:
         raise ValueError(
             f"{folder} {found}, but there were checkpoints: {'; '.join(traces)}; bring it back (mount its disk, undo a "
-            "renaming, copy it from a backup), or train anew under another --name"
+            "renaming, copy it from a backup), or train again under another --name"
         )
     return False
 
@@ -267,13 +267,13 @@ def run_of(path: Path) -> Path:
         what = (
             f"one of the runs in it, such as {', '.join(inside)}" if inside else "the folder that `unloaf train` named"
         )
-        raise ValueError(f"{path} is no run: it has no args.yaml; give {what}")
+        raise ValueError(f"{path} is not a run: it has no args.yaml; give {what}")
     return path
 
 
 def _check_place(config: Config, begun: Config, path: Path) -> None:
-    """A run that goes on does so where it lies, also if it was moved there; it is not copied or renamed."""
-    advice = f"the run goes on in {path}; leave it out, or move the folder first"
+    """A resumed run stays where it is, also if it was moved there; it is not copied or renamed."""
+    advice = f"the run continues in {path}; leave it out, or move the folder first"
     if config.name not in (None, begun.name, path.resolve().name):
         raise ValueError(f"name {config.name}: {advice}")
     if config.output != begun.output and Path(config.output).resolve() != path.resolve().parent:

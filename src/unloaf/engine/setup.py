@@ -44,7 +44,7 @@ class Evaluation:
     """The networks of a run on a split: the main one, its moving average, its subnets.
 
     `main` has its running batch-norm statistics; beside subnets, whose statistics are re-estimated, `reestimated` is
-    the main network judged as they are. `bad_images` are those that this process could not read and left out.
+    the main network evaluated as they are. `bad_images` are those that this process could not read and left out.
     """
 
     main: Accuracy
@@ -62,7 +62,7 @@ class Position:
     the whole run, `updates` those that were made, `skipped` those that were left out; `made`, `loss_sum` and `seconds`
     are over this epoch. `whole` is False in the middle of a step, of which nothing may be saved.
 
-    The schedule follows `updates`. Where a run goes on with other steps per epoch, `step` and `updates` are what they
+    The schedule follows `updates`. Where a run continues with other steps per epoch, `step` and `updates` are what they
     were in shares of an epoch; `steps` only grows, and with it the numbers of the checkpoints.
     """
 
@@ -152,7 +152,7 @@ class Training:
     ) -> Evaluation:
         """Loss and accuracy on train, val or test, and of subnets, each with batch-norm statistics of its own.
 
-        With subnets the main network is judged with such statistics too. `on_batch` is called before every batch.
+        With subnets the main network is evaluated with such statistics too. `on_batch` is called before every batch.
         """
         add = partial(total, self.accelerator)
         models = [self.model] if self.average is None else [self.model, self.average.module]
@@ -160,7 +160,7 @@ class Training:
             read = self.eval_batches(split)
             batches = _Watched(read, on_batch) if on_batch else read
             rows = self._judge_subnets(batches, subnets, add) if subnets else []
-            both = rows.pop(0) if rows and rows[0].running else None  # the main network, judged both ways
+            both = rows.pop(0) if rows and rows[0].running else None  # the main network, evaluated both ways
             main = both.running if both else None
             main = main or accuracy(inner_module(self.model), batches, reduce=add)
             average = self.average and accuracy(self.average.module, batches, reduce=add)
@@ -219,7 +219,7 @@ def check_weights(training: Training) -> None:
         if not bool(own.isfinite().all()):
             raise NonFiniteWeightsError(
                 f"{name} is not finite after step {training.steps_done}: a gradient was not, though its loss was; the "
-                f"last checkpoint is from before that; train anew with a lower --lr than {training.config.lr}"
+                f"last checkpoint is from before that; train again with a lower --lr than {training.config.lr}"
             )
 
 

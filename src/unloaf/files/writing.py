@@ -16,7 +16,7 @@ from unloaf.errors import CheckpointError, DiskFullError
 from unloaf.printable import printable
 
 _FULL = {errno.ENOSPC: "", errno.EDQUOT: " (quota of this user)", errno.EFBIG: " (limit on the size of a file)"}
-_PROBE = 1 << 16  # bytes; less than this is left where a write stopped for want of room
+_PROBE = 1 << 16  # bytes; less than this is left where a write stopped for lack of space
 _OTHER_OUTPUT = "give another --output"
 
 

@@ -1,4 +1,4 @@
-"""A model looked over before anything is trained: its stages, its subnets and their costs, what a step would cost."""
+"""A model before anything is trained: its stages, its subnets and their costs, what a step would cost."""
 
 from unloaf.inspection.costs import cost_of_model
 from unloaf.inspection.model import inspect_model

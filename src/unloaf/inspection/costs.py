@@ -25,7 +25,7 @@ def cost_of_model(
     num_classes: int | None = None,
     console: Console | None = None,
 ) -> tuple[list[SubnetRow], list[tuple[Timing, ...]]]:
-    """Costs of a model's ordered subnets, the main network first, and their time if asked for; nothing is judged.
+    """Costs of a model's ordered subnets, the main network first, and their time if asked for; nothing is evaluated.
 
     Options are those of `unloaf subnets`; ``timed`` are the batch sizes at which time is measured, and ``subnets`` is
     "all", or how many are drawn beside the main network.

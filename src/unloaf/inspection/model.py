@@ -27,7 +27,7 @@ _SIDES = 6  # at which the network runs; a look should take seconds
 
 
 def inspect_model(name: str, *, img_size: int | None = None, num_classes: int | None = None) -> Inspection:
-    """Looks a model over, by the name and options of `unloaf inspect`; nothing is trained or downloaded.
+    """Describes a model, by the name and options of `unloaf inspect`; nothing is trained or downloaded.
 
     Raises:
         NoResidualBlocksError: nothing can be skipped.
@@ -113,7 +113,7 @@ def _block(model: nn.Module, path: str, call: _Call, *, skippable: bool | None) 
 
 
 def _signature(model: nn.Module, path: str, call: _Call) -> tuple[Any, ...]:
-    """What makes torch.compile compile a block anew."""
+    """What makes torch.compile recompile a block."""
     module, (stream, _) = model.get_submodule(path), call
     shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
     return type(module), shapes, None if stream is None else tuple(stream.shape[1:])

@@ -91,7 +91,7 @@ def measure_subnets(
         model: on the device to measure; it is left as it was.
         stages: from `find_stages`.
         example: a batch, of which the first example is used; a mapping is passed as keywords.
-        rows: from `evaluate_subnets`, or ``[SubnetRow(subnet), ...]`` of subnets that were not judged.
+        rows: from `evaluate_subnets`, or ``[SubnetRow(subnet), ...]`` of subnets that were not evaluated.
         latency: also measure how long a forward pass takes; see `time_subnets`.
         batch_size: examples in a pass that is timed.
         repeats: passes of each subnet that are timed.
@@ -136,7 +136,7 @@ def time_subnets(
 ) -> list[tuple[Timing, ...]]:
     """Measured time of subnets: of each a `Timing` per batch size; arguments are those of `measure_subnets`.
 
-    The subnets take turns, in another order in each round, so that whatever else the machine does hits all alike. A
+    The subnets take turns, in another order in each round, so that other load on the machine hits all alike. A
     pass that is timed comes right after one of the same subnet that is not, so that none pays for the caches of
     another. ``on_pass`` is called after each round.
 

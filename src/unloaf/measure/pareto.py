@@ -1,4 +1,4 @@
-"""Which subnet to take: those that no other beats, and the best within limits."""
+"""Which subnet to take: the Pareto front, and the best within limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Cost = Literal["gmacs", "params", "latency_ms"]
 
 
 def pareto_front(rows: Sequence[SubnetRow], *, cost: Cost = "gmacs") -> list[SubnetRow]:
-    """Those that no other beats: no other is as cheap and as accurate, and better in one of the two; cheapest first.
+    """The Pareto front: no other is as cheap and as accurate, and better in one of the two; cheapest first.
 
     Rows whose accuracy is NaN, of networks that predict nothing, are left out.
 
@@ -36,7 +36,7 @@ def pareto_front(rows: Sequence[SubnetRow], *, cost: Cost = "gmacs") -> list[Sub
 
 
 _MISSING = {
-    "top1": "has no accuracy; judge it first (evaluate_subnets, or `unloaf subnets RUN`)",
+    "top1": "has no accuracy; evaluate it first (evaluate_subnets, or `unloaf subnets RUN`)",
     "gmacs": "has no GMACs; fill them in first: rows = unloaf.measure_subnets(model, stages, example, rows)",
     "params": "has no parameters; fill them in first: rows = unloaf.measure_subnets(model, stages, example, rows)",
     "latency_ms": "was not timed; measure it first: rows = unloaf.measure_subnets(model, stages, example, rows, "
@@ -91,10 +91,10 @@ def pick_subnet(
     '1'
     """
     if not rows:
-        raise ValueError("there are no rows to pick from; judge some subnets first")
+        raise ValueError("there are no rows to pick from; evaluate some subnets first")
     rows = _predicting(rows)
     if not rows:
-        raise ValueError("the accuracy of all subnets is NaN: the network gives NaN, or a metric judged it")
+        raise ValueError("the accuracy of all subnets is NaN: the network gives NaN, or a metric does")
     given = {"latency_ms": max_latency, "gmacs": max_gmacs, "params": max_params}
     limits = {name: limit for name, limit in given.items() if limit is not None}
     within = [row for row in rows if all(_figure(row, name) <= limit for name, limit in limits.items())]

@@ -60,7 +60,7 @@ def cost_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the rows, with their timings, for a table of text.
 
-    The main network has a line more where it was judged both ways, with its running statistics. With a front, whose
+    The main network has a line more where it was evaluated both ways, with its running statistics. With a front, whose
     subnets get a star, the rows have an accuracy, which is shown.
 
     >>> from unloaf import Subnet, SubnetRow
@@ -83,7 +83,7 @@ def cost_table(
 
 
 def accuracy_table(rows: Sequence[SubnetRow]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of judged subnets; the main network has two lines where it was judged both ways.
+    """Heads and cells of evaluated subnets; the main network has two lines where it was evaluated both ways.
 
     >>> from unloaf import Subnet, SubnetRow
     >>> accuracy_table([SubnetRow(Subnet(((True,),)), 91.5, 99.0, 0.25, 1_234, 0.5)])[1]

@@ -85,7 +85,7 @@ def step_time_rows(
         methods: label to method; "common" must be among them.
         x: a batch, on the device to measure.
         y: its targets.
-        repeats: rounds over all methods; each draws anew.
+        repeats: rounds over all methods; each draws again.
         warmup: rounds before that are not counted; of compiled blocks all rounds are run once before.
         setup: goes into the rows; its ``dtype`` and ``compiled`` say how to measure.
         seconds: begin no round after so long, but for the first; default: no limit.

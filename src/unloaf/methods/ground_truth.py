@@ -82,7 +82,7 @@ class GroundTruthTraining(TrainingMethod):
         self.stages, self.loss, self.sampler, self.shrink = tuple(stages), loss, sampler, shrink
         self.num_subnets, self._weight = check_count("num_subnets", num_subnets), subnet_weight
         self.weight_at(0)
-        self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
+        self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is reported here
 
     def draw(self, examples: int = 0, side: int | None = None, *, step: int | None = None) -> list[SubnetPass]:
         """The subnet passes of a step, by default the next one, whatever the batch; none in a step of weight 0."""

@@ -320,8 +320,8 @@ def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout
         of = "a regression" if is_regression(inner) else "labels that are each yes or no"
         raise ValueError(
             f"criterion is a loss of {of}, but subnet_loss takes a softmax over the last axis of the outputs; "
-            "give subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for yes or no) or, where that axis "
-            "holds classes, say so: readout=lambda output: output"
+            "give subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for binary outputs) or, where that "
+            "axis holds classes, say so: readout=lambda output: output"
         )
 
 

@@ -83,7 +83,7 @@ class StimulativeTraining(SubnetTraining):
             seed=seed,
         )
         self.sampler = sampler if sampler is not None else OrderedSampler()
-        self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is told here
+        self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is reported here
         self.num_subnets = check_count("num_subnets", num_subnets)
         shape = self.stages[0].input_shape if self.stages else None
         self._fitting: dict[int, SmallerInputs | None] = {}  # by the side of the images
@@ -195,7 +195,7 @@ def stimulative_plus(
     """
     if main_logits not in ("direction", "raw"):
         raise ValueError(f"main_logits is {main_logits!r}; give 'direction' or 'raw'")
-    resolve_amplitude(amplitude, 2, norm)  # an amplitude or norm that does not exist is told here
+    resolve_amplitude(amplitude, 2, norm)  # an amplitude or norm that does not exist is reported here
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
     return StimulativeTraining(
         model,

@@ -16,7 +16,7 @@ from unloaf.subnet import Subnet, check_stages
 
 
 class StochasticDepth(SinglePassTraining):
-    """Skip each block with a probability that grows linearly with depth; the network is judged at full depth.
+    """Skip each block with a probability that grows linearly with depth; the network is evaluated at full depth.
 
     One draw serves the whole batch, so that skipping saves time. Surviving branches are not rescaled: an activation may
     follow the sum inside the block. For per-example, rescaled drop paths use the model's own option

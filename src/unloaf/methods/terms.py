@@ -128,7 +128,7 @@ class StepLosses:
         if student.ndim > 2:  # rows alone would not be what the function takes
             raise ValueError(
                 f"some of the {tuple(self.y.shape)} labels are {ignore_index_of(self.criterion)} and do not count, but "
-                "subnet_loss cannot be told which; give it a third argument, counted (bool, the shape of the labels), "
+                "subnet_loss cannot know which; give it a third argument, counted (bool, the shape of the labels), "
                 "and hand it on: unloaf.kl_loss(student, teacher, counted=counted)"
             )
         student = student[counted]
@@ -167,8 +167,8 @@ class StepLosses:
             raise ValueError(
                 f"the outputs have shape {tuple(logits.shape)}, y {tuple(y.shape)} of {y.dtype}, neither class indices "
                 "nor shares of classes that add up to 1, but subnet_loss takes a softmax over the columns; give "
-                "subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for yes or no) or, where the columns "
-                "are classes, say so: readout=lambda output: output"
+                "subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for binary outputs) or, where the "
+                "columns are classes, say so: readout=lambda output: output"
             )
 
 
@@ -200,7 +200,7 @@ def ignore_index_of(criterion: Criterion) -> int | None:
     criterion = innermost(criterion)
     if hasattr(criterion, "ignore_index"):
         return getattr(criterion, "ignore_index")  # noqa: B009
-    if isinstance(criterion, nn.Module):  # a loss of one's own around one of torch's
+    if isinstance(criterion, nn.Module):  # a user-defined loss around one of torch's
         held = {getattr(part, "ignore_index") for part in criterion.modules() if hasattr(part, "ignore_index")}  # noqa: B009
         if len(held) == 1:
             return held.pop()

@@ -59,7 +59,7 @@ def read_tensors(path: Path) -> tuple[Path, dict[str, Tensor], tuple[str, ...]]:
             raise ValueError(str(error)) from error
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
         return file, *_unnested(_read_pickle(file), file)
-    raise ValueError(f"{file}: is no file of weights (it begins with {start!r}); give {_KINDS}")
+    raise ValueError(f"{file}: is not a file of weights (it begins with {start!r}); give {_KINDS}")
 
 
 def find_weights(path: Path) -> Path | None:

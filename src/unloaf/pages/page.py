@@ -23,7 +23,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.
 h2 { font-size: 1.12rem; margin: 2.4rem 0 .6rem; }
 p { max-width: 46rem; margin: .5rem 0; }
 .lead { font-size: 1.08rem; color: var(--soft); }
-/* Shadows at the sides, as far as a table goes on there (Lea Verou's scrolling shadows). */
+/* Shadows at the sides, as far as a table continues there (Lea Verou's scrolling shadows). */
 .scroll { overflow-x: auto; scrollbar-width: thin; background:
   linear-gradient(to right, var(--page) 40%, transparent) 0 0 / 2.5rem 100% no-repeat local,
   linear-gradient(to left, var(--page) 40%, transparent) 100% 0 / 2.5rem 100% no-repeat local,

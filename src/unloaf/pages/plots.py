@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unloaf.analysis.comparison import MethodRun, SizeRow
     from unloaf.measure.step_time import Setup, StepTimeRow
 
-# Okabe and Ito's palette, told apart by readers with any colour vision; black for the baseline.
+# Okabe and Ito's palette, distinguishable with any colour vision; black for the baseline.
 _COLOURS = ("#222222", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a")
 _MARKERS = ("o", "v", "s", "D", "^", "P", "X")
 _STYLE: Any = {

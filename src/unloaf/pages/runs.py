@@ -14,14 +14,14 @@ _PICTURES = {
     "Training loss": ("train_loss", "nats, all terms of the method"),
     "Learning rate": ("lr", "learning rate"),
     "Moving average of the weights": ("ema_top1", "top-1, %"),
-    "Mean of the judged subnets": ("subnets_top1_mean", "top-1, %"),
-    "Worst of the judged subnets": ("subnets_top1_min", "top-1, %"),
-    "Main network, judged as its subnets are": ("main_top1_reestimated", "top-1, %"),
+    "Mean of the evaluated subnets": ("subnets_top1_mean", "top-1, %"),
+    "Worst of the evaluated subnets": ("subnets_top1_min", "top-1, %"),
+    "Main network, evaluated as its subnets are": ("main_top1_reestimated", "top-1, %"),
 }
 _CAPTION = (
     "Each line is a run. Accuracies are on the validation images. The training loss sums all terms of a method, so it "
-    "cannot be compared between methods. Subnets are judged with re-estimated batch-norm statistics, "
-    "the main network as it stands, with its running ones, unless something else is said. The learning rate is that of "
+    "cannot be compared between methods. Subnets are evaluated with re-estimated batch-norm statistics, "
+    "the main network with its running ones, unless stated otherwise. The learning rate is that of "
     "the last step of an epoch."
 )
 
@@ -45,7 +45,7 @@ def runs_page(histories: Sequence[RunHistory]) -> str:
 
 
 def _facts(history: RunHistory) -> str:
-    """Command, hardware, versions and time in a line; what env.json does not tell is left out."""
+    """Command, hardware, versions and time in a line; what env.json lacks is left out."""
     env = history.environment
     versions, command = env.get("versions"), env.get("command")
     parts = [

@@ -81,15 +81,15 @@ def run_backward(roots: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Non
         if "backward through the graph a second time" not in str(error):
             raise
         raise ValueError(
-            "a subnet's loss reaches into the graph of another pass on a way that no module returned: a feature that a "
+            "a subnet's loss reaches into the graph of another pass in a way that no module returned: a feature that a "
             "hook or an attribute hands over, or parametrize.cached(); use method(x, y).loss.backward()"
         ) from error
 
 
 class CheckpointGuard:
-    """Refuses a model that computes blocks anew in the backward pass by itself: it would not compute the subnet's.
+    """Refuses a model that recomputes blocks in the backward pass by itself: it would not compute the subnet's.
 
-    In one graph each block may be computed anew alone: there, the forward that is called again is the right one.
+    In one graph each block may be recomputed alone: there, the forward that is called again is the right one.
     """
 
     def __init__(self, name: str, *, separate_graphs: bool) -> None:

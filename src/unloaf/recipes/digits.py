@@ -19,12 +19,12 @@ virtual machine, 81 s of processor time for a seed):
     GKT                98.7 +- 0.3   98.2 +- 0.6   97.4 +-  0.5   2.29    2.24
 
 Caveats. The test images were looked at twice: first with settings chosen from the four tries
-at seed 0 alone, then, because one seed of 300 images is a weak judge, with those of the three
+at seed 0 alone, then, because one seed of 300 images decides little, with those of the three
 candidates. The choice for three methods changed. In the first look common training (0.1 / 2e-3,
 which ties with the present setting on validation) had 98.4 +- 0.2, subnets 86.1 +- 4.5, and
 ST 98.2 +- 0.3; against that baseline ST++ is 0.5 points behind. 600 images alone give an
-accuracy of 98 % a standard error of 0.6 points: the main networks cannot be told apart here.
-What can be told is what became of their subnets.
+accuracy of 98 % a standard error of 0.6 points: the main networks do not differ significantly here.
+Their subnets do.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def stimulative_plus() -> Config:
 
     0.05 / 5e-4: 98.6, 97.5. Others: 0.05 / 2e-3: 98.4, 97.6; 0.1 / 2e-3: 98.1, 97.8. Inter-stage
     sampling, the paper's, gave 99.0 and 96.2 at seed 0 (ordered: 99.3, 98.2): it never trains
-    subnets of fewer than 6 blocks, which are judged here.
+    subnets of fewer than 6 blocks, which are evaluated here.
 
     Three settings depart from the paper's, which are meant for ImageNet, and were found in nine
     more trials on a network twice as wide, where the paper's gave 43.7 % (lr 0.1). With ten

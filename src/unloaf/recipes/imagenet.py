@@ -113,7 +113,7 @@ def resnet50_a2() -> Config:
 
 
 def resnet50_gkt() -> Config:
-    """GKT with the baseline's settings; the text at hand, the abstract, states neither settings nor figures.
+    """GKT with the baseline's settings; the available text, the abstract, states neither settings nor figures.
 
     Three groups, two loops, ema 0.5, weight 1, depths with probability proportional to 0.5**(d-k): our reading. On
     digits a weight of 0.17 was better, see `unloaf.recipes.digits`.

@@ -58,7 +58,7 @@ class ElasticResult:
 
     folder: Path  # where its files are
     files: dict[str, int]  # their sizes in bytes, by name
-    networks: tuple[NetworkFacts, ...]  # the subnets, the main network first, judged
+    networks: tuple[NetworkFacts, ...]  # the subnets, the main network first, evaluated
     statistics: int  # bytes of the stored statistics; the rest is one set of weights
     loading: str  # Python lines that load it
     notes: tuple[str, ...] = ()  # what a reader has to know of the checkpoint and the choice of subnets
@@ -258,11 +258,11 @@ def _push(folder: Path, repository: str, opened: OpenedRun, written: Written | N
     try:
         hub = HfApi()
         name = hub.create_repo(repository, exist_ok=True).repo_id  # with its owner, if none was given
-        if written is not None and written.twin is not None:
+        if written is not None and written.rebuilt is not None:
             from timm.models import push_to_hf_hub
 
             config, arguments = timm_config(opened), dict(written.arguments)
-            push_to_hf_hub(written.twin, name, model_config=config, model_args=arguments, safe_serialization=True)
+            push_to_hf_hub(written.rebuilt, name, model_config=config, model_args=arguments, safe_serialization=True)
             hub.upload_file(repo_id=name, path_or_fileobj=str(folder / "README.md"), path_in_repo="README.md")
         else:
             hub.upload_folder(repo_id=name, folder_path=str(folder))

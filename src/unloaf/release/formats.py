@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unloaf.files.writing import write_whole
 from unloaf.models.offline import offline
 from unloaf.passes import logits_of
-from unloaf.release.libraries import describe_for_transformers, describe_images_for_transformers, quiet, timm_twin
+from unloaf.release.libraries import built_by_timm, describe_for_transformers, describe_images_for_transformers, quiet
 from unloaf.release.subnet_files import load_subnet, save_subnet
 from unloaf.runs.opened import OpenedRun
 from unloaf.stages import evaluating
@@ -38,7 +38,7 @@ class Written:
 
     loading: str  # Python lines that load it from the folder
     difference: float  # largest absolute difference of the logits, reloaded against exported
-    twin: nn.Module | None = None  # of timm's form, the network that timm built
+    rebuilt: nn.Module | None = None  # of timm's form, the network that timm built
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of timm's form, those that build it
     library: str | None = None  # timm or transformers, if it loads the folder without unloaf
 
@@ -73,7 +73,7 @@ def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subne
     if not describe_for_transformers(
         folder,
         network,
-        same=lambda twin: _difference("state_dict", opened, network, twin),
+        same=lambda rebuilt: _difference("state_dict", opened, network, rebuilt),
         class_names=opened.class_names,
     ):
         return Written(loading, difference)
@@ -87,8 +87,8 @@ def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
     import timm
     from timm.models import save_for_hf
 
-    twin, name, arguments = _timm_twin(opened, network)
-    save_for_hf(twin, str(folder), model_config=timm_config(opened), model_args=arguments, safe_serialization=True)
+    rebuilt, name, arguments = _in_timm(opened, network)
+    save_for_hf(rebuilt, str(folder), model_config=timm_config(opened), model_args=arguments, safe_serialization=True)
     with quiet(), offline():
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     difference = _difference("timm", opened, network, again)
@@ -98,7 +98,7 @@ def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
         "# or, for other uses of the weights:\n"
         f'model = timm.create_model("{name}"{words}, checkpoint_path="FOLDER/model.safetensors").eval()'
     )
-    return Written(loading, difference, twin, arguments, library="timm")
+    return Written(loading, difference, rebuilt, arguments, library="timm")
 
 
 def timm_config(opened: OpenedRun) -> dict[str, Any]:
@@ -112,21 +112,21 @@ def timm_config(opened: OpenedRun) -> dict[str, Any]:
     return {"pretrained_cfg": described, "label_names": list(opened.class_names)}
 
 
-def _timm_twin(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[str, Any]]:
+def _in_timm(opened: OpenedRun, network: Any) -> tuple[nn.Module, str, dict[str, Any]]:
     """The same network built by timm alone, and how: compared bit for bit."""
     published = getattr(network, "pretrained_cfg", None)
     if published is None or not type(network).__module__.startswith("timm."):
-        raise ValueError(f"model {opened.config.model} is none of timm's; take --format state_dict")
+        raise ValueError(f"model {opened.config.model} is not timm's; take --format state_dict")
     name, settings = published["architecture"], opened.architecture
     arguments: dict[str, Any] = {key: settings[key] for key in ("num_classes", "in_chans")}
     if published.get("fixed_input_size"):
         arguments["img_size"] = settings["img_size"]
     arguments |= opened.config.model_arguments
     kinds = {type(opened.network.get_submodule(path)) for s in opened.training.stages for path in s.blocks}
-    twin, depths = timm_twin(
-        network, kinds, name, arguments, same=lambda twin: _difference("timm", opened, network, twin)
+    rebuilt, depths = built_by_timm(
+        network, kinds, name, arguments, same=lambda rebuilt: _difference("timm", opened, network, rebuilt)
     )
-    return twin, name, arguments | depths
+    return rebuilt, name, arguments | depths
 
 
 class _Logits(nn.Module):

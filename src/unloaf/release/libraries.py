@@ -22,7 +22,7 @@ from unloaf.models.offline import offline
 Comparison = Callable[[nn.Module], Any]  # raises if the network that it is given is another
 
 
-def timm_twin(
+def built_by_timm(
     network: nn.Module, kinds: set[type[nn.Module]], name: str, arguments: Mapping[str, Any], same: Comparison
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The same network built by timm alone: its keywords for depths are tried, and the result is compared.
@@ -38,7 +38,7 @@ def timm_twin(
     >>> stages = unloaf.find_stages(model, torch.zeros(1, 3, 32, 32))
     >>> small = unloaf.export_subnet(model, stages, unloaf.Subnet.from_depths(stages, (2,)))
     >>> settings = {"img_size": 32, "embed_dim": 24, "num_heads": 3}
-    >>> timm_twin(small, {type(model.blocks[0])}, "vit_tiny_patch16_224", settings, lambda twin: None)[1]
+    >>> built_by_timm(small, {type(model.blocks[0])}, "vit_tiny_patch16_224", settings, lambda rebuilt: None)[1]
     {'depth': 2}
     """
     import timm
@@ -50,10 +50,10 @@ def timm_twin(
     for keyword, depths in {"layers": counts, "depths": counts, "depth": single}.items():
         try:
             with torch.random.fork_rng(devices=[]), quiet(), offline():
-                twin: nn.Module = timm.create_model(name, **{**arguments, keyword: depths}).eval()
-            twin.load_state_dict(dense.state_dict())
-            same(twin)
-            return twin, {keyword: depths}
+                rebuilt: nn.Module = timm.create_model(name, **{**arguments, keyword: depths}).eval()
+            rebuilt.load_state_dict(dense.state_dict())
+            same(rebuilt)
+            return rebuilt, {keyword: depths}
         except Exception as error:  # whatever a constructor that is not made for it raises
             reasons.append(f"{keyword}={depths}: {' '.join(str(error).split())[:80]}")
     raise ValueError(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of an image, likeliest first, with their probabilities in [0, 1]."""
+    """The most probable classes of an image, most probable first, with their probabilities in [0, 1]."""
 
     image: str
     classes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What run folders tell of their runs, and runs side by side. Reads text files only; imports no torch."""
+"""What run folders say of their runs, and runs side by side. Reads text files only; imports no torch."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class RunHistory:
 
 
 def read_histories(runs: Sequence[str | Path]) -> list[RunHistory]:
-    """Reads run folders, which may belong to runs that go on; of any other folder all runs in it, by their names.
+    """Reads run folders, which may belong to running trainings; of any other folder all runs in it, by their names.
 
     Raises:
-        ValueError: a folder is no run and has none, or its files cannot be read.
+        ValueError: a folder is not a run and has none, or its files cannot be read.
     """
     paths = list(dict.fromkeys(path for run in runs for path in _runs_in(Path(run))))
     names = [path.resolve().name for path in paths]
@@ -55,7 +55,7 @@ def _runs_in(path: Path) -> list[Path]:
         return [run_of(path)]
     found = [file.parent for pattern in ("[!.]*/args.yaml", "[!.]*/[!.]*/args.yaml") for file in path.glob(pattern)]
     if not found:
-        raise ValueError(f"{path} is no run: neither it nor a folder in it has an args.yaml; give runs or their folder")
+        raise ValueError(f"{path} is not a run: neither it nor a folder in it has args.yaml; give runs or their folder")
     return sorted(found)
 
 

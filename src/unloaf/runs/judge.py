@@ -34,10 +34,10 @@ class RunJudgement:
     weights: str  # "model", or "model_ema" for the moving average
     params: int  # parameters of the main network
     gmacs: float  # billions of multiply-adds of the main network for one image
-    main: dict[str, Accuracy]  # the main network as it stands, with its running batch-norm statistics, by split
-    split: str  # the images that judged the subnets
+    main: dict[str, Accuracy]  # the main network with its running batch-norm statistics, by split
+    split: str  # the images on which the subnets were evaluated
     subnets: tuple[SubnetRow, ...]  # those that were asked for, the main network first; of pareto, smallest first
-    # All that were judged, the main network first and among its subnets judged as they are, with re-estimated
+    # All that were evaluated, the main network first and among its subnets evaluated as they are, with re-estimated
     # statistics.
     judged: tuple[SubnetRow, ...]
     notes: tuple[str, ...]  # what a reader has to know of the checkpoint, the images and the choice of the subnets
@@ -58,23 +58,23 @@ def judge_run(
 ) -> RunJudgement:
     """Judges a run at a checkpoint; writes nothing, and the run may still be training.
 
-    The main network is judged as it was while it trained, with its running batch-norm statistics: the accuracy on the
-    validation images is the one in summary.csv, digit for digit, on the same kind of device. Beside its subnets it is
-    judged as they are too, with statistics that were re-estimated.
+    The main network is evaluated as in training, with its running batch-norm statistics: the accuracy on the validation
+    images is the one in summary.csv, digit for digit, on the same kind of device. Beside its subnets it is
+    evaluated as they are too, with statistics that were re-estimated.
 
     Args:
         run: a folder that `unloaf train` made.
-        subnets: "all" ordered ones, "pareto" for those that no other beats, a number for so many, drawn as
+        subnets: "all" ordered ones, "pareto" for the Pareto front, a number for so many, drawn as
             `--eval-subnets` draws them, or None.
         split: "val" or "test"; default: both for the main network, val for the subnets if there is one.
         batch_size: images in a pass; default: as in the run.
-        timed: batch sizes at which the time of the judged subnets is measured.
+        timed: batch sizes at which the time of the evaluated subnets is measured.
         repeats: passes that are timed, of each subnet and batch size.
         console: shows a progress bar where it is a terminal.
         opening: see `open_trained`.
 
     Raises:
-        ValueError: the folder is no run, has no such checkpoint or images, its args.yaml was changed, or the network
+        ValueError: the folder is not a run, has no such checkpoint or images, its args.yaml was changed, or the network
             has no subnets.
         CheckpointError: no checkpoint is intact.
     """
@@ -122,7 +122,7 @@ def _splits(training: Training, asked: str | None, run: Path) -> list[str]:
     if asked is not None and asked not in there:
         raise ValueError(f"{run}: {data.name} has no {asked} images; it has {' and '.join(['train', *there])}")
     if not there:
-        raise ValueError(f"{run}: {data.name} has neither validation nor test images; nothing can be judged")
+        raise ValueError(f"{run}: {data.name} has neither validation nor test images; nothing can be evaluated")
     if asked is not None:
         return [asked]
     return there[:1] if data.test is data.val else there
@@ -141,7 +141,7 @@ def _chosen(stages: Sequence[Stage], asked: str | None, *, seed: int, run: Path)
     count = prod(len(stage.legal_depths) for stage in stages)
     note = (
         f"{len(chosen)} of {count} ordered subnets were drawn; others may be better "
-        "(give all instead of pareto to judge every one)"
+        "(give all instead of pareto to evaluate every one)"
     )
     return chosen, [note] if len(chosen) < count else []
 
@@ -164,7 +164,7 @@ def _example(training: Training) -> torch.Tensor:
 
 
 def write_subnets(judgement: RunJudgement, path: Path) -> None:
-    """Writes every subnet that was judged as a CSV file, in one piece; an older one is replaced.
+    """Writes every subnet that was evaluated as a CSV file, in one piece; an older one is replaced.
 
     Raises:
         ValueError: the folder cannot be written.

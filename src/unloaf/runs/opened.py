@@ -1,4 +1,4 @@
-"""A run opened again, to be judged or exported: its network with the weights of a checkpoint. Never trains."""
+"""A run opened again, to be evaluated or exported: its network with the weights of a checkpoint. Never trains."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def open_trained(
         need_subnets: refuse a network that has none.
 
     Raises:
-        ValueError: the folder is no run, has no such checkpoint or images, ``recalibrate`` is out of range, or the
+        ValueError: the folder is not a run, has no such checkpoint or images, ``recalibrate`` is out of range, or the
             network has no subnets, though they are needed.
         CheckpointError: no checkpoint is intact.
     """
@@ -250,7 +250,7 @@ def _prepare_for_one_process(config: Config, checkpoint: Checkpoint, **given: An
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, weights: str) -> None:
     """Puts the weights of a checkpoint, "model" or "model_ema", into the network that its args.yaml describes."""
-    # The weights alone: batch-norm statistics of several processes are merged in them, as they were when judged.
+    # The weights alone: batch-norm statistics of several processes are merged in them, as they were when evaluated.
     try:
         load_strictly(model, checkpoint.weights[weights])
     except RuntimeError as error:

@@ -66,7 +66,7 @@ def find_stages(
     if scripted:
         raise ValueError(
             f"{f'module {scripted[0]!r}' if scripted[0] else 'the model'} was compiled by torch.jit, and what it "
-            "computes cannot be looked at or changed; give the model as it was before"
+            "computes cannot be inspected or changed; give the model as it was before"
         )
     _check_within(model, within, blocks)
     with evaluating(model), drawing_alike(model):
@@ -103,7 +103,7 @@ def _check_within(model: nn.Module, within: str | None, blocks: object) -> None:
         near = [*dict.fromkeys(ends + difflib.get_close_matches(str(within), paths, n=3))]
         near = near or [path for path, _ in model.named_children()]
         raise ValueError(
-            f"within is {within!r}, which is no module of {type(model).__name__}; give the path of one as in "
+            f"within is {within!r}, which is not a module of {type(model).__name__}; give the path of one as in "
             f"model.named_modules(), such as {', '.join(map(repr, near[:3]))}"
         )
     if within and blocks is not None:
@@ -150,7 +150,7 @@ def _stage(name: str, run: tuple[str, ...], kinds: Mapping[str, Residual], shape
 def _probe(model: nn.Module, calls: Mapping[str, Call], unknown: list[str]) -> dict[str, Residual]:
     """The blocks and how each adds its input: neither what holds blocks nor what is a part of one.
 
-    Modules of which it cannot be told are added to `unknown`.
+    Modules of which it is not known are added to `unknown`.
     """
     found: dict[str, Residual] = {}
     for path, call in calls.items():
@@ -291,7 +291,7 @@ def _given(model: nn.Module, calls: Mapping[str, Call], blocks: Sequence[Sequenc
     for path in paths:
         if path not in known or not path:
             raise ValueError(
-                f"blocks names {path!r}, which is no module of {type(model).__name__}; see model.named_modules()"
+                f"blocks names {path!r}, which is not a module of {type(model).__name__}; see model.named_modules()"
             )
         if path not in calls:
             raise ValueError(

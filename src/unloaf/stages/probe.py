@@ -120,7 +120,7 @@ def residual(module: nn.Module, call: Call) -> Residual | None:
     activation with parameters (PReLU, FReLU) or a scale and shift.
 
     Raises:
-        NotFiniteError: it cannot be told.
+        NotFiniteError: it cannot be decided.
     """
     assert call.stream is not None
     generator = torch.Generator().manual_seed(_PROBE_SEED)

@@ -63,7 +63,7 @@ def capture(training: Training) -> tuple[dict[str, dict[str, Any]], dict[str, An
 
 
 def _copied(value: Any) -> Any:
-    """The same structure with tensors of its own on the CPU: training goes on while they are written."""
+    """The same structure with tensors of its own on the CPU: training continues while they are written."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):

@@ -54,7 +54,7 @@ def number_of(folder: Path) -> tuple[int, int]:
 
 
 def progress(folder: Path) -> tuple[float, int, int]:
-    """Epochs trained, and the number of a step folder; inf for one that cannot be read, which is to be told of."""
+    """Epochs trained, and the number of a step folder; inf for one that cannot be read, which is reported."""
     number = number_of(folder)
     try:
         manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on."""
+"""Checkpoints written while the training continues."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unloaf.files.writing import flush, point_to
 
 
 class Saver:
-    """Writes checkpoints in a thread of its own, one at a time; a failure is told at the next call.
+    """Writes checkpoints in a thread of its own, one at a time; a failure is reported at the next call.
 
     Args:
         folder: of the run.

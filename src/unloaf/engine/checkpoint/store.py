@@ -98,11 +98,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: something is missing, damaged, forbidden or too large; the message names the file.
-        ValueError: the path is no UTF-8.
+        ValueError: the path is not UTF-8.
     """
     place = os.path.abspath(path)
     if place != place.encode("utf-8", "replace").decode():
-        raise ValueError(f"{path}: its path is no UTF-8, and safetensors takes no other; rename the folder")
+        raise ValueError(f"{path}: its path is not UTF-8, and safetensors takes no other; rename the folder")
     with reading(Path(path)):
         folder = Path(path).resolve()
         manifest = verified(folder)
@@ -117,8 +117,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that `last` points to, or if that is none the latest one that verifies, and notes on the others.
 
-    The latest is the one after the most epochs of training. Its number may be the lower one: in a run that went on with
-    fewer images, unloaf 0.1 counted its steps anew.
+    The latest is the one after the most epochs of training. Its number may be the lower one: in a run that continued
+    with fewer images, unloaf 0.1 counted its steps again.
 
     Returns:
         the checkpoint, and a line for each damaged one before which it was taken; (None, []) when there is none.
@@ -134,7 +134,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             passed_over.append(f"passed over {path.name}: {error}")
     if passed_over:
         raise CheckpointError(
-            f"{folder}: none of {len(passed_over)} checkpoints can be used; copy one from a backup, or train anew "
+            f"{folder}: none of {len(passed_over)} checkpoints can be used; copy one from a backup, or train again "
             "under another --name\n" + "\n".join(passed_over)
         )
     return None, []
