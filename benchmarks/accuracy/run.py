@@ -17,10 +17,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,6 @@ class Study:
         self.end = float("inf") if minutes is None else time.monotonic() + 60 * minutes - _TO_SAVE
         self.stopping = False
         self.failed: list[str] = []
-        self.writing = threading.Lock()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
@@ -76,8 +73,7 @@ class Study:
         done = {(record["row"], record["seed"]) for record in self.results.records(table.name)}
         missing = [job for job in chosen if job.key not in done]
         say(f"{table.name}: {len(chosen) - len(missing)} of {len(chosen)} runs are there")
-        with ThreadPoolExecutor(self.options.jobs) as pool:  # a thread waits for each process
-            list(pool.map(self._train, missing))
+        self._train(missing)
         done = {(record["row"], record["seed"]) for record in self.results.records(table.name)}
         return all(job.key in done for job in chosen)
 
@@ -98,57 +94,79 @@ class Study:
             "seconds": self.options.cost_seconds, "draws": 100,
         }  # fmt: skip
         folder = self.output / "jobs" / table.name / "cost"
-        found, code = self._process(folder, order)
+        process = self._start(folder, order)
+        self._wait([(folder, process)])
+        found = read(folder / "result.json")
         if found is not None:
-            costs = {base.label: BASELINE_COST} | self.results.costs(table.name) | {row.label: found}
-            self.results.add_cost(table, costs)
+            self.results.add_cost(
+                table, {base.label: BASELINE_COST} | self.results.costs(table.name) | {row.label: found}
+            )
         elif not self.over:
-            self._fail(f"cost of {row.label}", code, folder)
+            self._fail(f"cost of {row.label}", process.returncode, folder)
         return found is not None
 
     def _files(self, table: Table) -> str | None:
         return None if table.common["dataset"] == "digits" else self.options.data_dir
 
-    def _process(self, folder: Path, order: dict[str, Any]) -> tuple[dict[str, Any] | None, int]:
-        """What a process of its own left, and its exit code; when the time is over it saves, or is killed."""
+    def _start(self, folder: Path, order: dict[str, Any]) -> subprocess.Popen[bytes]:
         folder.mkdir(parents=True, exist_ok=True)
         order |= {"threads": 1, "result": str(folder / "result.json")}
         (folder / "order.json").write_text(json.dumps(order), encoding="utf-8")
         words = [sys.executable, "-m", "benchmarks.accuracy.job", str(folder / "order.json")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with (folder / "log.txt").open("ab") as log:
-            process = subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-        until = None
-        while (code := process.poll()) is None:
-            if self.over and until is None:
-                until = time.monotonic() + _TO_SAVE - 5
-                process.terminate()
-            if until is not None and time.monotonic() > until:
-                process.kill()  # what it trained since its last checkpoint is trained again
-            time.sleep(0.2)
-        return read(folder / "result.json"), code
+            return subprocess.Popen(words, env=environment, stdout=log, stderr=log)
 
-    def _train(self, job: Job) -> None:
-        if self.over:
-            return
+    def _train(self, jobs: Sequence[Job]) -> None:
+        waiting, running = list(jobs), []
+        while running or (waiting and not self.over):
+            while waiting and len(running) < self.options.jobs and not self.over:
+                job = waiting.pop(0)
+                running.append((job, *self._begin(job)))
+            running = [entry for entry in running if not self._ended(*entry)]
+            if self.over:
+                self._wait([(folder, process) for _, folder, process in running])
+            time.sleep(0.2)
+
+    def _begin(self, job: Job) -> tuple[Path, subprocess.Popen[bytes]]:
         config = job.config(self.options.data_dir, self.output / "runs")
         subnets = list(job.table.subnets) if isinstance(job.table.subnets, tuple) else job.table.subnets
         order = {"kind": "train", "config": asdict(config), "split": job.table.split, "subnets": subnets}
-        folder, what = self.output / "jobs" / job.name, f"{job.row.label}, seed {job.seed}"
-        say(f"  {what}: {config.epochs} epochs")
-        found, code = self._process(folder, order)
+        folder = self.output / "jobs" / job.name
+        say(f"  {job.row.label}, seed {job.seed}: {config.epochs} epochs")
+        return folder, self._start(folder, order)
+
+    def _ended(self, job: Job, folder: Path, process: subprocess.Popen[bytes]) -> bool:
+        code = process.poll()
+        if code is None:
+            return False
+        found = read(folder / "result.json")
         if found is not None:
             cost = {f"cost_{name}": job.cost.get(name) for name in ("time", "flops")}
             about = {"table": job.table.name, "row": job.row.label, "seed": job.seed} | found | cost
-            with self.writing:
-                self.results.add(job.table, about)
+            self.results.add(job.table, about)
             top1 = "diverged" if found["top1"] is None else f"{found['top1']:.2f} %"
-            say(f"  {what}: {top1}")
+            say(f"  {job.row.label}, seed {job.seed}: {top1}")
         elif not self.over and code not in (143, 130, -15, -2):  # -9 is a lack of memory
-            self._fail(what, code, folder)
+            self._fail(f"{job.row.label}, seed {job.seed}", code, folder)
+        return True
 
     def _fail(self, what: str, code: int, folder: Path) -> None:
         self.failed.append(f"{what}: code {code}, see {folder / 'log.txt'}")
         say(f"  failed: {self.failed[-1]}")
+
+    def _wait(self, running: Sequence[tuple[Path, subprocess.Popen[bytes]]]) -> None:
+        """Until they end by themselves, or the time does: then they save, and those that take too long are killed."""
+        killed = None
+        while any(process.poll() is None for _, process in running):
+            if self.over and killed is None:
+                killed = time.monotonic() + _TO_SAVE - 5
+                for _, process in running:
+                    process.terminate()
+            if killed is not None and time.monotonic() > killed:
+                for _, process in running:
+                    process.kill()  # what it trained since its last checkpoint is trained again
+            time.sleep(0.2)
 
 
 def read(path: Path) -> dict[str, Any] | None:
