@@ -160,8 +160,8 @@ def step_time_bars(groups: Mapping[Setup, Sequence[StepTimeRow]]) -> str:
     together: Any = {tuple: HandlerTuple(ndivide=None, pad=0)}
     title = "time of a step, relative to common training"
     place: Any = {"loc": "outside lower center", "ncols": 3, "columnspacing": 1.2, "frameon": False, "title": title}
-    names = ["measured", "FLOPs limit", "separate passes"]
-    figure.legend([measured, limit, Patch(**_PALE)], names, handler_map=together, **place)
+    marks: list[Any] = [measured, limit, Patch(**_PALE)]
+    figure.legend(marks, ["measured", "FLOPs limit", "separate passes"], handler_map=together, **place)
     return _svg(figure, background="white")
 
 
