@@ -91,7 +91,7 @@ def test_autocast_around_it_does_not_matter():
 
 @pytest.mark.parametrize("loader", [[], [(SCORES, torch.full((3,), -100))]])
 def test_no_example_is_an_error(loader):
-    with pytest.raises(ValueError, match="no example to judge on; give at least one batch"):
+    with pytest.raises(ValueError, match="no example to evaluate on; give at least one batch"):
         accuracy(nn.Identity(), loader)
 
 

@@ -385,7 +385,7 @@ def test_a_part_of_a_mapping_is_that_of_most_tensors():
 def test_a_part_of_a_mapping_that_cannot_be_told_is_refused():
     model, batch = Graph(), {"edges": torch.randint(7, (2, 12)), "x": torch.randn(7, 6)}
     method = unloaf.StimulativeTraining(model, unloaf.find_stages(model, batch), subnet_batch_fraction=0.5)
-    with pytest.raises(ValueError, match=r"rows: edges 2, x 7; it cannot be told.*subnet_batch_fraction=1"):
+    with pytest.raises(ValueError, match=r"rows: edges 2, x 7; it is not known.*subnet_batch_fraction=1"):
         method.backward(batch, torch.zeros(7).long())
 
 

@@ -245,8 +245,8 @@ def test_explicit_blocks_may_be_post_norm():
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ([["first.0", "third.1"]], "'third.1'.*no module of ToyNetwork"),
-        ([["first.0", ""]], "''.*no module"),
+        ([["first.0", "third.1"]], "'third.1'.*not a module of ToyNetwork"),
+        ([["first.0", ""]], "''.*not a module"),
         ([["first.1", "first.1"]], "'first.1' twice"),
         ([["first.2", "first.1"]], "'first.1' runs before 'first.2'"),
         ([["second.0", "second.1"], ["first.0", "first.1"]], "'first.0' runs before 'second.1'"),

@@ -103,7 +103,7 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words, b
         (["recipes", "nonsense"], "recipe 'nonsense': no such recipe; `unloaf recipes` lists them"),
         (["recipes", "imagenet_resnet_a2"], "no such recipe; did you mean imagenet_resnet50_a2"),
         (["train", "--recipe", "digits_st", "-c", "a.yaml"], "-c and --recipe both give all settings"),
-        (["train", "--resume", "norun"], "norun is no run"),
+        (["train", "--resume", "norun"], "norun is not a run"),
         (["train", "--dataset", "cifar100"], "give --data-dir"),
         (["train", "--data-dir", "photos"], "data_dir photos: the dataset is digits, which ships with scikit-learn"),
         (["demo", "--seeds", "0"], "seeds 0: give at least 1"),
@@ -187,7 +187,7 @@ def test_train_in_a_process_of_its_own(tmp_path):
     assert "\r" not in result.stderr + result.stdout
     again = run("train", *TINY, "--output", str(tmp_path), "--name", "run")
     assert again.returncode == 2
-    remedy = "give another --name, go on with --resume auto, or remove it"
+    remedy = "give another --name, continue with --resume auto, or remove it"
     assert again.stderr == f"unloaf: error: run folder {tmp_path}/run exists; {remedy}\n"
 
 
@@ -306,7 +306,7 @@ def test_faults_and_bad_images_are_listed_together(images, capsys):
     )
     assert err == (
         "unloaf: error: 2 faults of the image set and 1 of 12 images cannot be read, listed above; "
-        "mend them and check again\n"
+        "fix them and check again\n"
     )
 
 

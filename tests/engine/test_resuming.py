@@ -177,7 +177,7 @@ def test_run_that_was_killed_before_its_first_checkpoint_keeps_what_it_wrote(tmp
     assert first.count(b"\n") == 3
     go_on(config)
     assert (path / "metrics.2.jsonl").read_bytes() == first
-    assert "what it wrote before is kept as metrics.2.jsonl" in log(path)
+    assert "what it wrote is kept as metrics.2.jsonl" in log(path)
     steps = [json.loads(line).get("step") for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [step for step in steps if step] == [1, 2, 3, 4, 5, 6, 7, 8]
 
@@ -233,10 +233,7 @@ def test_checkpoints_of_fewer_steps_per_epoch_are_the_newest(tmp_path):
 
 def test_stopped_inside_an_epoch_it_goes_on_at_the_same_share_of_it(tmp_path):
     path = shrunk(tmp_path, stop=6, checkpoint_interval=1)  # half of epoch 2
-    told = (
-        "an epoch has 2 steps now, it had 4: the run and its schedule continue at the same share of epoch 2, "
-        "after 1 of 2"
-    )
+    told = "an epoch has 2 steps now, it had 4: run and schedule continue at the same share of epoch 2, after 1 of 2"
     assert told in log(path)
     events = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     steps = [(event["step"], event["epoch"]) for event in events if event["event"] == "step"]

@@ -227,7 +227,7 @@ def test_a_model_without_such_a_layer_is_refused():
 
 
 def test_a_learned_classifier_is_not_drawn_anew():
-    with pytest.raises(ValueError, match=r"^head_init draws the classifier again, which pretrained has learned"):
+    with pytest.raises(ValueError, match=r"^head_init redraws the classifier that pretrained has learned"):
         Config(model="tv/resnet50", pretrained=True, head_init=0.01)
 
 

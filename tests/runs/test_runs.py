@@ -335,7 +335,7 @@ def test_report_of_a_folder_takes_all_runs_in_it(trained, second, tmp_path, caps
     assert [line.split()[0] for line in out.splitlines() if "cifar/resnet14" in line] == ["first", "second"]
     code, _, err = in_process(capsys, "report", runs / "notes")
     assert (code, err.count("\n")) == (2, 1)
-    assert "notes is not a run: neither it nor a folder in it has an args.yaml; give runs or their folder" in err
+    assert "notes is not a run: neither it nor a folder in it has args.yaml; give runs or their folder" in err
 
 
 def test_no_number_is_broken_on_a_terminal_of_80_columns(trained, second, capsys, monkeypatch):
