@@ -79,7 +79,8 @@ def work(rank, folder):
         method = build(kind, wrapped, stages, rank)
         grads[f"{kind}/{mode}/{unlabelled}"] = step(method, x, labels_of(rank, unlabelled), mode)
     for kind, mode in itertools.product(KINDS, ["lean", "deferred"]):
-        model, stages, x, y = network_and_batch(rank, torch.float32)
+        model, stages, x = network_and_batch(rank, torch.float32)
+        y = labels_of(rank, None)
         wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         method = build(kind, wrapped, stages, rank)
         grads[f"{kind}/{mode}"] = step(method, x, y, mode)

@@ -75,7 +75,7 @@ def test_every_automatic_augmentation_works_on_colour_and_grey(folder_config, di
 
 
 def test_a_text_that_timm_cannot_read_is_refused(digits):
-    with pytest.raises(ValueError, match=r"^aa 'rand-q9': timm cannot read it .*; give rand-m9"):
+    with pytest.raises(ValueError, match=r"^aa 'rand-q9': timm cannot read it .*; give one like rand-m9"):
         TrainBatches(digits, Config(aa="rand-q9"), device="cpu")
 
 
