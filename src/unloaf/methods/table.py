@@ -17,7 +17,7 @@ class Method(NamedTuple):
 
     Attributes:
         label: in tables and pictures.
-        colour: in pictures, of Okabe and Ito's palette, told apart with any colour vision; black for the baseline.
+        colour: in pictures, of Okabe and Ito's palette, distinguishable with any colour vision; black for the baseline.
         factory: from (model, stages) and the method's options to the method.
     """
 

@@ -145,7 +145,7 @@ def _page(title: str, parts: Sequence[str]) -> str:
 
 def _results(rows: Sequence[MethodRow]) -> str:
     both = any(row.main_reestimated for row in rows)
-    mains = ["main network\nas it stands, %", "main network\nre-estimated, %"] if both else ["main network\ntop-1, %"]
+    mains = ["main network\nas trained, %", "main network\nre-estimated, %"] if both else ["main network\ntop-1, %"]
     heads = ["method", *mains, "mean subnet\ntop-1, %", "worst subnet\ntop-1, %", "measured cost\nof a step",
              "its FLOPs\nlimit"]  # fmt: skip
     lines = []

@@ -41,7 +41,7 @@ def one_pass(
         output = losses.call(model, inputs)
         loss = losses.main(output)
         check_gradient(loss.requires_grad or (scale is None and not torch.is_grad_enabled()))
-        if scale is not None:  # What the model checkpoints itself is computed anew here: by the same subnet.
+        if scale is not None:  # What the model checkpoints itself is recomputed here: by the same subnet.
             run_backward([loss * scale], [None])
             loss = loss.detach()
     return StepTerms(output.detach(), loss, [])
