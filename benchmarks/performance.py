@@ -85,7 +85,8 @@ def _source(record: Record, rows: Sequence[StepTimeRow]) -> str:
     threads = f", {where['threads']} threads" if common.setup.device == "cpu" else ""
     on = f"{where['hardware']}{threads}, torch {where['versions']['torch']}, {where['started'][:10]}"
     told = textwrap.fill(f"{step} {on} ([record](results/{record.name})):", width=120, break_on_hyphens=False)
-    return f"{told}\n\n```sh\n{shlex.join(['unloaf', *where['command'][1:]])}\n```"
+    words = ["--img-size" if word == "--input-size" else word for word in where["command"][1:]]  # as it is called now
+    return f"{told}\n\n```sh\n{shlex.join(['unloaf', *words])}\n```"
 
 
 def picture(found: Sequence[Record]) -> str:

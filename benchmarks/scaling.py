@@ -30,11 +30,11 @@ from benchmarks.throughput import noise
 
 from unloaf.config import Config
 from unloaf.engine.loop import prepare, train_epoch
-from unloaf.engine.methods import build_method
 from unloaf.environment import environment
 from unloaf.measure.flops import method_flops
 from unloaf.models.build import build_model
 from unloaf.stages import find_stages
+from unloaf.tasks.methods import build_method
 
 DEVICES = (1, 8, 64, 256, 1024)
 IMAGENET = 1_281_167

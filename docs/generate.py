@@ -18,7 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import unloaf
-from unloaf.commands import bench, check_data, demo, eval, export, predict, report, subnets, train
+from unloaf.commands import (
+    anytime,
+    bench,
+    check_data,
+    damage,
+    demo,
+    eval,
+    exits,
+    export,
+    logits,
+    predict,
+    probe,
+    receptive_field,
+    report,
+    subnets,
+    train,
+)
 from unloaf.commands import inspect as inspect_command
 from unloaf.commands.help import Option, options_of
 from unloaf.config import Config
@@ -31,8 +47,14 @@ COMMANDS = {
     "train beside": train.Train,
     "eval": eval.Eval,
     "subnets": subnets.Subnets,
+    "anytime": anytime.Anytime,
+    "exits": exits.Exits,
+    "logits": logits.Logits,
+    "receptive-field": receptive_field.ReceptiveField,
+    "damage": damage.Damage,
     "inspect": inspect_command.Inspect,
     "predict": predict.Predict,
+    "probe": probe.Probe,
     "export": export.Export,
     "report": report.Report,
     "check-data": check_data.CheckData,
@@ -83,7 +105,7 @@ def _markdown(text: str) -> str:
 
 def recipes_table(_: str) -> str:
     """All recipes."""
-    heads = ["name", "network", "method", "epochs", "global batch", "published top-1", "source"]
+    heads = ["name", "network", "method", "epochs", "global batch", "published figure", "source"]
     rows = []
     for name, entry in RECIPES.items():
         config = entry.config()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import unloaf
@@ -18,7 +19,7 @@ from toy_networks import ToyNetwork
 from unloaf.models.build import build_model
 
 RANKS = 2
-KINDS, MODES = ["st", "st++", "gkt"], ["lean", "one graph"]
+KINDS, MODES = ["st", "st++", "gkt", "st*"], ["lean", "one graph"]
 # In float32 only the mean itself rounds: each rank computes its own gradient as it would alone.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 DTYPES = list(TOLERANCE)
@@ -32,6 +33,10 @@ def build(kind, model, stages, rank):
     if kind == "gkt":
         return unloaf.GroupKnowledgeTraining(model, stages, groups=2, loops=2, seed=rank)
     sampler = unloaf.OrderedSampler()
+    if kind == "st*":
+        # A sum, since the mean over no label is no number.
+        loss = lambda network, batch: F.cross_entropy(network(batch[0]), batch[1], reduction="sum") / 4  # noqa: E731
+        return unloaf.GroundTruthTraining(model, stages, loss, sampler=sampler, num_subnets=2, seed=rank)
     if kind == "st":
         return unloaf.StimulativeTraining(model, stages, sampler=sampler, num_subnets=2, seed=rank)
     inputs = unloaf.SmallerInputs(sides=(8, 12, 16))
@@ -151,12 +156,14 @@ def test_a_deferred_step_has_the_bits_of_a_lean_one(ranks, kind):
 
 @pytest.mark.usefixtures("_one_rank")
 @pytest.mark.filterwarnings("ignore:You passed find_unused_parameters=true to DistributedDataParallel")
+@pytest.mark.filterwarnings("ignore:what torch.compile made of the model is not used")
 @pytest.mark.parametrize("options", [{"static_graph": True}, {"find_unused_parameters": True}], ids=str)
-def test_a_deferred_step_refuses_a_wrapper_that_looks_for_parameters_in_the_graph(options):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_deferred_step_refuses_a_wrapper_that_looks_for_parameters_in_the_graph(options, compiled):
     torch.manual_seed(0)
     model, x, y = ToyNetwork(), torch.randn(2, 4), torch.tensor([0, 2])
-    stages = unloaf.find_stages(model, x)
-    method = unloaf.StimulativeTraining(DistributedDataParallel(model, **options), stages)
+    stages, wrapped = unloaf.find_stages(model, x), DistributedDataParallel(model, **options)
+    method = unloaf.StimulativeTraining(torch.compile(wrapped, backend="eager") if compiled else wrapped, stages)
     with pytest.raises(ValueError, match=r"wrap the model without these options, or leave out lean=True"):
         method(x, y, lean=True)
 

@@ -165,6 +165,48 @@ def test_what_losses_depend_on_beside_the_model_gets_its_gradient_with_the_backw
     assert_equal(step(True), step(False))
 
 
+def test_a_head_outside_the_model_that_subnets_alone_have_gets_its_gradient_with_the_backward():
+    def step(deferred):
+        model, stages, x, y = network()
+        heads, passes = [nn.Linear(3, 3).double() for _ in range(3)], []
+
+        def loss(model, batch):
+            passes.append(batch)
+            return F.cross_entropy(heads[len(passes) - 1](model(batch[0])), batch[1])
+
+        method = unloaf.GroundTruthTraining(model, stages, loss, num_subnets=2)
+        if deferred:
+            out = method(x, y, lean=True, loss_scale=8.0)
+            assert all(p.grad is None for head in heads for p in head.parameters())
+            out.loss.backward()
+        else:
+            method.backward(x, y)
+        return torch.cat([flat(module) for module in [model, *heads]])
+
+    assert_equal(step(True), step(False))
+
+
+@pytest.mark.parametrize("kind", ["st", "st*"])
+def test_learned_inputs_of_subnets_get_their_gradient_with_the_backward(kind):
+    def step(deferred):
+        model, stages, x, y = network()
+        contrast = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        if kind == "st":
+            options = {"subnet_inputs": lambda images, generator: images * contrast}
+        else:
+            options = {"shrink": lambda batch, generator: (batch[0] * contrast, batch[1])}
+        method = build(kind, model, stages, **options)
+        if deferred:
+            out = method(x, y, lean=True, loss_scale=8.0)
+            assert contrast.grad is None
+            out.loss.backward()
+        else:
+            method(x, y).loss.backward()
+        return torch.cat([flat(model), contrast.grad[None]])
+
+    assert_equal(step(True), step(False))
+
+
 def test_hooks_on_parameters_run_once_with_the_backward():
     model, stages, x, y = network()
     seen = []
@@ -226,3 +268,39 @@ def test_without_gradients_there_is_a_loss_alone():
         out = build("st", model, stages)(x, y, lean=True)
     assert not out.loss.requires_grad
     assert len(out.terms) == 1 + SUBNETS
+
+
+def test_a_graph_of_the_gradients_is_refused():
+    model, stages, x, y = network()
+    loss = build("st", model, stages)(x, y, lean=True).loss
+    with pytest.raises(ValueError, match=r"create_graph=True.*without lean=True"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
+class HalfInside(ToyNetwork):
+    """Its forward switches autocast on by itself."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.float16):
+            return super().forward(x)
+
+
+def test_float16_inside_the_model_is_seen():
+    model, x, y = HalfInside(), torch.randn(4, 4), torch.tensor([0, 2, 1, 1])
+    loss = unloaf.StimulativeTraining(model, unloaf.find_stages(model, x))(x, y, lean=True).loss
+    with pytest.raises(ValueError, match=r"float16 without that factor.*loss_scale=scaler\.get_scale\(\)"):
+        (loss * 1024).backward()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_factor_without_lean_is_refused():
+    model, stages, x, y = network()
+    with pytest.raises(ValueError, match=r"loss_scale is 0\.25, which is for lean=True.*multiply the loss"):
+        build("st", model, stages)(x, y, loss_scale=0.25)
+
+
+def test_a_factor_that_is_no_number_is_refused_before_anything_is_computed():
+    model, stages, x, y = network()
+    with pytest.raises(ValueError, match="loss_scale is nan; give a finite number"):
+        build("st", model, stages).backward(x, y, loss_scale=float("nan"))
+    assert all(p.grad is None for p in model.parameters())

@@ -143,13 +143,19 @@ def test_subnets_of_a_classifier_are_taught_by_the_labels():
         assert torch.allclose(parameter.grad, grad, atol=1e-7)
 
 
+def count_calls(module, calls, name):
+    # Not by a hook: a loss may read what hooks inside a block see, so that it would be computed in each pass.
+    forward = module.forward
+    module.forward = lambda *args: calls.append(name) or forward(*args)
+
+
 def test_blocks_before_the_first_skipped_one_are_computed_once():
     model, whole = segmenter()
     stages = unloaf.find_stages(model, whole[0], within="encoder")
     computed = []
     for name, block in model.named_modules():
         if isinstance(block, Residual):
-            block.conv.register_forward_hook(lambda *_, name=name: computed.append(name[len("encoder.layer") :]))
+            count_calls(block.conv, computed, name[len("encoder.layer") :])
     method = GroundTruthTraining(model, stages, CASES["segmenter"][2])
     method.backward(whole, subnets=[Subnet.from_depths(stages, (2, 1)), Subnet.from_depths(stages, (1, 1))])
     assert computed == ["1.0", "1.1", "2.0", "2.1", "2.2", "2.0"]  # the second subnet alone has another input of 2.0
@@ -231,6 +237,7 @@ def test_a_subnet_that_diverges_leaves_no_gradient(call):
     ("options", "message"),
     [
         ({"loss": "detection"}, r"loss is 'detection'; give a function of \(model, batch\)"),
+        ({"loss": torch.compile(square, backend="eager")}, r"loss was compiled by torch\.compile.*compile_blocks"),
         ({"shrink": 0.5}, r"shrink is 0.5; give a function of \(batch, generator\), or None"),
         ({"num_subnets": 0}, "num_subnets is 0; give a whole number of at least 1"),
         ({"subnet_weight": -1}, "subnet_weight is -1; give a finite number, 0 or above"),
@@ -264,3 +271,99 @@ def test_a_loss_that_raises_leaves_the_model_as_it_was():
     with pytest.raises(IndexError):
         method.backward(batch()[0])
     assert unchanged(before, everything_about(method))
+
+
+# --- what passes leave behind for a loss
+
+
+class Noted(nn.Module):
+    """``x + f(x)``; leaves the size of what it adds on itself, as blocks of experts do with the load of theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.size, self.factor = None, 1.0
+
+    def forward(self, x):
+        added = self.outer(torch.tanh(self.inner(x)))
+        self.size = added.square().mean()
+        self.factor = 1 + self.size.item()
+        return x + added
+
+
+def noted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), *(Noted() for _ in range(4)), nn.Linear(5, 3)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    stages = unloaf.find_stages(model, x)
+    kept = [(True, True, True, False), (False, True, True, True), (True, False, True, True), (True, True, False, True)]
+    return model, stages, x, [Subnet((keep,)) for keep in kept]
+
+
+def reads_attributes(model, x):
+    blocks = [module for module in model.modules() if isinstance(module, Noted)]
+    for block in blocks:
+        block.size = None
+    loss = model(x).square().mean()
+    return loss + sum(block.size for block in blocks if block.size is not None)
+
+
+def reads_numbers(model, x):
+    blocks = [module for module in model.modules() if isinstance(module, Noted)]
+    for block in blocks:
+        block.factor = 1.0
+    return model(x).square().mean() * math.prod(block.factor for block in blocks)
+
+
+def reads_by_hooks(model, x):
+    seen = []
+    inner = [module.inner for module in model.modules() if isinstance(module, Noted)]
+    handles = [module.register_forward_hook(lambda module, args, output: seen.append(output)) for module in inner]
+    loss = model(x).square().mean()
+    for handle in handles:
+        handle.remove()
+    return loss + sum(output.square().mean() for output in seen)
+
+
+@pytest.mark.parametrize("loss", [reads_attributes, reads_numbers, reads_by_hooks])
+@every_call
+def test_a_loss_finds_what_its_own_pass_left_in_blocks(loss, call):
+    model, stages, x, subnets = noted()
+    method = GroundTruthTraining(model, stages, loss)
+    for subnet in [Subnet.full(stages), *subnets]:  # of a sequence of blocks, a shorter one
+        kept = [block for block, keep in zip(model[1:5], subnet.keep[0], strict=True) if keep]
+        loss(nn.Sequential(model[0], *kept, model[5]), x).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    out = call(method, x, subnets=subnets)
+    if out.loss.requires_grad:
+        out.loss.backward()
+    assert distance(model, expected) < 1e-12
+
+
+def test_blocks_that_leave_nothing_are_replayed_beside_others():
+    model, stages, x, _ = noted()
+    calls = []
+    count_calls(model[0], calls, "stem")
+    GroundTruthTraining(model, stages, reads_attributes).backward(x, subnets=[Subnet.from_depths(stages, (2,))])
+    assert calls == ["stem"]
+
+
+def test_batch_norm_s_advice_in_a_batch_of_a_tuple():
+    method = GroundTruthTraining(*toy(), lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    assert refuses(
+        method, r"more than 1 value per channel.*give at least 2 examples", lambda: method.backward(batch(1))
+    )
+
+
+def test_a_batch_that_was_made_in_inference_mode_trains_what_lies_behind_a_frozen_stem():
+    model, stages, x, subnets = noted()
+    model[0].requires_grad_(False)
+    with torch.inference_mode():
+        same = x.clone()
+    found = []
+    for given in (x, same):
+        model.zero_grad()
+        GroundTruthTraining(model, stages, square).backward(given, subnets=subnets)
+        found.append([p.grad for p in model[1:].parameters()])
+    assert all(map(torch.equal, *found))

@@ -106,6 +106,20 @@ def test_targets_of_another_length(name, call):
     assert refuses(method, r"x has 4 examples, y has 3; give one target for each", lambda: call(method, x, y[:3]))
 
 
+@every_method
+@every_call
+def test_a_batch_without_examples(name, call):
+    (x, y), method = batch(), METHODS[name](*toy())
+    assert refuses(method, r"x has shape \(0, 4\), no example", lambda: call(method, x[:0], y[:0]))
+
+
+@every_method
+@every_call
+def test_no_targets_for_a_cross_entropy(name, call):
+    method = METHODS[name](*toy())
+    assert refuses(method, "y is None.*give targets.*GroundTruthTraining", lambda: call(method, batch()[0]))
+
+
 @pytest.mark.parametrize("x", [None, 3.0, [1.0, 2.0], {"tokens": "text"}, {}])
 def test_batches_that_are_no_tensors(x):
     method = CommonTraining(toy()[0])
@@ -170,6 +184,13 @@ def test_wrong_numbers_of_subnets(name, call, count, message):
     model, stages = toy()
     method = METHODS[name](model, stages)
     assert refuses(method, message, lambda: call(method, *batch(), subnets=[Subnet.full(stages)] * count))
+
+
+@pytest.mark.parametrize("state", [{"seed": 1.5, "step": 0}, {"seed": 0, "step": None}, {"seed": 0, "step": -1}])
+@every_method
+def test_a_state_of_other_than_whole_numbers(name, state):
+    method = METHODS[name](*toy())
+    assert refuses(method, "seed and step are whole numbers", lambda: method.load_state_dict(state))
 
 
 @pytest.mark.parametrize("name", ["stochastic depth", *WITH_SUBNETS])

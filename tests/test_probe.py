@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -246,6 +247,16 @@ class Inline(nn.Module):
 
     def forward(self, x):
         return x + F.conv2d(x, self.weight / self.weight.norm())
+
+
+def test_blocks_with_frozen_norms_are_found():
+    """Torchvision's FrozenBatchNorm2d keeps scale and shift as buffers; detectors are fine-tuned with it."""
+    model = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    for module in model.modules():
+        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+            module.bias.normal_()
+            module.running_mean.normal_()
+    assert [len(stage.blocks) for stage in unloaf.find_stages(model, torch.zeros(1, 3, 64, 64))] == [2, 2, 2, 2]
 
 
 def test_a_block_that_cannot_be_probed_is_named():

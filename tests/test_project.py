@@ -16,6 +16,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 # numpy is missing here because torch imports it by itself where it is installed.
 EXTRAS = {
     "accelerate",
+    "lightning",
     "matplotlib",
     "rich",
     "safetensors",

@@ -24,6 +24,9 @@ def test_names_are_complete():
     )}  # fmt: skip
     expected |= {f"imagenet_resnet50_{variant}" for variant in RESNET50}
     expected |= {f"imagenet_{net}_{m}" for net in ("resnet101", "vit", "deit", "swin", "pvt") for m in ("common", "st")}
+    expected |= {f"coco_{opt}_{net}_{method}" for opt in ("adamw", "sgd") for method in ("common", "st_star")
+                 for net in ("faster_rcnn", "cascade_rcnn", "fcos", "atss", "mask_rcnn", "panoptic_fpn")}  # fmt: skip
+    expected |= {f"coco_adam_simple_baseline_{method}" for method in ("common", "st_star")}
     assert sorted(recipe_names()) == sorted(expected)
 
 
@@ -49,6 +52,7 @@ def test_batch_of_the_paper_divides_over_devices(devices):
 
 def test_name_says_the_method():
     suffixes = {"common": "common", "stochastic_depth": "stochastic-depth", "st": "st", "stpp": "st++", "gkt": "gkt"}
+    suffixes["st_star"] = "st-star"
     for name in recipe_names():
         said = [method for suffix, method in suffixes.items() if name.endswith(f"_{suffix}")]
         assert said in ([recipe(name).method], []), name
@@ -123,6 +127,14 @@ def test_settings_are_the_published_ones(name, expected):
     assert {key: getattr(config, key) for key in expected} == expected
 
 
+# By hand from Ye et al. 2023, table XIII, where weight decay is a dash and the only optimizer Adam.
+@pytest.mark.parametrize("method", ["common", "st-star"])
+def test_settings_of_pose_are_the_published_ones(method):
+    config = recipe(f"coco_adam_simple_baseline_{method.replace('-', '_')}")
+    found = (config.task, config.method, config.opt, config.lr, config.weight_decay, config.img_size, config.backbone)
+    assert found == ("pose", method, "adam", 5e-4, 0, 256, "timm/resnet50")
+
+
 @pytest.mark.parametrize(("name", "smallest", "largest"), [("smaller", 96, 224), ("a1", 86, 200), ("a2", 86, 200)])
 def test_subnets_draw_every_side_of_the_paper(name, smallest, largest):
     config = recipe(f"imagenet_resnet50_{name}")
@@ -170,7 +182,8 @@ SLOW = (
 
 
 def test_depths_are_given_for_every_model():
-    assert {recipe(name).model for name in recipe_names()} == set(DEPTHS)
+    configs = [recipe(name) for name in recipe_names()]
+    assert {config.model for config in configs if config.task == "classification"} == set(DEPTHS)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from benchmarks.accuracy.pages import (
     PAGES,
     PICTURE,
     PICTURED,
+    about,
     accuracies,
     differences,
     inside,
@@ -32,6 +33,7 @@ from benchmarks.accuracy.pages import (
 )
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
+import mask_files
 from unloaf.config import Config
 from unloaf.config.names import current_names
 
@@ -451,6 +453,44 @@ def test_a_finished_run_leaves_its_record(tmp_path):
         e for e in map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()) if "test_top1" in e
     ]
     assert found["top1"] == pytest.approx(event["test_top1"], abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def of_masks(tmp_path_factory):
+    """A segmenter that is trained for an epoch, and its record."""
+    folder = tmp_path_factory.mktemp("masks")
+    common = {**TABLES["camvid-cpu"].common, "backbone": "timm/resnet18", "img_size": 32, "epochs": 1, "batch_size": 4}
+    common |= {"num_classes": None, "data_dir": str(mask_files.masked(folder / "set")), "recalibrate": 4}
+    config = common | {"method": "common", "output": str(folder), "name": "run"}
+    asked = {"kind": "train", "config": config, "split": "val", "subnets": ["2-2-2-2", "1-1-1-1"]}
+    return common, process.train_and_judge(asked), folder / "run"
+
+
+def test_a_run_of_another_task_leaves_the_figure_that_decides_there(of_masks):
+    _, found, path = of_masks
+    assert list(found["subnets"]) == ["1-1-1-1"]
+    assert "top1" not in found
+    [event] = [e for e in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "eval_miou" in e]
+    assert found["metric"] == pytest.approx(event["eval_miou"], abs=1e-3)
+
+
+def test_pages_know_the_figure_of_another_task(of_masks):
+    record = of_masks[1] | {"row": "common training", "seed": 0, "cost_time": None, "cost_flops": None}
+    table = replace(TABLES["camvid-cpu"], split="val")
+    [line] = parsed("\n".join(accuracies(table, [record])))
+    assert line["main, %"] == f"{record['metric']:.1f}"
+    assert ". mIoU on the validation images, mean" in about(table, [record])
+    assert ". Top-1 on the validation images, mean" in about(replace(TINY, split="val"), [record])
+
+
+def test_the_step_of_another_task_is_counted_as_it_runs(of_masks, monkeypatch):
+    monkeypatch.setattr(process, "_FEWEST", 2)
+    monkeypatch.setattr(process, "_COUNTED", 2)
+    common = of_masks[0]
+    asked = {"baseline": common | {"method": "common"}, "rounds": 4, "seconds": 0, "draws": 20}
+    found = process.measure(asked | {"row": common | {"method": "st-star", "subnet_inputs": "same"}})
+    # A subnet of ST* runs its head once more, and the blocks behind the first one that it skips.
+    assert 1.3 < found["flops"] < 2
 
 
 def test_a_network_trained_alone_is_judged_without_the_subnets_that_it_does_not_have(tmp_path):

@@ -4,20 +4,24 @@ from collections import Counter
 from fractions import Fraction
 from itertools import product
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toy_networks import ToyNetwork
 from unloaf import (
     ExponentialDecaySampler,
     InterStageSampler,
     OrderedSampler,
     RawSampler,
     Stage,
+    StochasticDepth,
     StochasticSampler,
     Subnet,
     enumerate_subnets,
+    find_stages,
 )
 from unloaf.sampling import draw_generator, sample_chains
 from unloaf.subnet import check_subnet
@@ -309,3 +313,22 @@ def test_law_of_the_second_subnet_of_a_chain():
         3: Fraction(4, 7) * Fraction(4, 7),
     }
     assert p_value(second, {k: float(p) for k, p in expected.items()}) > 1e-4
+
+
+@pytest.mark.parametrize("seed", [None, 2.0, "2"])
+def test_a_seed_that_is_no_whole_number_is_refused(seed):
+    with pytest.raises(ValueError, match="give a whole number"):
+        draw_generator(seed, 0, 0)
+    with pytest.raises(ValueError, match="give a whole number"):
+        StochasticDepth(*_toy(), seed=seed)
+
+
+def test_a_seed_of_numpy_is_that_number():
+    method = StochasticDepth(*_toy(), seed=numpy.int64(2))
+    assert method.draw(4) == StochasticDepth(*_toy(), seed=2).draw(4)
+    assert type(method.state_dict()["seed"]) is int
+
+
+def _toy():
+    model = ToyNetwork()
+    return model, find_stages(model, torch.zeros(2, 4))

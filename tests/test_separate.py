@@ -78,5 +78,14 @@ def test_a_loss_may_read_what_comes_later():
     assert equal(*found)
 
 
+@pytest.mark.parametrize("form", [separate_backward, lean_backward])
+def test_a_loss_of_subnets_is_asked_for_where_one_is_run(form):
+    model, stages, x, _ = network()
+    losses = Losses(lambda main: main.square().mean())
+    assert form(model, stages, x, [], losses).subnet_losses == []
+    with pytest.raises(ValueError, match=r"losses\.subnet is None; give a loss for it, or run no subnet"):
+        form(model, stages, x, [SubnetPass(unloaf.Subnet.full(stages))], losses)
+
+
 def test_the_reference_is_short():
     assert len(inspect.getsource(separate_backward).splitlines()) <= 30

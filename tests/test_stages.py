@@ -342,6 +342,17 @@ def test_a_model_under_autocast_and_in_training_mode_is_probed_in_full_precision
     assert [stage.depth for stage in stages] == [3, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_blocks_below_the_autocast_of_the_model_itself_are_found(dtype):
+    class Mixed(ToyNetwork):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype):
+                return super().forward(x)
+
+    stages = unloaf.find_stages(Mixed(), torch.randn(2, 4))
+    assert [(stage.skippable, stage.additive) for stage in stages] == [((False, True, True),) * 2] * 2
+
+
 def test_stages_of_a_model_serve_its_deepcopy():
     model, x = ToyNetwork(), torch.randn(2, 4)
     stages = unloaf.find_stages(model, x)

@@ -4,6 +4,7 @@ import io
 import os
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from unloaf.config import Config
 from unloaf.data import Data
 from unloaf.data.images import ImageSet
+from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.run import TrainResult, train
 
 STEPS = 4  # 64 images, 16 to a step
@@ -113,6 +115,33 @@ def stopped_after(step: int, settings: Config) -> Path:
     with pytest.raises(KeyboardInterrupt):
         run(settings, model=begun)
     return Path(settings.output) / str(settings.name)
+
+
+def stopped_and_resumed(settings: Config, monkeypatch: pytest.MonkeyPatch, *, step: int = 3) -> tuple[TrainResult, ...]:
+    """A run of any task, and another that Ctrl-C ends when that step begins and that is then resumed."""
+    from unloaf.engine import loop
+
+    whole, other = train(settings, console=quiet()), replace(settings, name=f"{settings.name}-stopped")
+    made, train_step = 0, loop.train_step
+
+    def stop(*args: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == step:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(other, console=quiet())
+    return whole, train(other, console=quiet(), resume="auto")
+
+
+def ends_alike(one: TrainResult, other: TrainResult) -> bool:
+    """Whether two runs end with the same weights and figures, to the bit."""
+    first, second = (load_checkpoint(result.path / "last").weights["model"] for result in (one, other))
+    return same(dict(first), dict(second)) and one.test == other.test
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

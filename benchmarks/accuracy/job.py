@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -23,12 +23,13 @@ from benchmarks.accuracy.jobs import command, described
 from rich.console import Console
 
 from unloaf.config import Config
+from unloaf.config.figures import FIGURES
 from unloaf.engine.loop import Training, prepare, train_step
 from unloaf.engine.run import train
 from unloaf.environment import environment
 from unloaf.errors import NonFiniteLossError, StoppedError
-from unloaf.evaluation import SubnetRow, choose_subnets, evaluate_subnets
-from unloaf.measure.flops import method_flops
+from unloaf.evaluation import choose_subnets
+from unloaf.measure.flops import counting_flops, method_flops
 from unloaf.runs.opened import checkpoint_of, load_weights
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
@@ -37,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _TO_SET_UP = 3  # steps in which kernels are chosen and memory is found
 _FEWEST = 20  # steps that are timed, however long they take
+_COUNTED = 10  # steps that are run for their FLOPs
 
 
 def train_and_judge(order: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def train_and_judge(order: Mapping[str, Any]) -> dict[str, Any]:
     try:
         path = train(config, console=Console(quiet=True), resume="auto").path
     except NonFiniteLossError as error:
-        return record | {"failed": str(error), "top1": None, "subnets": {}} | _origin(config)
+        return record | {"failed": str(error), FIGURES[config.task].of_rows: None, "subnets": {}} | _origin(config)
     with (path / "summary.csv").open(encoding="utf-8") as file:
         seconds = sum(float(row["time"]) for row in csv.DictReader(file))
     return record | judge(path, config, order) | {"train_seconds": round(seconds, 1)} | _origin(config)
@@ -58,39 +60,37 @@ def _config(values: Mapping[str, Any]) -> Config:
 
 
 def judge(path: Path, config: Config, order: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy of the last checkpoint and of subnets in it, with batch-norm statistics of their own, in percent.
+    """The decisive figure of the last checkpoint and of subnets in it, with batch-norm statistics of their own, in
+    percent.
 
-    The main network is judged both ways: `top1` is with the running statistics that training left, `top1_reestimated`
-    with statistics re-estimated as its subnets have them.
+    The main network is judged both ways: with the running statistics that training left, and ("_reestimated") with
+    statistics re-estimated as its subnets have them. The figure is called "top1" for classifiers, "metric" elsewhere.
     """
     # Precision is the process's own, and judging is in float32 whatever it is.
     training = prepare(replace(config, torchcompile=False))
-    training = replace(training, config=replace(training.config, batch_size=250))
+    task, figure = training.task, training.task.figures.of_rows
+    if figure == "top1":
+        training = replace(training, config=replace(training.config, batch_size=250))
     found, _ = checkpoint_of(path, "last")
     model, stages = inner_module(training.model), training.stages
     load_weights(model, found, "model")
-    chosen = _chosen(stages, order["subnets"])
-    rows = evaluate_subnets(
+    rows = task.evaluate_subnets(
         model,
         stages,
         training.eval_batches(order["split"]),
-        subnets=chosen,
+        training.data,
+        subnets=_chosen(stages, order["subnets"]),
         calibration=training.calibration_batches(),
     )
     both, *others = sorted(rows, key=lambda row: row.subnet != Subnet.full(stages))
     main: Any = both.running or both
+    more = {"top5": round(main.top5, 3), "loss": round(main.loss, 5)} if figure == "top1" else {}
     return {
-        "top1": round(main.top1, 3),
-        "top1_reestimated": round(_top1(both), 3),
-        "top5": round(main.top5, 3),
-        "loss": round(main.loss, 5),
-        "subnets": {str(row.subnet): round(_top1(row), 3) for row in others},
+        figure: round(getattr(main, figure), 3),
+        f"{figure}_reestimated": round(getattr(both, figure), 3),
+        **more,
+        "subnets": {str(row.subnet): round(getattr(row, figure), 3) for row in others},
     }
-
-
-def _top1(row: SubnetRow) -> float:
-    assert row.top1 is not None  # it was judged
-    return row.top1
 
 
 def _chosen(stages: Any, asked: int | list[str] | None) -> list[Subnet]:
@@ -143,14 +143,29 @@ def measure(order: Mapping[str, Any]) -> dict[str, Any]:
         pairs.append((_timed(common, batches, step), _timed(training, batches, step)))
         if len(pairs) >= _FEWEST and time.monotonic() > until:
             break
-    plain = prepare(replace(training.config, torchcompile=False)) if training.config.torchcompile else training
-    flops = method_flops(plain.method, batches[0].x, steps[: order["draws"]])
     return {
         "time": round(sum(own for _, own in pairs) / sum(base for base, _ in pairs), 3),
         "time_error": round(statistics.stdev(own / base for base, own in pairs) / len(pairs) ** 0.5, 3),
-        "flops": round(flops.shared / flops.common, 3),
+        "flops": round(_flops(common, training, batches, steps[: order["draws"]]), 3),
         "rounds": len(pairs),
     } | _origin(training.config)
+
+
+def _flops(common: Training, training: Training, batches: Any, steps: Sequence[int]) -> float:
+    """FLOPs of a step relative to a step of common training; of other tasks than classification counted in the steps
+    themselves, of which a few must do.
+    """
+    if training.task.figures.of_rows == "top1":
+        plain = prepare(replace(training.config, torchcompile=False)) if training.config.torchcompile else training
+        flops = method_flops(plain.method, batches[0].x, steps)
+        return flops.shared / flops.common
+    totals = []
+    for either in (common, training):
+        with counting_flops() as counter:
+            for step in steps[:_COUNTED]:
+                _timed(either, batches, step)
+        totals.append(counter.get_total_flops())
+    return totals[1] / totals[0]
 
 
 def _timed(training: Training, batches: Any, step: int) -> float:

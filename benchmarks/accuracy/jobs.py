@@ -87,6 +87,15 @@ class Results:
         write_whole(self.folder / f"{table.name}-cost.json", text)
 
 
+def figure(record: Mapping[str, Any]) -> float | None:
+    """The decisive figure of a run's main network in percent, whatever its task; None where it diverged.
+
+    >>> figure({"metric": 31.5, "subnets": {}})
+    31.5
+    """
+    return record["top1"] if "top1" in record else record["metric"]
+
+
 def best_trial(table: Table, records: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
     """Settings of the trial with the highest validation accuracy of the main network; the first one at a tie.
 
@@ -94,7 +103,7 @@ def best_trial(table: Table, records: Sequence[Mapping[str, Any]], method: str) 
         MissingError: a trial of this method is missing.
     """
     rows = [row for row in table.rows if row.tuned == method]
-    tops = {row.label: [r["top1"] for r in records if r["row"] == row.label] for row in rows}
+    tops = {row.label: [figure(r) for r in records if r["row"] == row.label] for row in rows}
     missing = [label for label, found in tops.items() if len(found) < len(table.seeds)]
     if missing:
         raise MissingError(f"{table.name} lacks {'; '.join(missing)}")
@@ -140,7 +149,7 @@ def plan(table: Table, results: Results, tier: int | None = None, labels: Collec
 
 def to_measure(table: Table, tier: int | None = None, labels: Collection[str] | None = None) -> list[Row]:
     """Rows whose cost is measured, the baseline first; trials and networks trained alone have no method to compare."""
-    if not any(row.costs_as for row in table.rows):
+    if not (table.costed or any(row.costs_as for row in table.rows)):
         return []
     asked = _asked(table, tier, labels)
     needed = {table.rows[0].label} | {label for row in asked for label in (row.label, *row.costs_as)}

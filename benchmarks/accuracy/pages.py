@@ -18,9 +18,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.jobs import Results, altered
+from benchmarks.accuracy.jobs import Results, altered, figure
 from benchmarks.accuracy.tables import TABLES, Table
 
+from unloaf.config.figures import FIGURES
 from unloaf.pages.plots import CostPoint, accuracy_over_cost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,8 +51,14 @@ def standard_error(values: Sequence[float]) -> float:
 
 def by_row(table: Table, records: Records) -> dict[str, list[Mapping[str, Any]]]:
     """The records of each row that has some, in the order of the table; runs that diverged are left out."""
-    rows = {row.label: [r for r in records if r["row"] == row.label and r["top1"] is not None] for row in table.rows}
+    rows = {row.label: [r for r in records if r["row"] == row.label and figure(r) is not None] for row in table.rows}
     return {label: found for label, found in rows.items() if found}
+
+
+def _known(record: Mapping[str, Any]) -> float:
+    value = figure(record)
+    assert value is not None  # `by_row` leaves out what diverged
+    return value
 
 
 def accuracies(table: Table, records: Records, *, without: Collection[str] = ()) -> list[str]:
@@ -61,13 +68,13 @@ def accuracies(table: Table, records: Records, *, without: Collection[str] = ())
     lines = []
     for label, found in by_row(table, records).items():
         subnets = [list(r["subnets"].values()) for r in found]
-        cells = [label, str(found[0]["epochs"]), mean([r["top1"] for r in found])]
+        cells = [label, str(found[0]["epochs"]), mean([_known(r) for r in found])]
         cells += [mean([pick(tops) for tops in subnets]) if all(subnets) else "" for pick in (statistics.fmean, min)]
         cells += [_cost(found[0][name]) for name in ("cost_time", "cost_flops") if costs]
         lines.append([*cells, str(len(found))])
     kept = [number for number, head in enumerate(heads) if head not in without]
     heads, *lines = ([cells[number] for number in kept] for cells in (heads, *lines))
-    diverged = sorted({r["row"] for r in records if r["top1"] is None})
+    diverged = sorted({r["row"] for r in records if figure(r) is None})
     return [*_table(heads, lines), *[f"\nDiverged: {'; '.join(diverged)}."] * bool(diverged)]
 
 
@@ -116,7 +123,7 @@ def cost(records: Records) -> float:
 
 def over(found: Records, base: Records) -> str:
     """Difference of two means, with the standard error of a difference of independent means."""
-    tops = [[r["top1"] for r in records] for records in (found, base)]
+    tops = [[_known(r) for r in records] for records in (found, base)]
     text = f"{statistics.fmean(tops[0]) - statistics.fmean(tops[1]):+.1f}"
     if min(map(len, tops)) < 2:
         return text
@@ -140,7 +147,7 @@ def inside(table: Table, records: Records) -> list[str]:
     lines = []
     for depths, found in alone.items():
         judged = [[r["subnets"][depths] for r in rs if depths in r["subnets"]] for rs in methods.values()]
-        tops_alone = [r["top1"] for r in found]
+        tops_alone = [_known(r) for r in found]
         if tops_alone or any(judged):
             lines.append([depths, *(mean(tops) if tops else "" for tops in (tops_alone, *judged))])
     for name, key in _JUDGED.items():
@@ -169,8 +176,10 @@ def about(table: Table, records: Records) -> str:
     days = [pick(r["date"] for r in records) for pick in (min, max)]
     when = " to ".join(dict.fromkeys(days))
     split = {"test": "test", "val": "validation"}[table.split]
+    label = FIGURES[table.common.get("task", "classification")].chief.label
+    label = label.capitalize() if label.islower() else label
     return (
-        f"{table.about}. Top-1 on the {split} images, mean and standard error over seeds. "
+        f"{table.about}. {label} on the {split} images, mean and standard error over seeds. "
         f"{first['hardware']}, {first['threads']} thread a run; {versions}; {when}. "
         f"`{_command(table.name, table.common['dataset'])}`"
     )
@@ -206,7 +215,7 @@ def points(table: Table, records: Records) -> list[CostPoint]:
         row = table.row(label)
         if row.tuned is None or row.tier > 1:  # our combinations would be more than one can tell apart
             continue
-        tops = [r["top1"] for r in rows]
+        tops = [_known(r) for r in rows]
         subnets = statistics.fmean(statistics.fmean(r["subnets"].values()) for r in rows)
         found.append(
             CostPoint(

@@ -23,7 +23,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.jobs import BASELINE_COST, Job, MissingError, Results, altered, plan, settings_of, to_measure
+from benchmarks.accuracy.jobs import (
+    BASELINE_COST,
+    Job,
+    MissingError,
+    Results,
+    altered,
+    figure,
+    plan,
+    settings_of,
+    to_measure,
+)
 from benchmarks.accuracy.tables import GROUPS, TABLES, Row, Table
 
 from unloaf.config import Config
@@ -145,8 +155,8 @@ class Study:
             cost = {f"cost_{name}": job.cost.get(name) for name in ("time", "flops")}
             about = {"table": job.table.name, "row": job.row.label, "seed": job.seed} | found | cost
             self.results.add(job.table, about)
-            top1 = "diverged" if found["top1"] is None else f"{found['top1']:.2f} %"
-            say(f"  {job.row.label}, seed {job.seed}: {top1}")
+            value = figure(found)
+            say(f"  {job.row.label}, seed {job.seed}: {'diverged' if value is None else f'{value:.2f} %'}")
         elif not self.over and code not in (143, 130, -15, -2):  # -9 is a lack of memory
             self._fail(f"{job.row.label}, seed {job.seed}", code, folder)
         return True
@@ -187,7 +197,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """0 when all is trained, 3 when something is left, 1 when something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", choices=[*TABLES, *GROUPS], metavar="TABLE")
-    parser.add_argument("--data-dir", help="folder of cifar-10-batches-py or cifar-100-python")
+    parser.add_argument("--data-dir", help="folder of cifar-10-batches-py or cifar-100-python, or of another data set")
     parser.add_argument("--output", type=Path, default=Path("output/accuracy"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="folder of the records")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -201,7 +211,7 @@ def main(words: Sequence[str] | None = None) -> int:
     names = [name for given in options.tables for name in GROUPS.get(given, (given,))]
     options.named = set(names)
     if options.data_dir is None and any(TABLES[name].common["dataset"] != "digits" for name in names):
-        parser.error("give --data-dir, the folder of cifar-10-batches-py or cifar-100-python")
+        parser.error("give --data-dir, the folder of cifar-10-batches-py or cifar-100-python, or of another data set")
     study, left = Study(options), False
     for name in names:
         if study.over:

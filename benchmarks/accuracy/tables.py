@@ -36,6 +36,8 @@ class Row:
 class Table:
     """Runs that are compared, on `split`; `subnets` are depths, a number to draw, or None for all ordered ones.
 
+    `costed`: rows have costs though none is at the cost of another.
+
     `trials` is the table of trials from which `Row.tuned` takes settings; in such a table `Row.tuned` says whose trial
     a row is.
     """
@@ -49,6 +51,7 @@ class Table:
     split: str = "test"
     subnets: int | tuple[str, ...] | None = None
     trials: str | None = None
+    costed: bool = False
 
     def row(self, label: str) -> Row:
         """The row of this label."""
@@ -88,14 +91,16 @@ NORMALISED: dict[str, Any] = {"method": "st", "subnet_weight": 0.0, "main_logits
 KL_MINUS: dict[str, Any] = {"subnet_loss": "kl-", "eps": 1.0}
 # Away from ImageNet: eps tames the directions of small logits, and six losses weigh about one together.
 STPP: dict[str, Any] = {"method": "st++", "eps": 1.0, "min_ratio": 0.5, "per": "step"}
-METHODS: dict[str, dict[str, Any]] = {flag: {"method": flag} for flag in OF_LIBRARY} | {"st++": STPP}
+# ST*, whose subnets learn from the labels, is for fine-tuning in other tasks.
+_FLAGS = tuple(flag for flag in OF_LIBRARY if flag != "st-star")
+METHODS: dict[str, dict[str, Any]] = {flag: {"method": flag} for flag in _FLAGS} | {"st++": STPP}
 # A ViT has one stage, and one size of input.
 VIT_METHODS = METHODS | {"st++": STPP | {"sampler": "ordered", "subnet_inputs": "same"}}
 # Of each subnet, so that those of a step weigh about one together; 0.5 is the other value that trials try.
 WEIGHTS = {"st": 1.0, "st++": 0.17, "gkt": 0.17}
 
 HEADLINE = (
-    *(Row(label=method.label, tuned=flag) for flag, method in OF_LIBRARY.items()),
+    *(Row(label=method.label, tuned=flag) for flag, method in OF_LIBRARY.items() if flag in _FLAGS),
     Row(label="common training, cost of ST", tuned="common", costs_as=("ST",)),
     Row(label="common training, cost of the most expensive", tuned="common", costs_as=("ST", "ST++", "GKT")),
 )
@@ -229,6 +234,18 @@ def stpp_rows(half: int) -> tuple[Row, ...]:
     )
 
 
+def sides_rows() -> tuple[Row, ...]:
+    """ST++ whose six subnets see any side, sides of a short list, or one for all of a step."""
+    each = {"per": "subnet"}
+    drawn: dict[str, dict[str, Any]] = {
+        "any side from 8 to 16 px": each,
+        "8, 10, 12, 14 or 16 px": each | {"sides": (8, 10, 12, 14, 16)},
+        "8, 12 or 16 px": each | {"sides": (8, 12, 16)},
+        "one side a step": {},
+    }
+    return (Row(label="common training", tuned="common"), *changed_rows("ST++", drawn, _ONE))
+
+
 def reading_rows() -> tuple[Row, ...]:
     """ST and GKT, each with one setting changed."""
     return (
@@ -276,6 +293,26 @@ _SMALL_MOBILENET = (
     "CIFAR-100 enlarged to 64 px, 2,500 training images, MobileNetV3-Small of width 0.5, batch 64, SGD with cosine, "
     "2 CPU cores"
 )
+
+# --- other tasks on two CPU cores
+
+# Stages of 1, 1, 4 and 7 blocks: subnets are depths of the last two. The settings are usual ones, none was tuned.
+CAMVID: dict[str, Any] = {
+    "task": "semantic", "dataset": "masks", "num_classes": 11, "model": "semantic-fpn", "backbone": "timm/regnetx_002",
+    "img_size": 64, "batch_size": 8, "opt": "adamw", "lr": 5e-4, "weight_decay": 0.05, "epochs": 10, "device": "cpu",
+    "channels_last": True, "recalibrate": 128, "eval_interval": 1000,
+}  # fmt: skip
+
+
+def fine_tuning_rows() -> tuple[Row, ...]:
+    """ST*, whose subnets learn from the ground truth on smaller inputs, beside common training and ST."""
+    return (
+        Row(label="common training", settings={"method": "common"}),
+        Row(label="ST*", settings={"method": "st-star"}),
+        Row(label="common training, cost of ST*", settings={"method": "common"}, costs_as=("ST*",)),
+        Row(label="ST", settings={"method": "st"}, tier=2),
+    )
+
 
 # --- loafing
 
@@ -467,6 +504,12 @@ _ALL = [
         "cpu", about=f"{_FEW}; 80 epochs, evaluated on 5,000 validation images",
         common=CPU_FEW, seeds=(0, 1), trials="cifar100-cpu-few-trials",
     ),
+    Table(
+        name="sides-cpu", title="Which sides smaller inputs have",
+        about=f"{_FEW.replace('bfloat16', 'float32')}; 20 epochs, evaluated on 5,000 validation images",
+        common=CPU_FEW | {"amp": False, "epochs": 20}, rows=sides_rows(),
+        split="val", subnets=8, trials="cifar100-cpu-few-trials", costed=True,
+    ),
     TRIALS(
         name="cifar100-cpu-vit-trials", title="Trials for the ViT", subnets=None,
         about=f"{_SMALL_VIT}; 40 epochs, one seed, evaluated on 5,000 validation images",
@@ -519,6 +562,13 @@ _ALL = [
         "batch 128, SGD with cosine, 40 epochs, bfloat16, one CPU core; no setting was tuned",
         common=CIFAR10, rows=cifar10_rows(), subnets=CIFAR10_SUBNETS,
     ),
+    Table(
+        name="camvid-cpu", title="Semantic segmentation of CamVid",
+        about="CamVid in SegNet's split, 367 training images of 240x180, semantic FPN on a RegNetX-200MF of random "
+        "weights, crops of 64 px, batch 8, AdamW with cosine, 10 epochs, one CPU core; no setting was tuned; subnets "
+        "1-1, 2-3 and 3-5 of 4-7",
+        common=CAMVID, rows=fine_tuning_rows(), subnets=("1-1", "2-3", "3-5", "4-7"),
+    ),
     TRIALS(
         name="cifar100-gpu-quick-trials", title="Trials for ResNet-18 in 30 epochs", subnets=4,
         about="8 epochs, one seed, evaluated on 5,000 validation images",
@@ -550,7 +600,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "readings-gpu",
     ),
     "cpu": (
-        "digits", "cifar100-cpu", "cifar100-cpu-few", "baselines-cpu", "parts-cpu", "cifar100-cpu-vit",
-        "cifar100-cpu-mobilenetv3", "few-classes-cpu", "loafing-cpu", "loafing-cifar10", "readings-cpu",
+        "digits", "cifar100-cpu", "cifar100-cpu-few", "baselines-cpu", "parts-cpu", "sides-cpu",
+        "cifar100-cpu-vit", "cifar100-cpu-mobilenetv3", "few-classes-cpu", "loafing-cpu", "loafing-cifar10",
+        "readings-cpu", "camvid-cpu",
     ),
 }  # fmt: skip

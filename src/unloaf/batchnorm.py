@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.buffers import Buffers
-from unloaf.stages import call_model, modes_kept
+from unloaf.stages import Stage, call_model, is_list_of_images, modes_kept
+from unloaf.subnet import Subnet, active_subnet
 
 
 def tracking_norms(model: nn.Module) -> list[Any]:
@@ -165,6 +166,8 @@ def _is_running(item: tuple[str, Tensor | None]) -> bool:
 
 def _examples(inputs: Any) -> int:
     """How many there are: of a mapping, in its first tensor; all alike where no tensor says it."""
+    if is_list_of_images(inputs):
+        return len(inputs)
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     return next((len(x) for x in tensors if isinstance(x, Tensor) and x.dim()), 1)
 
@@ -226,3 +229,50 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> int:
             "no batch was given to re-estimate batch-norm statistics from; give at least one, better 2,000 images"
         )
     return count
+
+
+def names_of_statistics(model: nn.Module, stages: Sequence[Stage], subnet: Subnet) -> list[str]:
+    """Names of the ``running_mean`` and ``running_var`` that a subnet reads."""
+    kept = subnet.modes(stages)
+    skipped = tuple(f"{path}." for stage in stages for path in stage.blocks if path not in kept)
+    return [
+        f"{path}.{name}"
+        for path, norm in _named_norms(model)
+        for name in _STATISTICS
+        if not f"{path}.".startswith(skipped) and norm._buffers.get(name) is not None
+    ]
+
+
+@contextmanager
+def statistics_replaced(model: nn.Module, statistics: Mapping[str, Tensor]) -> Iterator[None]:
+    """Passes inside read, and move, these buffers in the place of the model's; by reference, nothing is copied."""
+    before = []
+    try:
+        for name, tensor in statistics.items():
+            path, _, buffer = name.rpartition(".")
+            buffers = model.get_submodule(path)._buffers
+            before.append((buffers, buffer, buffers[buffer]))
+            buffers[buffer] = tensor
+        yield
+    finally:
+        for buffers, buffer, tensor in before:
+            buffers[buffer] = tensor
+
+
+def estimated_statistics(
+    model: nn.Module, stages: Sequence[Stage], subnet: Subnet, batches: Iterable[Any]
+) -> dict[str, Tensor]:
+    """What `recalibrate_bn` makes of a subnet's statistics, by name of the buffer; the model keeps its own."""
+    fresh = {
+        f"{path}.{name}": buffer.clone()
+        for path, norm in _named_norms(model)
+        for name, buffer in norm.named_buffers(recurse=False)
+    }
+    with active_subnet(model, stages, subnet), statistics_replaced(model, fresh):
+        recalibrate_bn(model, batches)
+    return {name: fresh[name] for name in names_of_statistics(model, stages, subnet)} if fresh else {}
+
+
+def _named_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    tracking = set(tracking_norms(model))
+    return [(path, module) for path, module in model.named_modules() if module in tracking]

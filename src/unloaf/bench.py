@@ -30,7 +30,7 @@ def bench_step(
     *,
     model: tuple[str, ...],
     methods: Sequence[str],
-    input_size: int | None = None,
+    img_size: int | None = None,
     batch_size: int = 16,
     num_classes: int | None = None,
     num_subnets: int = 6,
@@ -61,7 +61,7 @@ def bench_step(
     where = _device(device)
     if where.type == "cpu":
         keep_freed_memory()
-    networks = chosen_networks(tuple(model), input_size=input_size, num_classes=num_classes)
+    networks = chosen_networks(tuple(model), img_size=img_size, num_classes=num_classes)
     plan = Plan(
         methods=tuple(dict.fromkeys(["common", *methods])),
         modes=tuple(dict.fromkeys(modes)),

@@ -55,13 +55,13 @@ def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, c
     """
     if seeds < 1:
         raise ValueError(f"seeds {seeds}: give at least 1")
-    found = [_shortened(recipe(), epochs) for recipe in _RECIPES]
+    found = [shortened(recipe(), epochs) for recipe in _RECIPES]
     configs = {METHODS[config.method].label: config for config in found}
-    folder = _folder(Path(output))
+    folder = output_folder(Path(output))
     data = load_data(configs[_BASELINE])
     runs: list[MethodRun] = []
     with one_thread():
-        facts = _facts(environment(), data, seeds=seeds)
+        facts = facts_of(environment(), data, seeds=seeds)
         for seed in range(seeds):
             seeded = {label: replace(config, seed=seed) for label, config in configs.items()}
             runs += compare(seeded, data=data, split="test", console=console)
@@ -71,13 +71,14 @@ def run_demo(*, output: str | Path, seeds: int = 1, epochs: int | None = None, c
     return DemoResult(tuple(rows), folder / "report.html")
 
 
-def _shortened(config: Config, epochs: int | None) -> Config:
+def shortened(config: Config, epochs: int | None) -> Config:
+    """The configuration with so many epochs; with its own where that is None."""
     if epochs is None:
         return config
     return replace(config, epochs=epochs, warmup_epochs=max(0, min(config.warmup_epochs, epochs - 1)))
 
 
-def _folder(path: Path) -> Path:
+def output_folder(path: Path) -> Path:
     """Made now: a folder that cannot be written is better known before the training than after it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -113,13 +114,13 @@ def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: C
             seed=seed,
             subnets=judge(training, split=split),
             cost=statistics.median(own / base for own, base in zip(seconds[label], seconds[_BASELINE], strict=False)),
-            flops=_flops_limit(training),
+            flops=flops_limit(training),
         )
         for label, training in trainings.items()
     ]
 
 
-def _flops_limit(training: Training) -> float:
+def flops_limit(training: Training) -> float:
     """The arithmetic of what the first steps drew, no block computed twice, relative to common training."""
     x = next(iter(training.calibration_batches())).x
     steps = min(_COUNTED_STEPS, training.config.epochs * training.steps_per_epoch)
@@ -260,11 +261,12 @@ def _subnet_settings(config: Config) -> dict[str, str]:
     return shown
 
 
-def _facts(environment: Mapping[str, Any], data: Data, *, seeds: int) -> dict[str, str]:
+def facts_of(environment: Mapping[str, Any], data: Data, *, seeds: int) -> dict[str, str]:
+    """Where and on what a demo ran, for its page."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     return {
         "command": shlex.join(environment["command"]),
-        "images": f"{data.name}: {len(data.train)} to train, {len(data.val)} to validate, {len(data.test)} to test",
+        data.unit: f"{data.name}: {len(data.train)} to train, {len(data.val)} to validate, {len(data.test)} to test",
         "seeds": ", ".join(map(str, range(seeds))),
         "hardware": f"{environment['hardware']}, {environment['threads']} thread(s) used",
         "versions": f"{versions}, python {environment['python']}",

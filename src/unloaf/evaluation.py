@@ -141,29 +141,42 @@ def evaluate_subnets(
     ('2-2-2-2', 're-estimated', True)
     """
     chosen = choose_subnets(stages, subnets, seed=seed)
-    inner = inner_module(model)
-    tracking = bool(tracking_norms(inner))
-    batches = calibration if tracking else None
-    if batches is not None and iter(batches) is batches:
-        batches = list(batches)  # a generator would be spent after the first subnet
-    if isinstance(loader, Iterator) and (len(chosen) > 1 or batches is not None):
+    if isinstance(loader, Iterator) and (len(chosen) > 1 or calibration is not None):
         loader = list(loader)
-    judged = copy_of(inner) if batches is not None else inner
-    rows, device = [], next(inner.parameters()).device
 
     def measured(network: nn.Module) -> Accuracy:
         if metric is None:
             return accuracy(network, loader, reduce=reduce, readout=readout, ignore_index=ignore_index)
         return replace(_UNKNOWN, metric=mean_metric(network, loader, metric, reduce=reduce, readout=readout))
 
-    for subnet in chosen:
+    return rows_of(model, stages, chosen, measured, calibration=calibration, on_row=on_row)
+
+
+def rows_of(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    subnets: Sequence[Subnet],
+    measured: Callable[[nn.Module], Accuracy],
+    *,
+    calibration: Iterable[Any] | None = None,
+    on_row: Callable[[SubnetRow], None] | None = None,
+) -> list[SubnetRow]:
+    """A row of each subnet, by any measure of a network; see `evaluate_subnets`."""
+    inner = inner_module(model)
+    tracking = bool(tracking_norms(inner))
+    batches = calibration if tracking else None
+    if batches is not None and iter(batches) is batches:
+        batches = list(batches)  # a generator would be spent after the first subnet
+    judged = copy_of(inner) if batches is not None else inner
+    rows, device = [], next(inner.parameters()).device
+    for subnet in subnets:
         running = None
         if batches is not None and subnet == Subnet.full(stages):
             running = measured(inner)
         with active_subnet(judged, stages, subnet):
             if batches is not None:
                 inputs = (batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches)
-                recalibrate_bn(judged, (to_device(x, device) for x in inputs))
+                recalibrate_bn(judged, ((to_device(x, device),) for x in inputs))
             found = measured(judged)
         row = SubnetRow(
             subnet,

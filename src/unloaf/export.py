@@ -150,21 +150,21 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
         output = call_model(model, inputs)
     # Into objects only where nothing else is: those beside the logits, such as a cache of transformers, may tell of
     # blocks that the copy lacks.
-    return list(_tensors(output)) or list(_tensors(output, into=[]))
+    return list(tensors_in(output)) or list(tensors_in(output, into=[]))
 
 
-def _tensors(output: Any, into: list[Any] | None = None) -> Iterator[Tensor]:
+def tensors_in(output: Any, into: list[Any] | None = None) -> Iterator[Tensor]:
     """The tensors in containers; with a list, which notes the objects seen, those in attributes of objects as well."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (Mapping, tuple, list)):
         for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value, into)
+            yield from tensors_in(value, into)
     elif isinstance(output, (nn.Module, type)):  # an output may know its model, whose weights are no outputs
         return
     elif into is not None and hasattr(output, "__dict__") and not any(output is seen for seen in into):
         into.append(output)
-        yield from _tensors(vars(output), into)
+        yield from tensors_in(vars(output), into)
 
 
 def same_outputs(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:

@@ -268,25 +268,37 @@ def _noise(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     return image.to(next(model.parameters()))
 
 
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3
+
+
 def batch_of(example: Any, size: int) -> Any:
-    """A batch that repeats the first example.
+    """A batch that repeats the first example; of a list of images or mappings, as detectors take them, the first one.
 
     >>> batch_of(torch.zeros(2, 3, 8, 8), 4).shape
     torch.Size([4, 3, 8, 8])
+    >>> [image.shape[-1] for image in batch_of([torch.zeros(3, 8, 9), torch.zeros(3, 8, 8)], 2)]
+    [9, 9]
     """
     if isinstance(example, Mapping):
         return {name: batch_of(value, size) for name, value in example.items()}
+    if type(example) is list and all(isinstance(one, Mapping) or _is_image(one) for one in example):
+        return example[:1] * size
+    if type(example) in (list, tuple):
+        return type(example)(batch_of(one, size) for one in example)
     if not isinstance(example, Tensor):
         return example
     return example[:1].repeat(size, *(1 for _ in example.shape[1:]))
 
 
 def to_device(inputs: Any, device: torch.device | str) -> Any:
-    """A tensor, or the tensors of a mapping, on that device.
+    """A tensor, or the tensors of mappings and lists, on that device.
 
     >>> to_device({"pixels": torch.zeros(2, 3), "scale": 2.0}, "meta")
     {'pixels': tensor(..., device='meta', size=(2, 3)), 'scale': 2.0}
     """
     if isinstance(inputs, Mapping):
         return {name: to_device(value, device) for name, value in inputs.items()}
+    if type(inputs) in (list, tuple):
+        return type(inputs)(to_device(value, device) for value in inputs)
     return inputs.to(device) if isinstance(inputs, Tensor) else inputs

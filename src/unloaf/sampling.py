@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ class Sampler(Protocol):
         ...
 
 
+def check_seed(seed: int) -> int:
+    """A whole number, of numpy too, as an int; ValueError for any other: 2.0 or None would draw something, too."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed is {seed!r}; give a whole number") from None
+
+
 def draw_generator(seed: int, step: int, index: int, *, purpose: str = "subnet") -> torch.Generator:
     """A CPU generator that depends on its arguments alone: every rank and every resumed run draws the same.
 
@@ -34,7 +43,7 @@ def draw_generator(seed: int, step: int, index: int, *, purpose: str = "subnet")
     >>> int(torch.randint(1000, (1,), generator=a)) == int(torch.randint(1000, (1,), generator=b))
     True
     """
-    digest = hashlib.blake2b(f"{purpose}/{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{purpose}/{check_seed(seed)}/{step}/{index}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 

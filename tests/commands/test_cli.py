@@ -110,8 +110,9 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words, b
         (["demo", "--seeds", "0"], "seeds 0: give at least 1"),
         (
             ["trian"],
-            "unknown command 'trian'; give demo, train, recipes, eval, subnets, inspect, predict, export, report, "
-            "check-data, bench, or --help; did you mean train?",
+            "unknown command 'trian'; give demo, train, recipes, eval, subnets, anytime, exits, logits, "
+            "receptive-field, damage, inspect, predict, probe, export, report, check-data, bench, or --help; did you "
+            "mean train?",
         ),
         (["check_data", "d"], "or --help; did you mean check-data?"),
         (["evaluate", "r"], "or --help; did you mean eval?"),
@@ -155,7 +156,9 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words, b
         (["report"], "give at least one run folder"),
         (["check-data"], "DIR"),
         (["check-data", "nofolder"], "nofolder is no folder"),
-        (["bench"], "give 'bench step'"),
+        (["bench"], "error: bench: give 'bench step'"),
+        (["bench", "step", "--input-size", "64"], "no option of unloaf bench step any more; give --img-size, as in"),
+        (["bench", "step", "--img-size", "0"], "img_size 0: give at least 1"),
     ],
 )
 def test_bad_input_exits_2_with_one_line(capsys, words, message):
@@ -355,7 +358,7 @@ def exports(monkeypatch):
     return asked
 
 
-REST = {"checkpoint": "last", "ema": False, "data_dir": None, "device": "auto"}
+REST = {"checkpoint": "last", "ema": False, "data_dir": None, "device": "auto", "run_own_code": False}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unloaf.config import Config, dump_config, load_config
+from unloaf.config.without_effect import without_effect
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,10 @@ from unloaf.config import Config, dump_config, load_config
         ({"epochs": True}, "epochs True: give an integer"),
         ({"group_ema": 1.0}, "group_ema 1.0: give a number from 0 to below 1"),
         ({"amplitude": "large"}, "amplitude 'large': give a number, auto"),
-        ({"method": "sst"}, "method 'sst': give common or stochastic-depth or st or st++ or gkt; did you mean st?"),
+        (
+            {"method": "sst"},
+            "method 'sst': give common or stochastic-depth or st or st++ or gkt or st-star; did you mean st?",
+        ),
         ({"warmup_epochs": 30}, "warmup_epochs 30 leaves none of the 30 epochs; give at most 29"),
         (
             {"sched": "wsd", "epochs": 3, "warmup_epochs": 1},
@@ -248,3 +252,39 @@ def test_configuration_that_never_ends_is_refused(tmp_path, kind, told):
             opened.truncate(1 << 40)
     with pytest.raises(ValueError, match=rf"^cannot read the configuration {re.escape(str(file))}: {told}$"):
         load_config(file)
+
+
+# --- settings of other methods
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"method": "st"}, []),
+        (
+            {"method": "st", "groups": 5, "teacher": "main", "final_survival": 0.5},
+            ["groups", "teacher", "final_survival"],
+        ),
+        ({"method": "gkt", "groups": 5, "group_ema": 0.9, "decay_base": 0.7, "subnet_weight": 0.5}, []),
+        ({"method": "gkt", "num_subnets": 4, "per": "step", "eps": 0.1}, ["num_subnets", "per", "eps"]),
+        ({"method": "common", "num_subnets": 4, "sampler": "ordered"}, ["num_subnets", "sampler"]),
+        ({"method": "stochastic-depth", "final_survival": 0.5, "subnet_weight": 2.0}, ["subnet_weight"]),
+        ({"method": "st", "min_ratio": 0.5, "decay_base": 0.3}, ["min_ratio", "decay_base"]),
+        ({"method": "st", "min_ratio": 0.5, "subnet_inputs": "smaller", "sampler": "exponential-decay"}, []),
+        ({"method": "st++", "min_ratio": 0.5, "sides": (16,), "amplitude": 2.0, "eps": 0.1}, []),
+        ({"method": "st++", "min_ratio": 0.5, "subnet_inputs": "same"}, ["min_ratio"]),
+        ({"method": "st", "amplitude": 2.0, "main_logits": "direction"}, []),
+    ],
+)
+def test_settings_of_other_methods_are_told_of(settings, names):
+    assert [line.partition(" ")[0] for line in without_effect(Config(**settings))] == names
+
+
+def test_every_setting_that_methods_alone_read_is_known():
+    # Those of the group "method" in the help, but for what all methods have.
+    from unloaf.commands.help import options_of
+    from unloaf.config.without_effect import _READ
+
+    flags = {option.flags[0] for option in options_of(Config) if option.group == "method"}
+    known = {f"--{name.replace('_', '-')}" for names, _, _ in _READ for name in names}
+    assert known == flags - {"--method"}

@@ -355,6 +355,7 @@ ODD_STATES: dict[str, tuple[Callable[[Path], None], str]] = {
     "an object of another kind": (change_json('{"tuple": ', '{"set": '), "{'set': [0.9, 0.999]} is no value"),
     "a key that is no text": (change_json('["epoch", 2]', "[1.5, 2]"), "is no value"),
     "no pair": (change_json('["epoch", 2]', '["epoch"]'), "not enough values to unpack"),
+    "a text for a pair": (change_json('["epoch", 2]', '"ep"'), "is no value"),
     "NaN": (change_json("0.999", "NaN"), "the number NaN is not finite"),
     "too large a number": (change_json("0.999", "1e999"), "the number 1e999 is not finite"),
     "something behind": (change_json("\n", "\n{}"), "Extra data"),

@@ -64,6 +64,8 @@ def train_until(training: Training, step: int) -> dict[str, Any]:
         ("st", "subnet_loss", 3, "subnet0"),
         ("st++", "subnet_loss", 15, r"subnet\d"),
         ("gkt", "subnet_loss", 14, "loop0_group2"),
+        ("st-star", "loss", 5, "main"),
+        ("st-star", "loss", 6, "subnet0"),
     ],
 )
 def test_run_is_as_after_the_last_finite_step(method, loss, call, term, value):
@@ -189,6 +191,15 @@ def scaled(training: Training, scale: float) -> Training:
 def test_all_terms_share_the_loss_scale(method):
     """A power of two, so that scaling and unscaling lose no bit: the weights are those without it."""
     plain, training = begin(method=method, grad_accum_steps=2), scaled(begin(method=method, grad_accum_steps=2), 1024.0)
+    train_epoch(plain)
+    train_epoch(training)
+    assert tiny.same(dict(training.model.state_dict()), dict(plain.model.state_dict()))
+
+
+def test_a_scaled_step_is_made_after_another_loop_of_the_process_that_accumulated():
+    """accelerate has one state for all loops of a process."""
+    plain, training = begin(), scaled(begin(), 1024.0)
+    training.accelerator.sync_gradients = False
     train_epoch(plain)
     train_epoch(training)
     assert tiny.same(dict(training.model.state_dict()), dict(plain.model.state_dict()))

@@ -286,7 +286,7 @@ def test_best_so_far_does_not_count_on_other_validation_images(tmp_path):
     tiny.train(config, console=tiny.quiet(), resume="auto", data=wrong, model=tiny.network(), allow_changed_data=True)
     best = load_checkpoint(path / "model_best")
     assert (before.step, best.step) == (4, 8)
-    assert best.state["position"]["best_top1"] < before.state["position"]["best_top1"]
+    assert best.state["position"]["best"] < before.state["position"]["best"]
 
 
 @pytest.mark.parametrize("change", ["pixel", "label"])

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 import tiny
 from checkpoint_tools import as_format_1
 from unloaf.config import Config, load_config
-from unloaf.engine import setup as training
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.runs.judge import judge_run
 from unloaf.runs.opened import open_trained
+from unloaf.tasks import classification
 
 MATRIX = [
     (method, workers, opt) for method in ("st", "st++", "gkt") for workers in (0, 2) for opt in ("sgd", "adamw")
@@ -308,11 +308,11 @@ def test_published_weights_are_fetched_once(tmp_path, monkeypatch, model, again)
         fetched.append(pretrained)
         return tiny.network()
 
-    monkeypatch.setattr(training, "build_model", build)
+    monkeypatch.setattr(classification, "build_model", build)
     config = tiny.config(output=str(tmp_path), name="run", epochs=1, model=model, pretrained=True)
     for _ in range(2):
         tiny.train(config, console=tiny.quiet(), resume="auto", data=tiny.data())
-    monkeypatch.setattr(training, "load_data", lambda config: tiny.data())
+    monkeypatch.setattr(classification, "load_data", lambda config: tiny.data())
     judge_run(tmp_path / "run", device="cpu")
     open_trained(tmp_path / "run", device="cpu")
     assert fetched == [True, again, again, again]

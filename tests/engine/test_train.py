@@ -24,9 +24,9 @@ from unloaf.data import load_data
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.checkpoint.saver import Saver
 from unloaf.engine.loop import Training, fit, prepare, train_epoch
-from unloaf.engine.methods import check_classes
 from unloaf.engine.run import Run, train
 from unloaf.errors import CheckpointError
+from unloaf.tasks.methods import check_classes
 
 METHODS = ["common", "stochastic-depth", "st", "st++", "gkt"]
 # A network by name, on the digits.
@@ -199,6 +199,11 @@ def test_last_batch_of_one_image_is_judged():
     data = replace(data, val=data.val.subset(torch.arange(17)))
     training = prepare(tiny.config(epochs=1), data=data, model=NormOnOnePixel())
     assert train_epoch(training).eval is not None
+
+
+def test_a_setting_of_another_method_is_told_of(tmp_path):
+    path = tiny.run(tiny.config(output=str(tmp_path), name="run", epochs=1, method="common", groups=5)).path
+    assert "groups 5 has no effect here: it is for --method gkt" in (path / "log.txt").read_text()
 
 
 def test_environment_names_versions_and_hardware(tmp_path):

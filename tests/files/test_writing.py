@@ -175,6 +175,8 @@ def test_no_file_is_written_past_the_helper():
         'pages/plots.py: figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, '
         '"Description": about}, **look)',
         'release/subnet_files.py: (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")',
+        'release/subnet_files.py: (Path(folder) / "config.json").write_text(json.dumps(architecture["config"]), '
+        'encoding="utf-8")',
     }
 
 

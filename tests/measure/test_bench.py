@@ -48,7 +48,7 @@ def said():
 
 
 def measured(said, name="cifar/resnet14", **options):
-    network = chosen_networks((name,), input_size=None, num_classes=None)[0]
+    network = chosen_networks((name,), img_size=None, num_classes=None)[0]
     given = {"methods": ("common", "st"), "modes": ("eager",), "batch_size": 2, "num_subnets": 1, "repeats": 1}
     given |= {"amp": False, "channels_last": False, "device": torch.device("cpu")} | options
     clock = given.pop("clock", session.Clock(None, parts=1))
@@ -56,18 +56,18 @@ def measured(said, name="cifar/resnet14", **options):
 
 
 def test_names_sides_and_classes_of_networks():
-    found = chosen_networks(("resnet18", "cifar/resnet56", "resnet18@96"), input_size=None, num_classes=None)
+    found = chosen_networks(("resnet18", "cifar/resnet56", "resnet18@96"), img_size=None, num_classes=None)
     assert found == [
         Network("resnet18", 64, 1000),
         Network("cifar/resnet56", 32, 10),
         Network("resnet18", 96, 1000),
     ]
-    assert chosen_networks(("vit_tiny_patch16_224",), input_size=None, num_classes=7)[0].side == 224
-    assert chosen_networks(("cifar/resnet56",), input_size=16, num_classes=None)[0].side == 16
+    assert chosen_networks(("vit_tiny_patch16_224",), img_size=None, num_classes=7)[0].side == 224
+    assert chosen_networks(("cifar/resnet56",), img_size=16, num_classes=None)[0].side == 16
 
 
 def test_the_standard_networks_are_those_of_the_issue():
-    listed = chosen_networks(("standard",), input_size=None, num_classes=None)
+    listed = chosen_networks(("standard",), img_size=None, num_classes=None)
     assert [(n.name, n.side) for n in listed if n.name.startswith("cifar/")] == [
         ("cifar/resnet50", 32),
         ("cifar/resnet56", 32),
@@ -80,7 +80,7 @@ def test_the_standard_networks_are_those_of_the_issue():
 @pytest.mark.parametrize("name", ["cifar/resnet56@", "cifar/resnet56@0", "cifar/resnet56@x"])
 def test_a_side_that_is_none_is_refused(name):
     with pytest.raises(ValueError, match="give a side in pixels after the @"):
-        chosen_networks((name,), input_size=None, num_classes=None)
+        chosen_networks((name,), img_size=None, num_classes=None)
 
 
 def test_a_vision_transformer_sees_multiples_of_its_patch():

@@ -15,6 +15,7 @@ from timm.layers import set_fused_attn
 from torch.nn import functional
 
 import unloaf
+from toy_networks import ToyNetwork
 from unloaf.measure import costs
 from unloaf.measure.costs import Timing, gmacs, measure_in_sight, time_subnets, write_csv
 from unloaf.measure.flops import counting_flops
@@ -116,6 +117,27 @@ def test_rows_that_were_judged_are_measured_and_picked_from_as_they_are(network)
     assert min(row.latency_ms for row in measured) > 0
     cheapest = min(measured, key=lambda row: row.gmacs)
     assert unloaf.pick_subnet(measured, max_gmacs=cheapest.gmacs) == cheapest
+
+
+class OfImages(ToyNetwork):
+    """Takes a list of images, as detectors do."""
+
+    seen: list[int]
+
+    def forward(self, images):
+        self.seen = [*self.__dict__.get("seen", []), len(images)]
+        return super().forward(torch.stack([image.mean(-1).flatten() for image in images]))
+
+
+def test_costs_are_of_one_image_where_a_batch_is_a_list_of_them():
+    model, images = OfImages(), [torch.randn(1, 4, 5), torch.randn(1, 4, 7), torch.randn(1, 4, 9)]
+    stages = unloaf.find_stages(model, images)
+    rows = [unloaf.SubnetRow(unloaf.Subnet.full(stages))]
+    macs = 4 * 6 + 6 * 6 + 4 * 6 * 6 + 6 * 5 + 5 * 5 + 4 * 5 * 5 + 5 * 3  # of the linear layers
+    assert unloaf.measure_subnets(model, stages, images, rows)[0].gmacs == pytest.approx(macs / 1e9)
+    model.seen = []
+    unloaf.measure_subnets(model, stages, images, rows, latency=True, batch_size=4, repeats=1)
+    assert set(model.seen) == {1, 4}
 
 
 def test_measured_rows_are_complete_and_leave_the_model_as_it_was(network):

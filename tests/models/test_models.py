@@ -111,6 +111,7 @@ def test_arguments_that_a_model_does_not_take_are_refused(name, arguments, messa
         ("cifar/resnet2", "6n \\+ 2 layers, not 2; give 8 or 14"),
         ("nothing-like-it", "give cifar/NAME, timm/NAME, tv/NAME or hf/NAME"),
         ("hub/resnet18", "no such model"),
+        ("retinanet", "is no classifier: --task detection trains it; here give its backbone"),
     ],
 )
 def test_unknown_or_ambiguous_name_is_answered(name, message):
@@ -255,7 +256,7 @@ def test_published_weights_come_without_auxiliary_heads_too(monkeypatch):
 
 
 def test_run_says_that_heads_are_left_out(monkeypatch):
-    monkeypatch.setattr("unloaf.engine.setup.build_model", lambda name, **settings: tiny.network())
+    monkeypatch.setattr("unloaf.tasks.classification.build_model", lambda name, **settings: tiny.network())
     lines = prepare(tiny.config(model="tv/googlenet", method="common"), data=tiny.data()).opening
     assert "tv/googlenet is built without its auxiliary heads, which no loss here would train" in lines
 

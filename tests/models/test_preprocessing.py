@@ -217,7 +217,7 @@ def test_run_of_an_older_version_is_judged_with_the_inputs_it_was_trained_with(f
         seen.append(real(config))
         return seen[-1]
 
-    monkeypatch.setattr("unloaf.engine.setup.load_data", load)
+    monkeypatch.setattr("unloaf.tasks.classification.load_data", load)
     judge_run(run, device="cpu")
     assert seen[0].mean == pytest.approx([255 * value for value in IMAGENET[0]])
 

@@ -16,10 +16,10 @@ import unloaf
 from unloaf.commands import main as cli
 from unloaf.config import Config
 from unloaf.data.in_memory import load_digits
-from unloaf.engine.methods import class_probabilities
 from unloaf.engine.run import train
 from unloaf.models.build import build_model
 from unloaf.release.predictions import predict_run
+from unloaf.tasks.methods import class_probabilities
 
 COLOURS = {"ash": (90, 90, 90), "brick": (200, 40, 40), "cyan": (30, 200, 200)}
 

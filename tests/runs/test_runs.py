@@ -1,6 +1,8 @@
 """`unloaf eval` and `unloaf report` on runs that were trained in this file."""
 
 import csv
+import dataclasses
+import html
 import io
 import json
 import os
@@ -373,3 +375,36 @@ def test_network_that_asks_for_the_version_of_its_weights_is_resumed_judged_and_
     assert str(judge_run(folder).main["val"].top1) == summary(folder)[-1]["eval_top1"]
     export_elastic(folder, output=tmp_path / "elastic", device="cpu", subnets=1)
     unloaf.load_elastic(tmp_path / "elastic")
+
+
+def resumed(folder, monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/unloaf", "train", *words])
+    config = load_config(folder / "args.yaml")
+    train(
+        dataclasses.replace(config, epochs=config.epochs + 1), resume=str(folder), console=Console(file=io.StringIO())
+    )
+
+
+def test_report_lists_the_commands_of_resumes(run, monkeypatch, tmp_path):
+    begun = json.loads((run / "env.json").read_text())
+    resumed(run, monkeypatch, "--resume", "first run")
+    resumed(run, monkeypatch, "--epochs", "5")
+    env = json.loads((run / "env.json").read_text())
+    assert [entry["command"][1:] for entry in env.pop("resumed")] == [
+        ["train", "--resume", "first run"],
+        ["train", "--epochs", "5"],
+    ]
+    assert env == begun
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(run), "--output", str(page)]) == 0
+    text = html.unescape(page.read_text())
+    assert "resumed: unloaf train --resume 'first run', " in text
+    assert "resumed: unloaf train --epochs 5, " in text
+
+
+@pytest.mark.parametrize("damage", ["[1, 2", '{"resumed": 3}', "[]"])
+def test_a_damaged_record_of_the_environment_does_not_stop_a_resume(run, monkeypatch, damage):
+    (run / "env.json").write_text(damage)
+    resumed(run, monkeypatch)
+    assert (run / "env.json").read_text() == damage
+    assert len(summary(run)) == 4

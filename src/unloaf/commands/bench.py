@@ -23,7 +23,7 @@ class BenchStep:
 
     model: tuple[str, ...] = ("timm/resnet50",)
     """Networks, as for train, NAME@SIDE for a side of their own; standard for the eight of the performance page."""
-    input_size: int | None = None
+    img_size: int | None = None
     """Side of the images in pixels; default: 32 for cifar/, else the model's own if it has only one, else 64."""
     batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 16
     """Images per step."""
@@ -59,7 +59,10 @@ class BenchStep:
         if self.minutes is not None and not 0 < self.minutes < 1e6:
             raise ValueError(f"minutes {self.minutes}: give a number above 0")
         check_device(self.device)
-        check_least(self, input_size=1, batch_size=1, num_classes=2, num_subnets=1, repeats=1)
+        check_least(self, img_size=1, batch_size=1, num_classes=2, num_subnets=1, repeats=1)
+
+
+_FORMER_FLAGS: dict[str, str] = dict.fromkeys(("--input-size", "--input_size"), "--img-size, as in the other commands")
 
 
 def run(words: list[str]) -> int:
@@ -67,8 +70,8 @@ def run(words: list[str]) -> int:
     if words in (["-h"], ["--help"]):
         words = ["step", *words]
     if words[:1] != ["step"]:
-        raise ValueError(f"bench {' '.join(words[:1])}: give 'bench step'")
-    options = vars(parse(BenchStep, words[1:], prog="unloaf bench step"))
+        raise ValueError(f"{' '.join(['bench', *words[:1]])}: give 'bench step'")
+    options = vars(parse(BenchStep, words[1:], prog="unloaf bench step", former=_FORMER_FLAGS))
     from unloaf.bench import bench_step, tables
 
     for table in tables(bench_step(**options, console=Console(file=standard_error()))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -32,6 +32,14 @@ class CheckData:
     """Column of the images, for hf."""
     target_key: str = "label"
     """Column of the labels, for hf."""
+    task: Literal["multilabel", "regression"] | None = None
+    """csv: what the columns are, labels of 0 and 1 or numbers."""
+    masks: bool = False
+    """coco: check the objects' masks too, which task instance needs."""
+    keypoints: bool = False
+    """coco: check people and their joints instead, which task pose needs."""
+    panoptic: bool = False
+    """coco: check panoptic_SPLIT.json and its PNGs, which task panoptic needs."""
     num_classes: int | None = None
     """Classes that the labels must have; default: what the image set says."""
     max_pixels: int = Config.max_pixels
@@ -41,7 +49,34 @@ class CheckData:
 
     def config(self) -> Config:
         """The part of a run's configuration that decides how images are read; nothing is held out."""
-        given = {name: value for name, value in vars(self).items() if name != "dir"}
+        if self.dataset == "text":
+            raise ValueError(
+                "dataset text has no images to open; `unloaf train --task language` reads all texts before its first "
+                "step"
+            )
+        given = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("dir", "masks", "keypoints", "panoptic", "task")
+        }
+        if self.keypoints and (self.masks or self.panoptic or self.dataset != "coco"):
+            raise ValueError("--keypoints is for --dataset coco, without --masks and --panoptic; leave one of them out")
+        if self.keypoints:
+            given |= {"task": "pose", "method": "common", "model": "simple-baseline", "hflip": 0.0}
+        elif self.panoptic:
+            if self.dataset != "coco" or self.masks:
+                raise ValueError("--panoptic is for --dataset coco, without --masks; leave one of them out")
+            # What does not fit is listed image by image, not refused at the first.
+            given |= {"task": "panoptic", "method": "common", "model": "panoptic-fpn", "bad_images": "skip"}
+        elif self.dataset in ("coco", "voc"):
+            task = "instance" if self.masks else "detection"
+            given |= {"task": task, "method": "common", "model": "mask-rcnn" if self.masks else "fcos"}
+        elif self.dataset == "csv":
+            given["task"] = self.task or "multilabel"
+        if self.task is not None and self.dataset != "csv":
+            raise ValueError(f"--task is for --dataset csv, not {self.dataset}; leave it out")
+        if self.masks and self.dataset not in ("coco", "voc"):
+            raise ValueError(f"--masks is for --dataset coco, not {self.dataset}; leave it out")
         return Config(**given, data_dir=self.dir, val_fraction=0.0)
 
 
@@ -57,7 +92,9 @@ def run(words: list[str]) -> int:
     report = check_images(config)
     for split, counts in report.counts.items():
         if sum(counts.values()):
-            say(f"{split}: {sum(counts.values())} images, {_classes(counts)}")
+            objects = None if report.objects is None else report.objects[split]
+            kinds = _classes(counts) if objects is None else _objects(objects, report.what)
+            say(f"{split}: {sum(counts.values())} {report.entries}, {kinds}")
     for note in report.notes:
         say(f"note: {note}")
     if report.modes:
@@ -85,8 +122,15 @@ def _verdict(report: CheckReport) -> str:
     return f"{' and '.join(parts)}, listed above; fix them and check again"
 
 
-def _classes(counts: dict[str, int]) -> str:
+def _objects(counts: dict[str, int], what: str) -> str:
+    if what == "columns":
+        return f"{len(counts)} columns: {', '.join(counts)}"
+    classes = "joints" if what == "marked joints" else "classes"
+    return f"{sum(counts.values())} {what}, {_classes(counts, what, classes)}"
+
+
+def _classes(counts: dict[str, int], what: str = "images", classes: str = "classes") -> str:
     if len(counts) <= 20:
-        return f"{len(counts)} classes: " + ", ".join(f"{name} {count}" for name, count in counts.items())
+        return f"{len(counts)} {classes}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
     fewest, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    return f"{len(counts)} classes of {counts[fewest]} ({fewest}) to {counts[most]} ({most}) images"
+    return f"{len(counts)} {classes} of {counts[fewest]} ({fewest}) to {counts[most]} ({most}) {what}"

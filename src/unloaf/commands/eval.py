@@ -14,6 +14,7 @@ from unloaf.commands.options import check_least, check_subnets
 from unloaf.commands.parsing import parse
 from unloaf.commands.tables import show
 from unloaf.config.checks import check_device
+from unloaf.config.figures import FIGURES
 from unloaf.files.writing import check_writable
 from unloaf.streams import say, standard_error
 
@@ -45,6 +46,8 @@ class Eval:
     """Folder of the image set; default: as in the run."""
     device: str = "auto"
     """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
+    run_own_code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Import and run the functions of yours that made the run's network or images."""
     output: str | None = None
     """Write the table of subnets to this file instead; its folder is made; only with --subnets."""
 
@@ -73,7 +76,7 @@ def run(words: list[str]) -> int:
         say(line)
     if judgement.subnets:
         say_subnets(judgement)
-        show(*accuracy_table(judgement.subnets))
+        show(*accuracy_table(judgement.subnets, FIGURES[judgement.task]))
         write_subnets(judgement, output)
         say(f"all {len(judgement.judged)} that were evaluated: {output}")
     return 0

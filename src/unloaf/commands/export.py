@@ -41,6 +41,8 @@ class Export:
     """Folder of the image set; default: as in the run."""
     device: str = "auto"
     """auto takes an accelerator when there is one, for the statistics and the accuracy; or cpu, cuda, cuda:1, mps."""
+    run_own_code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Import and run the functions of yours that made the run's network or images."""
     output: str | None = None
     """New folder for the results; default: one in RUN/export."""
     push_to_hub: str | None = None
@@ -61,7 +63,7 @@ def run(words: list[str]) -> int:
     options = parse(Export, words, prog="unloaf export")
     from unloaf.release import exports as release
 
-    names = ("recalibrate", "checkpoint", "ema", "data_dir", "device", "push_to_hub", "output")
+    names = ("recalibrate", "checkpoint", "ema", "data_dir", "device", "run_own_code", "push_to_hub", "output")
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     if options.elastic:
         written = release.export_elastic(options.run, subnets=options.subnets or None, **given)

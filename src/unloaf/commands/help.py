@@ -51,7 +51,7 @@ def options_of(kind: Any, default: Any = None) -> list[Option]:
     """The options that tyro makes of a dataclass, in their order; `default` is an instance with other defaults.
 
     >>> from unloaf.commands.demo import Demo
-    >>> options_of(Demo)[1]
+    >>> options_of(Demo)[2]
     Option(group='options', flags=('--seeds',), value='N', choices=(), default='1',
            meaning='Repeat with seeds 0, 1, ...; the table then has mean and standard deviation.')
     """
@@ -156,7 +156,8 @@ def _value(name: str, hint: Any) -> tuple[str, tuple[str, ...]]:
         if get_origin(kind) is not Literal
     ]
     value = "|".join([*words, *choices])
-    return value if len(value) <= _LONGEST_CHOICES else "NAME", () if words else choices
+    told = len(value) <= _LONGEST_CHOICES
+    return value if told else "NAME", choices if not (words and told) else ()
 
 
 def _typed(value: Any) -> str:

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from unloaf.config.figures import FIGURES
+
 if TYPE_CHECKING:
-    from unloaf.evaluation import Accuracy, SubnetRow
     from unloaf.runs.judge import RunJudgement
 
 
 def main_lines(judgement: RunJudgement) -> list[str]:
     """The notes, the checkpoint and the main network, a line each."""
     average = ", moving average of the weights" if judgement.weights == "model_ema" else ""
+    figures = FIGURES[judgement.task]
     size = f"{judgement.params:,} parameters, {judgement.gmacs:.4g} GMACs"
     lines = [
         *judgement.notes,
         f"{judgement.run}, {judgement.checkpoint} (after epoch {judgement.epoch}){average}: {size}",
-        *(f"{split} {_accuracy(result)}" for split, result in judgement.main.items()),
+        *(f"{split} {figures.text(result)}" for split, result in judgement.main.items()),
     ]
     main = judgement.judged[0] if judgement.judged else None
     if main is not None and main.running is not None:
-        lines.append(
-            f"{judgement.split} {_accuracy(main)}, with batch-norm statistics re-estimated as the subnets' are"
-        )
+        found = figures.text(main) if hasattr(main, figures.decisive) else figures.chief.text(figures.decide(main))
+        lines.append(f"{judgement.split} {found}, with batch-norm statistics re-estimated as the subnets' are")
     return lines
-
-
-def _accuracy(found: Accuracy | SubnetRow) -> str:
-    return f"top-1 {found.top1:.2f} %, top-5 {found.top5:.2f} %, loss {found.loss:.4f}"
 
 
 def say_subnets(judgement: RunJudgement) -> None:

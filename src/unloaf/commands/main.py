@@ -10,7 +10,25 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from unloaf import __version__
-from unloaf.commands import bench, check_data, demo, eval, export, inspect, predict, recipes, report, subnets, train
+from unloaf.commands import (
+    anytime,
+    bench,
+    check_data,
+    damage,
+    demo,
+    eval,
+    exits,
+    export,
+    inspect,
+    logits,
+    predict,
+    probe,
+    receptive_field,
+    recipes,
+    report,
+    subnets,
+    train,
+)
 from unloaf.commands.help import beside, text_width, wrapped
 from unloaf.config.names import similar
 from unloaf.errors import (
@@ -113,7 +131,7 @@ def _help() -> str:
     width = text_width()
     commands = [("bench step" if name == "bench" else name, meaning) for name, (_, meaning) in _COMMANDS.items()]
     lines = ["usage: unloaf COMMAND [OPTIONS]", "", *wrapped(_ABOUT, width)]
-    lines += ["", "commands:", *beside(commands, width, 14), "", "options:", *beside(_OPTIONS, width, 14)]
+    lines += ["", "commands:", *beside(commands, width, 19), "", "options:", *beside(_OPTIONS, width, 19)]
     return "\n".join(lines)
 
 
@@ -123,8 +141,14 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "recipes": (recipes.run, "List the recipes for train, or show one."),
     "eval": (eval.run, "Judge the main network of a trained run, and its subnets."),
     "subnets": (subnets.run, "What the subnets of a run or of a model cost."),
+    "anytime": (anytime.run, "Judge a run as a cascade that answers easy images early."),
+    "exits": (exits.run, "Judge the exits of a language model, and which one drafts best."),
+    "logits": (logits.run, "Compare the size of the logits of networks and of their subnets."),
+    "receptive-field": (receptive_field.run, "Compare which part of an image networks and subnets look at."),
+    "damage": (damage.run, "Delete blocks of trained networks and evaluate what is left."),
     "inspect": (inspect.run, "Look a model over: stages, subnets, what a step would cost."),
     "predict": (predict.run, "The classes of images, by the main network of a run or a subnet."),
+    "probe": (probe.run, "A linear classifier on an encoder that learned without labels."),
     "export": (export.run, "Write a subnet of a run as an ordinary model."),
     "report": (report.run, "Compare runs: a table, and a page with their curves."),
     "check-data": (check_data.run, "Open every image of an image set, list the bad ones."),

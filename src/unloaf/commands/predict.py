@@ -50,6 +50,8 @@ class Predict:
     """Folder of the run's image set; default: as in the run."""
     device: str = "auto"
     """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
+    run_own_code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Import and run the functions of yours that made the run's network or images."""
 
     def __post_init__(self) -> None:
         if not self.images:

@@ -13,6 +13,7 @@ import tyro
 from unloaf.commands.help import beside, text_width, wrapped
 from unloaf.commands.parsing import parse
 from unloaf.config import dump_config
+from unloaf.config.figures import FIGURES
 from unloaf.recipes import RECIPES, recipe
 
 
@@ -42,18 +43,20 @@ def _list() -> list[str]:
             published = RECIPES[name].published.replace("common + ", "+")
             lines.append(f"  {name:<37}{configs[name].epochs:>7}{published:>6}  {numbers[RECIPES[name].source]}")
     note = (
-        "top-1: of the main network, in percent, as published; +4.53: so much above common training. `unloaf recipes "
-        "NAME` shows a recipe, `unloaf train --recipe NAME` trains by it."
+        "top-1: of the main network, in percent, as published (for COCO mAP, of masks for Mask R-CNN, of keypoints for "
+        "simple-baseline); +4.53: so much above common training. `unloaf recipes NAME` shows a recipe, `unloaf train "
+        "--recipe NAME` trains by it."
     )
     sources = [(number, source) for source, number in numbers.items()]
-    return [*lines, "", "sources:", *beside(sources, text_width(), 7), "", *wrapped(note, text_width())]
+    return [*lines, "", "sources:", *beside(sources, text_width(), 8), "", *wrapped(note, text_width())]
 
 
 def _one(name: str) -> list[str]:
     config, entry, width = recipe(name), RECIPES[name], text_width()
     function = entry.config.func if isinstance(entry.config, partial) else entry.config
     about = str(inspect.getdoc(function)).partition("\n>>>")[0].strip().split("\n\n")
-    published = f"; published top-1: {entry.published}" if entry.published else ""
+    figure = FIGURES[config.task].chief.label
+    published = f"; published {figure}: {entry.published}" if entry.published else ""
     head = f"{name}: {config.model}, {config.method}, {config.epochs} epochs{published} ({entry.source})"
     lines = [*wrapped(head, width), *(line for paragraph in about for line in ("", *wrapped(paragraph, width)))]
     settings = dump_config(config, only_changed=True).splitlines()

@@ -15,6 +15,7 @@ from unloaf.commands.options import check_least, check_subnets
 from unloaf.commands.parsing import parse
 from unloaf.commands.tables import show
 from unloaf.config.checks import check_device
+from unloaf.config.figures import FIGURES, Figures
 from unloaf.files.writing import check_writable
 from unloaf.streams import say, standard_error
 
@@ -47,6 +48,8 @@ class Subnets:
     """Passes that are timed, of each subnet and batch size."""
     device: str = "auto"
     """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
+    run_own_code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Import and run the functions of yours that made the run's network or images."""
     checkpoint: Literal["last", "best"] = "last"
     """The newest checkpoint that is not damaged, or the one with the best validation accuracy."""
     split: Literal["val", "test"] | None = None
@@ -84,11 +87,12 @@ def run(words: list[str]) -> int:
 
     if options.output is not None:
         check_writable(Path(options.output))
-    rows, times = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
+    rows, times, figures = _costs_of_run(options) if _is_run(options.source) else _costs_of_model(options)
     cost = "latency_ms" if options.timed else "gmacs"
-    front = {row.subnet for row in pareto_front(rows, cost=cost)} if rows[0].top1 is not None else None
+    judged = figures.decide(rows[0]) is not None
+    front = {row.subnet for row in pareto_front(rows, cost=cost, by=figures.of_rows)} if judged else None
     shown = [i for i, row in enumerate(rows) if not front or options.subnets != "pareto" or row.subnet in front]
-    show(*cost_table([rows[i] for i in shown], [times[i] for i in shown] if times else [], front))
+    show(*cost_table([rows[i] for i in shown], [times[i] for i in shown] if times else [], front, figures))
     for timing in times[0][:1] if times else []:
         print(f"median and 95th percentile of {timing.repeats} passes, on {timing.device}, {timing.threads} thread(s)")
     if front is not None:
@@ -109,25 +113,29 @@ def _is_run(source: str) -> bool:
     return not is_model or (Path(source) / "args.yaml").is_file()
 
 
-def _costs_of_run(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Sequence[Timing]]]:
+_Found = tuple["Sequence[SubnetRow]", "Sequence[Sequence[Timing]]", Figures]
+
+
+def _costs_of_run(options: Subnets) -> _Found:
     if options.img_size is not None or options.num_classes is not None:
         raise ValueError("a run has its images and classes; leave --img-size and --num-classes out")
     from unloaf.runs.judge import judge_run
 
-    names = ("subnets", "checkpoint", "split", "ema", "data_dir", "device", "timed", "repeats")
+    names = ("subnets", "checkpoint", "split", "ema", "data_dir", "device", "timed", "repeats", "run_own_code")
     given = {name: getattr(options, name) for name in names}
     judgement = judge_run(Path(options.source), **given, console=Console(file=standard_error()))
     for line in main_lines(judgement):
         say(line)
     say_subnets(judgement)
-    return judgement.judged, judgement.times
+    return judgement.judged, judgement.times, FIGURES[judgement.task]
 
 
-def _costs_of_model(options: Subnets) -> tuple[Sequence[SubnetRow], Sequence[Sequence[Timing]]]:
+def _costs_of_model(options: Subnets) -> _Found:
     if options.subnets == "pareto":
         raise ValueError("subnets pareto: a model that is not trained has no accuracy; give a run, or all or a number")
     from unloaf.inspection import cost_of_model
 
     names = ("subnets", "timed", "repeats", "device", "img_size", "num_classes")
     given = {name: getattr(options, name) for name in names}
-    return cost_of_model(options.source, **given, console=Console(file=standard_error()))
+    rows, times = cost_of_model(options.source, **given, console=Console(file=standard_error()))
+    return rows, times, FIGURES["classification"]

@@ -13,7 +13,9 @@ import tyro
 
 from unloaf.commands.parsing import parse
 from unloaf.config import Config, dump_config, load_config
+from unloaf.config.figures import FIGURES
 from unloaf.engine.run_folder import open_run, run_of
+from unloaf.own_code import check_allowed, is_own, own_settings
 from unloaf.recipes import recipe
 from unloaf.streams import say
 
@@ -33,6 +35,10 @@ class Train:
     settings, in its folder."""
     allow_changed_data: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue a run though training or validation images were added, removed, renamed or relabelled."""
+    run_own_code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Import and run the functions of yours that --model or --dataset name as module:function."""
+    allow_changed_code: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Continue a run though the file of such a function was changed."""
     print_config: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print the configuration and stop."""
 
@@ -41,6 +47,7 @@ _ABOUT = (
     "Train one network; the run folder OUTPUT/NAME keeps settings, figures and checkpoints. Options override what a "
     "file, a recipe or the resumed run says."
 )
+_SWITCHES = ("--print-config", "--allow-changed-data", "--run-own-code", "--allow-changed-code")
 _FORMER_FLAGS = {"--ema": "--group-ema for the knowledge of GKT's groups, --model-ema to average the weights"}
 
 
@@ -54,9 +61,10 @@ def parse_train(words: list[str]) -> tuple[Config, Train]:
     words, file = _take_value(words, "-c", "--config", kind="a file")
     words, name = _take_value(words, "--recipe", kind="a name")
     words, resume = _take_value(words, "--resume", kind="auto or a run folder")
-    show, allow = "--print-config" in words, "--allow-changed-data" in words
-    asked = Train(config=file, recipe=name, resume=resume, allow_changed_data=allow, print_config=show)
-    words, channels = _input_size([word for word in words if word not in ("--print-config", "--allow-changed-data")])
+    switches = {flag: flag in words for flag in _SWITCHES}
+    given = {flag[2:].replace("-", "_"): there for flag, there in switches.items()}
+    asked = Train(config=file, recipe=name, resume=resume, **given)
+    words, channels = _input_size([word for word in words if word not in switches])
     default = _defaults(asked)
     config = parse(Config, words, prog="unloaf train", default=default, about=_ABOUT, more=Train, former=_FORMER_FLAGS)
     if config.dataset == "digits" and config.data_dir is not None and not (default and default.data_dir):
@@ -65,7 +73,7 @@ def parse_train(words: list[str]) -> tuple[Config, Train]:
             "--dataset too, imagefolder for class folders"
         )
     grey = config.dataset in ("digits", "fashion_mnist")
-    if channels is not None and channels != (1 if grey else 3):
+    if channels is not None and not is_own(config.dataset) and channels != (1 if grey else 3):
         raise ValueError(
             f"--input-size {channels} ...: images of {config.dataset} have {1 if grey else 3} channel(s); "
             "give --img-size and the side alone"
@@ -79,16 +87,17 @@ def run(words: list[str]) -> int:
     if asked.print_config:
         print(dump_config(config), end="")
         return 0
+    check_allowed(own_settings(config), allowed=asked.run_own_code)
     # Only the first process of a run owns its folder, opened before torch is loaded: a bad one is known at once.
     first = os.environ.get("RANK", "0") == "0"
     folder = open_run(config, resume=asked.resume) if first else None
     from unloaf.display import RunConsole
     from unloaf.engine.run import train
 
-    result = train(config, folder=folder, console=RunConsole(), allow_changed_data=asked.allow_changed_data)
+    allowed = {name: getattr(asked, name) for name in ("allow_changed_data", "run_own_code", "allow_changed_code")}
+    result = train(config, folder=folder, console=RunConsole(), **allowed)
     if folder is not None:
-        test = result.test
-        print(f"{result.split} top-1 {test.top1:.2f} %, top-5 {test.top5:.2f} %, loss {test.loss:.4f}")
+        print(f"{result.split} {FIGURES[config.task].text(result.test)}")
         say(f"run: {result.path}")
     return 0
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from unloaf.own_code import is_own
 from unloaf.printable import is_unicode
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "img_size": (4, 4096, "a side from 4 to 4096 pixels"),
     "train_img_size": (4, 4096, "a side from 4 to 4096 pixels"),
     "crop_pct": (0.05, 1, "a share from 0.05 to 1"),
+    "seq_len": (2, 1 << 20, "from 2 to 1048576 tokens"),
+    "lora_rank": (1, 4096, "a rank from 1 to 4096"),
     "mean": (0, 1, "for each channel a share from 0 to 1"),
     "std": (1e-6, 2, "for each channel a number above 0, in shares of the pixel range"),
     "scale": (1e-4, 1, "two shares above 0, up to 1"),
@@ -48,6 +51,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "mixup_switch_prob": _SHARE,
     "mixup_off_epoch": (0, 10**9, "an epoch, or 0 for never"),
     "smoothing": (0, _BELOW_ONE, "a number from 0 to below 1"),
+    "mask_ratio": (_TINY, _BELOW_ONE, "a share above 0 and below 1"),
+    "stuff_area": (0, 10**9, "at least 0 pixels"),
     "width": (1, 4096, "from 1 to 4096 channels"),
     "head_init": _ABOVE_ZERO,
     "drop": (0, _BELOW_ONE, "a rate from 0 to below 1"),
@@ -69,7 +74,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "decay_base": (_TINY, 1, "a number above 0, up to 1"),
     "final_survival": (_TINY, 1, "a probability above 0, up to 1"),
     "epochs": _COUNT,
-    "batch_size": (2, 10**9, "at least 2; batch norm has no statistics of a single image"),
+    "batch_size": _COUNT,
     "grad_accum_steps": _COUNT,
     "global_batch_size": (2, 10**12, "at least 2"),
     "lr": _ABOVE_ZERO,
@@ -139,14 +144,14 @@ def check_together(config: Config) -> None:
     if config.warmup_epochs >= config.epochs:
         raise ValueError(
             f"warmup_epochs {config.warmup_epochs} leaves none of the {config.epochs} epochs; "
-            f"give at most {config.epochs - 1}"
+            f"give at most {config.epochs - 1}, by --warmup-epochs"
         )
     if config.subnet_on_epoch > config.epochs or 0 < config.subnet_off_epoch <= config.subnet_on_epoch:
         raise ValueError(
             f"subnet_on_epoch {config.subnet_on_epoch} and subnet_off_epoch {config.subnet_off_epoch} leave no epoch "
             f"of {config.epochs} that trains subnets; give an on-epoch up to {config.epochs} and below the off-epoch"
         )
-    if config.dataset != "digits" and config.data_dir is None:
+    if config.dataset not in ("digits", "text") and config.data_dir is None and not is_own(config.dataset):
         raise ValueError(f"dataset {config.dataset!r} is read from files: give --data-dir (digits needs none)")
     if config.scale[0] > config.scale[1]:
         raise ValueError(f"scale {config.scale[0]} {config.scale[1]}: give the smaller share first")
@@ -166,10 +171,10 @@ def check_together(config: Config) -> None:
             f"decay_epochs {config.decay_epochs:g}: --sched wsd has {left} epochs after those of --warmup-epochs; give "
             f"--decay-epochs {left} at most, or a share of them such as 0.2"
         )
-    if config.subnet_inputs == "smaller" and config.method not in ("st", "st++"):
+    if config.subnet_inputs == "smaller" and config.method not in ("st", "st++", "st-star"):
         raise ValueError(
             f"subnet_inputs smaller: method {config.method} gives its subnets no smaller images; leave it out, or give "
-            "--method st or st++"
+            "--method st, st++ or st-star"
         )
     if config.head_init is not None and config.pretrained:
         raise ValueError("head_init redraws the classifier that pretrained has learned; give one of the two")
@@ -187,7 +192,7 @@ def _check_fsdp(config: Config) -> None:
 
 
 def _check_device_data(config: Config) -> None:
-    if config.dataset in ("imagefolder", "hf", "webdataset"):
+    if config.dataset in ("imagefolder", "hf", "webdataset", "csv"):
         raise ValueError(f"device_data holds small sets in memory; dataset {config.dataset!r} is read image by image")
     per_image = {"aa": config.aa, "color_jitter": config.color_jitter, "lighting": config.lighting}
     used = [f"--{name.replace('_', '-')}" for name, value in per_image.items() if value]
@@ -247,9 +252,12 @@ def _check_augmentation(aa: str) -> None:
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
-    if any(_has_type(value, option) for option in _options(hint)):
+    options = _options(hint)
+    if str in options and _literals(hint) and isinstance(value, str) and not is_own(value):
+        options = tuple(option for option in options if option is not str)  # beside its names, functions alone
+    if any(_has_type(value, option) for option in options):
         return
-    allowed = ", ".join(_describe(option) for option in _options(hint))
+    allowed = ", ".join(_describe(option) for option in options)
     advice = "; in YAML write 1.0e-3, not 1e-3, which YAML reads as text" if _is_number(value) else ""
     close = difflib.get_close_matches(str(value), _literals(hint), n=1) if isinstance(value, str) else []
     raise ValueError(f"{name} {brief(value)}: give {allowed}" + (f"; did you mean {close[0]}?" if close else advice))

@@ -8,9 +8,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from unloaf.config.checks import check_ranges, check_together, check_types, keyword_arguments
+from unloaf.config.task_checks import check_task
 
-Dataset = Literal["digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "hf", "webdataset"]
-Method = Literal["common", "stochastic-depth", "st", "st++", "gkt"]
+Task = Literal["classification", "multilabel", "regression", "masked", "detection", "instance", "semantic", "panoptic",
+               "pose", "language"]  # fmt: skip
+Dataset = Literal[
+    "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "hf", "webdataset", "csv", "coco", "voc", "masks",
+    "text",
+]  # fmt: skip
+Method = Literal["common", "stochastic-depth", "st", "st++", "gkt", "st-star"]
 Sampler = Literal["auto", "ordered", "inter-stage", "exponential-decay", "stochastic"]
 Schedule = Literal["cosine", "constant", "step", "multistep", "poly", "tanh", "wsd"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -33,7 +39,7 @@ class Config:
 
     # The first option of each group, and the group's title in the help.
     option_groups = (
-        ("dataset", "task and data"),
+        ("task", "task and data"),
         ("img_size", "augmentation"),
         ("model", "model"),
         ("method", "method"),
@@ -42,12 +48,17 @@ class Config:
         ("seed", "run"),
     )
 
-    dataset: Dataset = "digits"
-    """Image set; digits ships with scikit-learn, the others are read from --data-dir."""
+    task: Task = "classification"
+    """What the network learns: a class of an image, several labels, numbers, hidden patches, boxes of objects, boxes
+    and masks, classes of pixels, things and stuff together, joints of people, or the next token of a text."""
+    dataset: Dataset | str = "digits"
+    """Image set, or text; digits ships with scikit-learn, text has a default, the others are read from --data-dir. Or
+    a function of yours, module:function, that returns one; it needs --run-own-code."""
     data_dir: str | None = None
-    """Folder of the image set: torchvision's files, class folders, a saved Hugging Face data set, or tar shards."""
+    """Folder of the image set: torchvision's files, class folders, a saved Hugging Face data set, tar shards, the
+    layout of COCO or VOC, images and masks, or text: a file, a folder of files, or a data set that `datasets` saved."""
     train_split: str = "train"
-    """Folder, split or shard prefix of the training images, for imagefolder, hf and webdataset."""
+    """Folder, split, shard prefix or list of the training images, for sets of files."""
     val_split: str | None = None
     """The same for validation; default: val, validation or test, whichever there is."""
     input_key: str = "image"
@@ -55,13 +66,13 @@ class Config:
     target_key: str = "label"
     """Column of the labels, for hf."""
     num_classes: int | None = None
-    """Classes that the labels must have; default: what the image set says."""
+    """Classes that the labels must have; default: what the image set says. masks: ids from there on are void."""
     val_fraction: float = 0.1
     """Share of the training images held out for validation, up to 0.5; 0 for none. Digits has a fixed split, and where
     there are validation images nothing is held out."""
     train_images: int | None = None
     """Train on N of the training images, the same share of each class, always the same ones. Validation images are
-    held out before."""
+    held out before. pose: people."""
     bad_images: Literal["stop", "skip"] = "stop"
     """At an image that cannot be read: stop, or take its neighbour and stop above 1 %."""
     max_pixels: int = 89_478_485
@@ -71,9 +82,15 @@ class Config:
     device_data: bool = False
     """Hold the images on the device as uint8 and augment them there in batches; for sets that fit."""
 
+    seq_len: int = 256
+    """language: tokens of a sequence, into which texts are packed."""
+    tokenizer: Literal["auto", "byte", "model"] = "auto"
+    """language: what a token is, a byte or what the model's folder says; auto: the latter where it says so."""
     img_size: int | None = None
     """Side in pixels of the images; default: their own side, 224 for files. timm's --input-size 3 224 224 does the
-    same."""
+    same. detection, instance, panoptic: their shorter side, the longer one up to 1.67 times that; default 800.
+    semantic: that of the crops that are trained on, default 512; whole images are evaluated, at their own size. pose:
+    height of the crops of people, a multiple of 16, default 256; their width is 3/4 of it."""
     train_img_size: int | None = None
     """Side of the training images, where it differs from that of validation."""
     crop_pct: float | None = None
@@ -123,20 +140,42 @@ class Config:
     """Label smoothing."""
     bce_loss: bool = False
     """Binary cross-entropy for each class instead of the softmax's."""
+    mask_ratio: float = 0.75
+    """masked: share of an image's patches that is hidden."""
+    norm_pix_loss: bool = False
+    """masked: normalise the pixels of each patch before they are compared."""
+    regression_loss: Literal["mse", "l1"] = "mse"
+    """regression: the loss on the targets, mean squared or absolute error."""
 
     model: str = "cifar/resnet20"
-    """cifar/resnet{20,32,56,110,...}, cifar/resnet18, cifar/resnet50, timm/NAME, tv/NAME or hf/NAME."""
+    """cifar/resnet{20,32,56,110,...}, cifar/resnet18, cifar/resnet50, timm/NAME, tv/NAME or hf/NAME, or, with
+    --run-own-code, module:function of yours; for detection faster-rcnn, cascade-rcnn, fcos, atss or retinanet, for
+    instance mask-rcnn, for semantic semantic-fpn, for panoptic panoptic-fpn, for pose simple-baseline; for language
+    hf/FOLDER, hf/FILE.json, hf/FILE.gguf, hf/CLASS."""
+    stuff_area: int = 4096
+    """panoptic: least pixels of a predicted region of stuff, in the image as it came; small images need fewer."""
+    backbone: str = "timm/resnet50"
+    """All tasks but classification: the timm network below pyramid and heads, whose subnets are trained, or a folder
+    of an export in timm's form, with its weights."""
+    backbone_weights: str | None = None
+    """Likewise: start the backbone from the classifier of this run, exported folder or file."""
+    backbone_norms: Literal["auto", "frozen", "batch"] = "auto"
+    """Likewise: keep the backbone's batch norms as they are, or train them; auto: frozen where it starts from trained
+    weights."""
     width: int = 16
     """Channels of the first stage of cifar/resnet{6n+2}; ignored by every other model."""
     model_kwargs: tuple[str, ...] = ()
-    """Further arguments of a timm model, such as patch_size=4 depth=9."""
+    """Further arguments of a timm model, such as patch_size=4 depth=9, or of your function; entries of the config.json
+    of an hf/ model, such as hidden_size=128."""
     pretrained: bool = False
-    """Start from the published weights (needs the internet once)."""
+    """Start from the published weights (needs the internet once); of hf/FOLDER, from those that lie there."""
     initial_checkpoint: str | None = None
     """Start from the weights of this run, exported folder or file (.safetensors, .pth, .pt, .pth.tar, .bin); a
     classifier of other classes is left as it is. A run that continues from a checkpoint does not read it."""
     partial_weights: bool = False
     """Let --initial-checkpoint fill a part of the model, and leave what does not fit random."""
+    lora_rank: int | None = None
+    """language: train low-rank changes of the linear layers alone (LoRA, by peft); with --pretrained."""
     head_init: float | None = None
     """Standard deviation of the classifier's first weights, with biases of 0; default: what the model has. Not with
     --pretrained."""
@@ -154,7 +193,7 @@ class Config:
     method: Method = "st"
     """How the network is trained."""
     num_subnets: int | None = None
-    """Subnets per step; default 1 for st, 6 for st++. gkt runs groups x loops."""
+    """Subnets per step; default 1 for st and st-star, 6 for st++. gkt runs groups x loops."""
     subnet_weight: float | None = None
     """Weight of each subnet's loss; default 1, for st++ 1 / num_subnets, one for all together."""
     subnet_schedule: Literal["constant", "rising", "falling"] = "constant"
@@ -169,7 +208,7 @@ class Config:
     """Share of each batch, its first images and at least two, that subnets are trained on; below 1 they share nothing
     with the main network, so it is cheaper only where they share little, as with smaller images."""
     sampler: Sampler = "auto"
-    """How subnets are drawn; auto: ordered for st, inter-stage for st++, exponential-decay for gkt."""
+    """How subnets are drawn; auto: ordered for st, inter-stage for st++ and st-star, exponential-decay for gkt."""
     subnet_loss: Literal["auto", "kl", "kl-"] = "auto"
     """auto: kl- (KL without magnitude) for st++, kl otherwise."""
     amplitude: float | Literal["auto"] = "auto"
@@ -179,12 +218,13 @@ class Config:
     main_logits: Literal["auto", "raw", "direction"] = "auto"
     """What the cross-entropy of st, st++ and gkt sees; auto: the direction with kl-, raw otherwise."""
     subnet_inputs: Literal["auto", "same", "smaller"] = "auto"
-    """st, st++: what subnets see; auto: for st++ randomly smaller images, of the sides that the network takes (the same
-    images, with a warning, if it takes no smaller ones), the same images otherwise."""
+    """st, st++, st-star: what subnets see; auto: for st++ and st-star randomly smaller images, of the sides that the
+    network takes (the same images, with a warning, if it takes no smaller ones), the same images otherwise."""
     min_ratio: float = 0.43
     """Smallest side of the smaller images, as a share of the full side."""
     sides: tuple[int, ...] = ()
-    """Sides in pixels that the smaller images may have; default: all that --min-ratio allows."""
+    """Sides in pixels that the smaller images may have; default: all that --min-ratio allows. pose: widths, multiples
+    of 12."""
     per: Literal["subnet", "step"] = "subnet"
     """Draw one side for each subnet, or one for all subnets of a step (cheaper)."""
     groups: int = 3
@@ -288,13 +328,14 @@ class Config:
         check_types(self)
         check_ranges(self)
         check_together(self)
+        check_task(self)
 
     @property
     def num_subnets_or_default(self) -> int:
         """Subnets that one step trains, the main network not counted."""
         if self.method == "gkt":
             return self.groups * self.loops
-        defaults = {"common": 0, "stochastic-depth": 0, "st": 1, "st++": 6}
+        defaults = {"common": 0, "stochastic-depth": 0, "st": 1, "st++": 6, "st-star": 1}
         default = defaults[self.method]
         return default if self.num_subnets is None or default == 0 else self.num_subnets
 
@@ -316,7 +357,7 @@ class Config:
         >>> Config(method="gkt").sampler_or_default
         'exponential-decay'
         """
-        defaults = {"st++": "inter-stage", "gkt": "exponential-decay"}
+        defaults = {"st++": "inter-stage", "st-star": "inter-stage", "gkt": "exponential-decay"}
         return defaults.get(self.method, "ordered") if self.sampler == "auto" else self.sampler
 
     @property

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unloaf.config import Config
-from unloaf.data.images import as_pixels
+from unloaf.data.images import ImageSet, as_pixels
 from unloaf.data.sets import Data
 from unloaf.data.uniform import uniform_augment
 from unloaf.seeds import generator_for
@@ -102,7 +102,7 @@ def _lights_floats(config: Config) -> bool:
 
 def cuts_batches(data: Data, config: Config) -> bool:
     """Whether crop_and_flip does the cropping: images of one size, in memory, not randomly resized."""
-    return config.dataset not in ("imagefolder", "hf", "webdataset") and data.augment != "resized-crop"
+    return isinstance(data.train, ImageSet) and data.augment != "resized-crop"
 
 
 def changes_pixels(config: Config) -> bool:

@@ -35,10 +35,12 @@ IGNORED = -100
 
 
 class Batch(NamedTuple):
-    """Normalised images, float32 (B, C, S, S), and labels, int64 (B,), or shares of classes, float (B, K)."""
+    """Inputs and targets: in classification normalised images, float32 (B, C, S, S), and labels, int64 (B,), or shares
+    of classes, float (B, K).
+    """
 
-    x: Tensor
-    y: Tensor
+    x: Any
+    y: Any
 
 
 class TrainBatches:
@@ -66,8 +68,9 @@ class TrainBatches:
         self.steps_per_epoch = len(data.train) // self._per_step
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"a step takes {self._per_step} images ({config.batch_size} x {world} devices x {self._accumulation} "
-                f"batches), but {data.name} has {len(data.train)} to train on; give a smaller --batch-size"
+                f"a step takes {self._per_step} {data.unit} ({config.batch_size} x {world} devices x "
+                f"{self._accumulation} batches), but {data.name} has {len(data.train)} to train on; give a smaller "
+                "--batch-size"
             )
         self._bad: set[str] = set()
         self._mixup = _mixup(data, config) if config.mixes_images else None
@@ -76,7 +79,15 @@ class TrainBatches:
         if config.device_data and isinstance(images, ImageSet):
             images = ImageSet(images.images.to(self._device), images.labels.to(self._device))
         pin = self._device.type == "cuda" and not config.device_data
-        self._loader = chunk_loader(TrainReader(data, config, images), self._plan, workers=config.workers, pin=pin)
+        self._loader = chunk_loader(self._reader(images), self._plan, workers=config.workers, pin=pin)
+
+    def _reader(self, images: Any) -> Any:
+        """What reads the images of a batch, from keys to a chunk."""
+        return TrainReader(self._data, self._config, images)
+
+    def _placed(self, chunk: Chunk) -> Batch:
+        """The batch of a chunk, on the device."""
+        return _on_device(chunk, self._data, self._device, size=self._data.train_img_size)
 
     @property
     def bad_images(self) -> tuple[str, ...]:
@@ -118,7 +129,7 @@ class TrainBatches:
 
     def _batch(self, chunk: Chunk, epoch: int, step: int, part: int) -> Batch:
         _note_bad(chunk, self._bad, self._loader, count=len(self._data.train))
-        x, y = _on_device(chunk, self._data, self._device, size=self._data.train_img_size)
+        x, y = self._placed(chunk)
         if self._mixup is None:
             return Batch(x, y)
         # Called in any epoch: it is what smooths the labels.
@@ -158,7 +169,7 @@ class EvalBatches:
 
     Process r has images r, r + world, ...; all have batches of the same sizes. Where that takes an
     image twice, or an image that cannot be read is skipped, the label is -100, which
-    cross-entropy leaves out.
+    cross-entropy leaves out; a row of numbers is NaN throughout.
 
     Iterating raises ValueError and RuntimeError as TrainBatches does.
     """
@@ -174,7 +185,7 @@ class EvalBatches:
         world: int = 1,
         batch_size: int | None = None,
     ) -> None:
-        self._images, self._data, self._device = images, data, torch.device(device)
+        self._images, self._data, self._config, self._device = images, data, config, torch.device(device)
         self._positions = torch.arange(-(-len(images) // world)) * world + rank
         self._batch_size = batch_size or config.batch_size
         self._bad: set[str] = set()
@@ -182,7 +193,18 @@ class EvalBatches:
         # Cutting a batch out of memory is faster than sending it between processes.
         workers = 0 if isinstance(images, ImageSet) else config.workers
         pin = self._device.type == "cuda"
-        self._loader = chunk_loader(EvalReader(data, config, images), plan, workers=workers, pin=pin)
+        self._loader = chunk_loader(self._reader(images), plan, workers=workers, pin=pin)
+
+    def _reader(self, images: Any) -> Any:
+        """What reads the images of a batch, from keys to a chunk."""
+        return EvalReader(self._data, self._config, images)
+
+    def _placed(self, chunk: Chunk, left_out: Tensor) -> Batch:
+        """The batch of a chunk, on the device; `left_out` are images that are not to be counted, bool (B,)."""
+        nothing = IGNORED if chunk.labels.ndim == 1 else float("nan")  # rows of numbers have no value to spare
+        rows = left_out if chunk.labels.ndim == 1 else left_out[:, None]
+        chunk = chunk._replace(labels=chunk.labels.masked_fill(rows, nothing))
+        return _on_device(chunk, self._data, self._device, size=self._data.img_size)
 
     @property
     def bad_images(self) -> tuple[str, ...]:
@@ -195,9 +217,7 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         for part, chunk in zip(self._parts(), read_chunks(self._loader), strict=True):
             _note_bad(chunk, self._bad, self._loader, count=len(self._images))
-            left_out = chunk.replaced | (part >= len(self._images))
-            chunk = chunk._replace(labels=chunk.labels.masked_fill(left_out, IGNORED))
-            yield _on_device(chunk, self._data, self._device, size=self._data.img_size)
+            yield self._placed(chunk, chunk.replaced | (part >= len(self._images)))
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self._positions.split(self._batch_size) if len(self._positions) else ()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unloaf.config import Config
 from unloaf.data.consistency import FoundSplits, disagreements, some
 from unloaf.data.images import BadImageError, Encoded, Images, Split, traits
 from unloaf.data.in_memory import hold_out
+from unloaf.data.panoptic import PanopticImages
 from unloaf.data.sets import FILE_SETS, find_splits, load_data
 
 
@@ -23,6 +25,10 @@ class CheckReport:
     faults: tuple[str, ...]  # what else keeps a run from using the set, a line each
     notes: tuple[str, ...]  # what a run decides, or what may surprise
     modes: dict[str, int]  # how many of the files that can be read are stored in which mode, in Pillow's words
+    # Of annotated images, per split and class, and of images with several labels; `counts` then has no classes.
+    objects: dict[str, dict[str, int]] | None = None
+    what: str = "objects"  # or labels, columns, marked joints
+    entries: str = "images"  # what are counted
 
 
 def check_images(config: Config) -> CheckReport:
@@ -35,18 +41,19 @@ def check_images(config: Config) -> CheckReport:
     >>> report.counts["val"]["0"], report.bad
     (30, ())
     """
+    if config.task == "pose":
+        return _check_people(config)
+    if config.task in ("detection", "instance", "panoptic"):
+        return _check_annotated(config)
+    if config.dataset == "csv":
+        return _check_columns(config)
     found = find_splits(config) if config.dataset in FILE_SETS else _in_memory(config)
     splits = {
         name: split
         for name, split in (("train", found.train), ("val", found.val), ("test", found.test))
         if split is not None and (name == "val" or split is not found.val)
     }
-    with ThreadPoolExecutor(max(1, config.workers)) as pool:
-        looks = [
-            look
-            for split in splits.values()
-            for look in pool.map(lambda at, images=split.images: _look(images, at), range(len(split.images)))
-        ]
+    looks = _looks(splits, config.workers)
     faults = (*found.faults, *disagreements(config, found))
     treated = Counter(what for look in looks for what in look.treated)
     notes = [*found.notes, *(f"{count} image(s): {what}" for what, count in treated.most_common())]
@@ -56,6 +63,81 @@ def check_images(config: Config) -> CheckReport:
     bad = tuple(problem for look in looks for problem in look.bad)
     modes = Counter(mode for look in looks for mode in look.modes)
     return CheckReport(_counts_of(found), bad, faults, tuple(notes), dict(modes.most_common()))
+
+
+def _check_annotated(config: Config) -> CheckReport:
+    """The same of a set of annotated images."""
+    from unloaf.data.annotated_sets import open_each
+
+    splits, faults, notes = open_each(config, masks=config.task == "instance")
+    looks = _looks(splits, config.workers)
+    bad = tuple(problem for look in looks for problem in look.bad)
+    modes = Counter(mode for look in looks for mode in look.modes)
+    objects = {}
+    for name, split in splits.items():
+        images: Any = split.images
+        parts = images.segments if config.task == "panoptic" else images.objects
+        counted = parts.classes[~parts.crowd].bincount(minlength=len(split.class_names or ()))
+        objects[name] = dict(zip(split.class_names or (), counted.tolist(), strict=True))
+    counts = {name: {"": len(split.images)} for name, split in splits.items()}
+    return CheckReport(counts, bad, tuple(faults), tuple(notes), dict(modes.most_common()), objects)
+
+
+def _check_columns(config: Config) -> CheckReport:
+    """The same of images with a row of numbers each."""
+    from unloaf.data.own_sets import load_columns
+
+    try:
+        data = load_columns(config)
+    except ValueError as error:
+        return CheckReport({}, (), (str(error),), (), {})
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    splits = {name: Split(images, None) for name, images in parts.items() if name != "test" or images is not data.val}
+    looks = _looks({name: split for name, split in splits.items() if len(split.images)}, config.workers)
+    bad = tuple(problem for look in looks for problem in look.bad)
+    modes = Counter(mode for look in looks for mode in look.modes)
+    labels = config.task == "multilabel"
+    objects = {name: _times(data.class_names, split.images, labels=labels) for name, split in splits.items()}
+    counts = {name: {"": len(split.images)} for name, split in splits.items()}
+    treated = Counter(what for look in looks for what in look.treated)
+    notes = (*data.notes, *(f"{count} image(s): {what}" for what, count in treated.most_common()))
+    what = "labels" if labels else "columns"
+    return CheckReport(counts, bad, (), notes, dict(modes.most_common()), objects, what)
+
+
+def _times(names: tuple[str, ...], images: Images, *, labels: bool) -> dict[str, int]:
+    """How many of these images have each label; of columns of numbers how many there are."""
+    if not labels or not len(images):
+        return dict.fromkeys(names, len(images))
+    return dict(zip(names, images.labels.sum(0).int().tolist(), strict=True))
+
+
+def _check_people(config: Config) -> CheckReport:
+    """The same of people, each image opened once."""
+    from unloaf.data.annotated_sets import open_each
+
+    splits, faults, notes = open_each(config, masks=False)
+    counts, joints, firsts = {}, {}, {}
+    for name, split in splits.items():
+        people: Any = split.images
+        firsts[name] = split._replace(images=people.first_of_each_image())
+        counts[name] = {"": len(people)}
+        marked = (people.people.joints[..., 2] > 0).sum(0).tolist()
+        joints[name] = dict(zip(split.class_names or (), marked, strict=True))
+    looks = _looks(firsts, config.workers)
+    bad = tuple(problem for look in looks for problem in look.bad)
+    modes = dict(Counter(mode for look in looks for mode in look.modes).most_common())
+    return CheckReport(counts, bad, tuple(faults), tuple(notes), modes, joints, "marked joints", "people")
+
+
+def _looks(splits: Mapping[str, Split], workers: int) -> list[_Look]:
+    """One for each image."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return [
+            look
+            for split in splits.values()
+            for look in pool.map(lambda at, images=split.images: _look(images, at), range(len(split.images)))
+        ]
 
 
 def _in_memory(config: Config) -> FoundSplits:
@@ -88,7 +170,10 @@ class _Look(NamedTuple):
 
 def _look(images: Images, index: int) -> _Look:
     try:
-        images.open(index)
+        if isinstance(images, PanopticImages):
+            images.pair(index)
+        else:
+            images.open(index)
         if not isinstance(images, Encoded):
             return _Look()
         mode, treated = traits(images.read(index))

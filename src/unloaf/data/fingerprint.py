@@ -11,16 +11,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from unloaf.data.annotated import AnnotatedImages
 from unloaf.data.folders import ImageFiles
 from unloaf.data.images import Images, ImageSet
+from unloaf.data.listed import ListedImages, checksums
+from unloaf.data.masks import MaskedImages
+from unloaf.data.own import OwnImages
+from unloaf.data.people import PeopleImages
 from unloaf.data.rows import ImageRows
 from unloaf.data.sets import Data
 from unloaf.data.tars import ShardMembers
+from unloaf.data.token_sequences import TokenSequences
 from unloaf.printable import printable
 
 SPLITS = ("train", "val", "test")
 _LISTED = ("train", "val")  # what is learned from and what chooses the best checkpoint
 _HEADS = ("split", "label", "name")
+_IN_MEMORY = (ImageSet, TokenSequences)  # without names
 _LARGEST = 2**30  # bytes of a list: about twenty million images
 
 Row = tuple[str, str, str]
@@ -55,7 +62,7 @@ def listing(data: Data) -> bytes | None:
 
     Names are as in `record_of`; bytes that are no UTF-8 are written as escapes.
     """
-    if isinstance(data.train, ImageSet):
+    if isinstance(data.train, _IN_MEMORY):
         return None
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -79,7 +86,7 @@ def read_listing(path: Path) -> list[Row] | None:
 
 def trained_on(listed: list[Row] | None, data: Data) -> int | None:
     """How many validation images have the names of listed training images; None without a list."""
-    if listed is None or isinstance(data.val, ImageSet):
+    if listed is None or isinstance(data.val, _IN_MEMORY):
         return None
     trained = {name for split, _, name in listed if split == "train"}
     return sum(name in trained for split, _, name in _rows(data) if split == "val")
@@ -88,7 +95,7 @@ def trained_on(listed: list[Row] | None, data: Data) -> int | None:
 def changes(listed: list[Row] | None, data: Data, kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What became of the images, in words: `kept` is the record of the run, `now` that of the data as they are."""
     counts = [
-        f"{split}: {now['splits'][split]['images']} images (was {kept['splits'][split]['images']})"
+        f"{split}: {now['splits'][split]['images']} {data.unit} (was {kept['splits'][split]['images']})"
         for split in _LISTED
         if now["splits"][split] != kept["splits"][split]
     ]
@@ -97,7 +104,7 @@ def changes(listed: list[Row] | None, data: Data, kept: Mapping[str, Any], now: 
 
 def _compared(listed: list[Row] | None, data: Data, *, apart: bool) -> Iterator[str]:
     """How many images are gone, new, labelled otherwise or in the other split; `apart`: names are of one split each."""
-    if listed is None or isinstance(data.train, ImageSet):
+    if listed is None or isinstance(data.train, _IN_MEMORY):
         return
     was, now = _by_name(listed, apart=apart), _by_name(_rows(data), apart=apart)
     both = was.keys() & now.keys()
@@ -142,11 +149,14 @@ def _place(images: Images) -> Any:
         return images.root
     if isinstance(images, ShardMembers):
         return images.shards
+    if isinstance(images, (AnnotatedImages, ListedImages, MaskedImages, OwnImages, PeopleImages, TokenSequences)):
+        return images.place
     return images.split if isinstance(images, ImageRows) else type(images)
 
 
 def _pairs(images: Images) -> list[tuple[bytes, int]]:
-    return sorted(zip(_names(images), images.labels.tolist(), strict=True))
+    labels = images.labels.tolist() if images.labels.ndim == 1 else checksums(images.labels)
+    return sorted(zip(_names(images), labels, strict=True))
 
 
 def _names(images: Images) -> list[bytes]:
@@ -168,6 +178,10 @@ def _checksum(images: Images) -> str:
     if isinstance(images, ImageSet):
         digest.update(images.images.contiguous().numpy().data)
         digest.update(images.labels.contiguous().numpy().data)
+        return digest.hexdigest()
+    if isinstance(images, TokenSequences):
+        digest.update(images.inputs.contiguous().numpy().data)
+        digest.update(images.positions.contiguous().numpy().data)
         return digest.hexdigest()
     digest.update(b"".join(b"%s\0%d\0" % pair for pair in _pairs(images)))
     return digest.hexdigest()

@@ -46,12 +46,12 @@ class Chunk(NamedTuple):
     """A batch as it leaves a reader.
 
     `images` is uint8, or float32 where augmentation already normalised them, (B, C, S, S);
-    `labels` int64 (B,); `bad` names images in whose place others stand, whose labels are
-    `replaced` (bool (B,)).
+    `labels` int64 (B,); of annotated images both are lists with an entry for each. `bad` names images in whose place
+    others stand, whose labels are `replaced` (bool (B,)).
     """
 
-    images: Tensor
-    labels: Tensor
+    images: Any
+    labels: Any
     replaced: Tensor
     bad: tuple[str, ...]
 
@@ -82,7 +82,7 @@ class TrainReader:
         if self._windows is not None:
             return self._cut(self._windows, keys)
         try:
-            found = [_readable(self._images, image, self._config) for image in keys.images]
+            found = [readable(self._images, image, self._config) for image in keys.images]
         except BadImagesError as error:
             return Failure(str(error))
         return _stacked(self._images, self._augment([one.image for one in found], keys), found, keys)
@@ -143,7 +143,7 @@ class EvalReader:
             replaced = torch.zeros(len(index), dtype=torch.bool)
             return Chunk(self._images.images[index], self._images.labels[index], replaced, ())
         try:
-            found = [_readable(self._images, image, self._config) for image in keys.images]
+            found = [readable(self._images, image, self._config) for image in keys.images]
         except BadImagesError as error:
             return Failure(str(error))
         return _stacked(self._images, [self._transform(one.image) for one in found], found, keys)
@@ -159,7 +159,7 @@ class _Found(NamedTuple):
     bad: tuple[str, ...]
 
 
-def _readable(images: Images, index: int, config: Config) -> _Found:
+def readable(images: Images, index: int, config: Config) -> _Found:
     """The image, or, with bad_images skip, the next one that can be read."""
     bad: list[str] = []
     for offset in range(len(images)):

@@ -16,10 +16,11 @@ from torch import Tensor
 from unloaf.config import Config
 from unloaf.data.consistency import EXPECTED, FoundSplits, class_names_of, disagreements, some, wrong_count
 from unloaf.data.folders import open_flat_folder, open_folder_split
-from unloaf.data.images import NO_IMAGES, Images, Split
-from unloaf.data.in_memory import hold_out, load_digits, load_torchvision, take_share
+from unloaf.data.images import NO_IMAGES, Images, ImageSet, Split
+from unloaf.data.in_memory import MemorySplits, hold_out, load_digits, load_torchvision, take_share
 from unloaf.data.rows import open_row_split
 from unloaf.data.tars import open_tar_split
+from unloaf.own_code import is_own
 from unloaf.printable import printable
 
 # Of the ImageNet training images, in shares of the pixel range; many published networks expect them.
@@ -57,11 +58,17 @@ class Data:
     interpolation: str = "bilinear"
     crop_pct: float = 0.875
     notes: tuple[str, ...] = ()
+    unit: str = "images"  # what its examples are called
 
     @property
     def resize_mode(self) -> str:
         """How images that are not augmented are resized: random chooses for training images alone."""
         return "bicubic" if self.interpolation == "bicubic" else "bilinear"
+
+    @property
+    def cuts_out(self) -> bool:
+        """Whether evaluated images are resized and cut out of the centre, as files of any size are."""
+        return self.name in (*FILE_SETS, "csv") or (is_own(self.name) and not isinstance(self.train, ImageSet))
 
     @property
     def in_chans(self) -> int:
@@ -108,7 +115,12 @@ def _memory(config: Config) -> Data:
     if config.num_classes not in (None, len(splits.class_names)):
         raise ValueError(wrong_count(config, len(splits.class_names)))
     train = splits.train if config.train_images is None else take_share(splits.train, config.train_images)
-    pixels = train.images.float()
+    return memory_data(config, splits._replace(train=train))
+
+
+def memory_data(config: Config, splits: MemorySplits, *, notes: tuple[str, ...] = ()) -> Data:
+    """Images in memory, at their own side, and how the configuration feeds them."""
+    train, pixels = splits.train, splits.train.images.float()
     side = int(pixels.shape[-1])
     img_size = config.img_size or side
     train_img_size = config.train_img_size or img_size
@@ -119,7 +131,7 @@ def _memory(config: Config) -> Data:
             "give bilinear or bicubic"
         )
     # A mirrored 2 is no 2, and 8x8 digits fill their frame: one pixel of shift is what they bear.
-    pad, flips = {"digits": (1, False), "fashion_mnist": (2, True)}.get(config.dataset, (4, True))
+    pad, flips = {"digits": (1, False), "fashion_mnist": (2, True)}.get(config.dataset, (max(1, side // 8), True))
     return Data(
         name=config.dataset,
         num_classes=len(splits.class_names),
@@ -135,6 +147,7 @@ def _memory(config: Config) -> Data:
         img_size=img_size,
         train_img_size=train_img_size,
         **_resizing(config),
+        notes=notes,
     )
 
 
@@ -156,6 +169,14 @@ def _files(config: Config) -> Data:
         held = val.images
     if config.train_images is not None:
         images = take_share(images, config.train_images)
+    tested = NO_IMAGES if test is None else held if test is val else test.images
+    return files_data(config, images, held, tested, class_names, notes=tuple(notes))
+
+
+def files_data(
+    config: Config, train: Images, val: Images, test: Images, class_names: tuple[str, ...], *, notes: tuple[str, ...]
+) -> Data:
+    """Images that are decoded when they are needed, and how the configuration feeds them."""
     augment = "resized-crop" if config.augment == "auto" else config.augment
     img_size = config.img_size or _FILE_SIDE
     train_img_size = config.train_img_size or img_size
@@ -163,9 +184,9 @@ def _files(config: Config) -> Data:
         name=config.dataset,
         num_classes=len(class_names),
         class_names=class_names,
-        train=images,
-        val=held,
-        test=NO_IMAGES if test is None else held if test is val else test.images,
+        train=train,
+        val=val,
+        test=test,
         mean=tuple(255 * value for value in config.mean or IMAGENET_MEAN),
         std=tuple(255 * value for value in config.std or IMAGENET_STD),
         augment=augment,
@@ -175,7 +196,7 @@ def _files(config: Config) -> Data:
         img_size=img_size,
         train_img_size=train_img_size,
         **_resizing(config),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 

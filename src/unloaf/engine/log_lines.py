@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from unloaf.config import Config
+from unloaf.config.figures import FIGURES, Figures
 from unloaf.engine.checkpoint import Checkpoint, steps_per_epoch
 from unloaf.engine.loop import EpochRow, StepRow, Training
 from unloaf.engine.setup import Evaluation
@@ -14,35 +15,33 @@ from unloaf.engine.setup import Evaluation
 
 def summary(row: EpochRow, config: Config) -> dict[str, Any]:
     """An epoch as a line of summary.csv; which columns there are depends on the configuration alone."""
-    main = row.eval.main if row.eval else None
+    figures, found = FIGURES[config.task], row.eval
     values: dict[str, Any] = {
         "epoch": row.epoch,
         "time": round(row.seconds, 3),
         "train_loss": None if math.isnan(row.train_loss) else row.train_loss,
-        "eval_loss": main.loss if main else None,
-        "eval_top1": main.top1 if main else None,
-        "eval_top5": main.top5 if main else None,
+        **_columns("eval", figures, found and found.main),
         "lr": row.lr,
     }
     if config.model_ema:
-        average = row.eval.average if row.eval else None
-        values |= {
-            "ema_loss": average.loss if average else None,
-            "ema_top1": average.top1 if average else None,
-            "ema_top5": average.top5 if average else None,
-        }
+        values |= _columns("ema", figures, found and found.average)
     if config.eval_subnets:
-        tops = _tops(row.eval) if row.eval else []
+        tops, name = _tops(found, figures) if found else [], figures.decisive
         values |= {
-            "subnets_top1_mean": sum(tops) / len(tops) if tops else None,
-            "subnets_top1_min": min(tops) if tops else None,
-            "main_top1_reestimated": row.eval.reestimated.top1 if row.eval and row.eval.reestimated else None,
+            f"subnets_{name}_mean": sum(tops) / len(tops) if tops else None,
+            f"subnets_{name}_{figures.worst_of}": figures.worst(tops) if tops else None,
+            f"main_{name}_reestimated": figures.decide(found.reestimated) if found and found.reestimated else None,
         }
     return values
 
 
-def _tops(found: Evaluation) -> list[float]:
-    return [judged.top1 for judged in found.subnets if judged.top1 is not None]
+def _columns(of: str, figures: Figures, found: Any | None) -> dict[str, Any]:
+    return {f"{of}_{column.name}": found and getattr(found, column.name) for column in figures.columns}
+
+
+def _tops(found: Evaluation, figures: Figures) -> list[float]:
+    values = [figures.decide(judged) for judged in found.subnets]
+    return [value for value in values if value is not None]
 
 
 def step_line(row: StepRow, training: Training, seconds: float) -> str:
@@ -53,22 +52,24 @@ def step_line(row: StepRow, training: Training, seconds: float) -> str:
     return (
         f"train {row.epoch}/{config.epochs} [{position.step}/{training.steps_per_epoch}]  "
         f"loss {row.loss:.4f} ({position.mean_loss:.4f})  lr {row.lr:.3g}  "
-        f"{seconds:.3f} s/step  {images / seconds:.0f} images/s"
+        f"{seconds:.3f} s/step  {images / seconds:.0f} {training.data.unit}/s"
     )
 
 
 def epoch_line(row: EpochRow, config: Config) -> str:
     """An epoch as a line of text."""
-    parts = [f"epoch {row.epoch}/{config.epochs}", f"train loss {row.train_loss:.4f}"]
-    if row.eval is not None:
-        parts += [f"val loss {row.eval.main.loss:.4f}", f"val top-1 {row.eval.main.top1:.2f} %"]
-        if row.eval.average is not None:
-            parts.append(f"EMA top-1 {row.eval.average.top1:.2f} %")
-        if row.eval.subnets:
-            tops = _tops(row.eval)
-            parts.append(f"subnets {min(tops):.2f} to {max(tops):.2f} %")
-        if row.eval.reestimated is not None:
-            parts.append(f"main re-estimated {row.eval.reestimated.top1:.2f} %")
+    parts, figures = [f"epoch {row.epoch}/{config.epochs}", f"train loss {row.train_loss:.4f}"], FIGURES[config.task]
+    chief, found = figures.chief, row.eval
+    if found is not None:
+        main = [column for column in figures.columns if column.name in figures.brief]
+        parts += [f"val {column.text(getattr(found.main, column.name))}" for column in main]
+        if found.average is not None:
+            parts.append(f"EMA {chief.text(getattr(found.average, chief.name))}")
+        if found.subnets:
+            tops = _tops(found, figures)
+            parts.append(f"subnets {figures.cell(min(tops))} to {chief.form.format(max(tops))}")
+        if found.reestimated is not None:
+            parts.append(f"main re-estimated {chief.form.format(figures.decide(found.reestimated))}")
     return "  ".join([*parts, f"lr {row.lr:.2g}", f"{row.seconds:.1f} s"])
 
 

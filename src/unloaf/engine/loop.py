@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from unloaf.batchnorm import Statistics
 from unloaf.config import Config
@@ -191,7 +192,7 @@ def _gradients(training: Training, batches: Sequence[Batch]) -> tuple[dict[str, 
 
 def _add_gradients(training: Training, batch: Batch, scale: Any) -> StepOutput:
     x, y = batch
-    if training.config.channels_last:
+    if training.config.channels_last and isinstance(x, Tensor):
         x = x.contiguous(memory_format=torch.channels_last)
     if not training.config.fsdp:
         with training.accelerator.autocast():
@@ -213,6 +214,8 @@ def _update(training: Training) -> bool:
     if training.accelerator.scaler is None:
         training.optimizer.optimizer.step()  # accelerate's own step looks for packages on the disk, 0.2 ms each time
     else:
+        # One value for the whole process: a Trainer that ended while it accumulated leaves it off, and no step is made.
+        training.accelerator.sync_gradients = True
         training.optimizer.step()
         if training.optimizer.step_was_skipped:
             return False

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from unloaf.config import Config, as_begun, load_config
+from unloaf.config.without_effect import without_effect
 from unloaf.data import Data, explain_worker_death
 from unloaf.data.changed_images import check_resumed
 from unloaf.data.fingerprint import listing, read_listing, record_of
@@ -31,12 +32,13 @@ from unloaf.engine.log_lines import epoch_line, resumed_lines, step_line, summar
 from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
 from unloaf.engine.optimizer import learning_rate_advice
 from unloaf.engine.run_folder import RunFolder, open_run
+from unloaf.engine.setup import NOTHING_YET
 from unloaf.engine.signals import StopRequest, stop_requests
 from unloaf.environment import bits_depend_on, environment
 from unloaf.errors import NonFiniteLossError, StoppedError
-from unloaf.evaluation import Accuracy
 from unloaf.files.writing import point_to
 from unloaf.models.preprocessing import HEADER, as_text
+from unloaf.own_code import changed_code, check_allowed, code_record, own_settings
 from unloaf.stages import inner_module
 
 _BATCHES_BETWEEN_QUESTIONS = 10  # of a validation, in which processes have nothing else to wait for each other for
@@ -44,13 +46,13 @@ _BATCHES_BETWEEN_QUESTIONS = 10  # of a validation, in which processes have noth
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its folder, and the accuracy of its main network on the test images, or where there are none on
-    the validation images.
+    """A finished run: its folder, and the task's figures of its main network on the test images, or where there are
+    none on the validation images.
     """
 
     path: Path
     split: str
-    test: Accuracy
+    test: Any
 
 
 def train(
@@ -62,11 +64,14 @@ def train(
     data: Data | None = None,
     model: nn.Module | None = None,
     allow_changed_data: bool = False,
+    run_own_code: bool = False,
+    allow_changed_code: bool = False,
 ) -> TrainResult:
     """Trains a run and keeps its record and its checkpoints in its folder. Every process of a run calls it.
 
     The folder may be opened already (see `open_run`), the data may be loaded, and another model than config.model may
-    be given. With `allow_changed_data` a run continues though its training or validation images are others now.
+    be given. With `allow_changed_data` a run continues though its training or validation images are others now, with
+    `allow_changed_code` though the file of its own model or data was changed; `run_own_code` lets such a function run.
 
     Raises:
         ValueError: bad input; nothing was trained.
@@ -74,6 +79,7 @@ def train(
         StoppedError: a signal stopped the run; its checkpoint is of the last step.
         CheckpointError: a checkpoint could not be written or read; the one before it is intact.
     """
+    check_allowed(own_settings(config), allowed=run_own_code)
     if folder is None and int(os.environ.get("RANK", "0")) == 0:
         folder = open_run(config, resume=resume)
     try:
@@ -85,6 +91,9 @@ def train(
         if found is not None:
             before = on_all(accelerator, folder.epochs_before if folder else None)
             notes += check_settings(config, found, longer_than=before)
+        code = code_record(own_settings(config))
+        if found is not None:
+            notes += check_code(found.state.get("own_code"), code, found.path.name, allow=allow_changed_code)
         training = prepare(config, data=data, model=model, accelerator=accelerator, resumed=found is not None)
         record = record_of(training.data)
         if found is not None:
@@ -105,10 +114,22 @@ def train(
         stop = stack.enter_context(stop_requests())
         if folder is not None:
             stack.callback(folder.close)
-        run = Run(training, record, folder, stop, stack, console)
+        run = Run(training, record, folder, stop, stack, console, code=code)
         run.begin(found, notes)
         run.train()
         return run.result(path)
+
+
+def check_code(had: Any, now: Mapping[str, Mapping[str, str]], checkpoint: str, *, allow: bool) -> list[str]:
+    """Compares the files of a resumed run's own functions with those of its checkpoint; lines on what is not the same.
+
+    Raises:
+        ValueError: one was changed, and that was not allowed.
+    """
+    changed = changed_code(had, now, since=checkpoint)
+    if changed and not allow:
+        raise ValueError(f"{'; '.join(changed)}; put it back, or continue by --allow-changed-code")
+    return changed
 
 
 def _find_checkpoint(accelerator: Accelerator, folder: RunFolder | None) -> tuple[Checkpoint | None, list[str]]:
@@ -134,13 +155,18 @@ class Run:
         stop: StopRequest,
         stack: ExitStack,
         console: Console,
+        *,
+        code: Mapping[str, Mapping[str, str]],
     ) -> None:
+        self.code = code
         self.training, self.record, self.folder, self.stop = training, dict(record), folder, stop
         self.config, self.accelerator = training.config, training.accelerator
         self.stack, self.console = stack, console
         self.display: Display = SILENT
         stack.callback(training.batches.close)
         self.environment = environment(processes=self.accelerator.num_processes, device=training.device)
+        if code:
+            self.environment["own_code"] = dict(code)
         self.saver: Saver | None = None
         if folder is not None:
             metadata = {
@@ -162,13 +188,15 @@ class Run:
             self._link(checkpoint)
         had = checkpoint.state.get("data") if checkpoint else None
         if had is not None and had["splits"]["val"] != self.record["splits"]["val"]:
-            training.position.best_top1 = -1.0  # of other images
+            training.position.best = NOTHING_YET  # of other images
         if self.folder is not None:
             if had != self.record:
                 self.folder.keep_images(self.record, listing(training.data))
             if checkpoint is None:
                 self.folder.begin(config, self.environment)
-            elif (before := self.folder.epochs_before) and before < config.epochs:
+            else:
+                self.folder.go_on(self.environment)
+            if checkpoint is not None and (before := self.folder.epochs_before) and before < config.epochs:
                 self.folder.grow(config, before=before, epoch=training.position.epoch)
             notes = [*notes, *self.folder.cut_back(checkpoint.state["files"] if checkpoint else None)]
             total_steps = config.epochs * training.steps_per_epoch
@@ -196,14 +224,16 @@ class Run:
         training, config, world = self.training, self.config, self.accelerator.num_processes
         parts = config.batch_size, world, config.accumulation(world)
         blocks = sum(len(stage.blocks) for stage in training.stages)
+        data = training.data
         lines = [
             f"global batch {parts[0] * parts[1] * parts[2]} = {parts[0]} x {parts[1]} x {parts[2]} "
-            "(images, devices, accumulated batches)",
+            f"({data.unit}, devices, accumulated batches)",
             f"{config.model}: {sum(p.numel() for p in training.model.parameters()):,} parameters, "
             f"{blocks} blocks in {len(training.stages)} stages",
-            f"{training.data.name}: {len(training.data.train)} images, {training.steps_per_epoch} steps per epoch",
-            *training.data.notes,
+            f"{data.name}: {len(data.train)} {data.unit}, {training.steps_per_epoch} steps per epoch",
+            *data.notes,
             *training.opening,
+            *without_effect(config),
         ]
         if checkpoint is None:
             lines += learning_rate_advice(config, inner_module(training.model))
@@ -299,16 +329,17 @@ class Run:
 
     def after_epoch(self, row: EpochRow) -> None:
         """Record and checkpoint of an epoch."""
-        position = self.training.position
-        best = row.eval is not None and row.eval.main.top1 > position.best_top1
-        if row.eval is not None and best:
-            position.best_top1 = row.eval.main.top1
+        position, figures = self.training.position, self.training.task.figures
+        score = None if row.eval is None else figures.score(figures.decide(row.eval.main))
+        best = score is not None and score > position.best
+        if score is not None and best:
+            position.best = score
         values = summary(row, self.config)
         if self.folder is not None:
             self.folder.epoch(values)
             if row.eval is not None and row.eval.subnets:
-                rows = {str(judged.subnet): judged.top1 for judged in row.eval.subnets}
-                self.folder.event("subnets", {"epoch": row.epoch, "top1": rows})
+                rows = {str(judged.subnet): figures.decide(judged) for judged in row.eval.subnets}
+                self.folder.event("subnets", {"epoch": row.epoch, figures.decisive: rows})
         self.say(epoch_line(row, self.config))
         if self.config.bad_images == "skip":
             replaced = self.training.batches.bad_images
@@ -338,6 +369,7 @@ class Run:
         """Begins to write a checkpoint of the present position."""
         weights, state = capture(self.training)
         state |= {"bits_depend_on": bits_depend_on(self.environment), "best": best, "data": self.record}
+        state |= {"own_code": self.code} if self.code else {}
         if self.saver is not None:
             self.saver.save(self.training.steps_done, weights, state, best=best)
 
@@ -345,10 +377,10 @@ class Run:
         """Judges the finished network."""
         split = "test" if len(self.training.data.test) else "val" if len(self.training.data.val) else "train"
         test = self.training.evaluate(split).main
+        figures = self.training.task.figures
         if self.folder is not None:
-            figures = {f"{split}_loss": test.loss, f"{split}_top1": test.top1, f"{split}_top5": test.top5}
-            self.folder.event("result", figures)
-        self.say(f"{split} top-1 {test.top1:.2f} %")
+            self.folder.event("result", {f"{split}_{f.name}": getattr(test, f.name) for f in figures.columns})
+        self.say(f"{split} {figures.chief.text(figures.decide(test))}")
         return TrainResult(path, split, test)
 
     def say(self, line: str) -> None:

@@ -18,13 +18,14 @@ from typing import IO, Any
 from unloaf.config import Config, as_begun, dump_config, load_config
 from unloaf.engine.changed_settings import check_same
 from unloaf.files.lock import lock
-from unloaf.files.writing import check_own, disk_full, own_file, write_whole
+from unloaf.files.writing import check_own, disk_full, own_file, read_text, write_whole
 from unloaf.printable import printable
 
 # What a run that was killed at once leaves behind.
 _BEFORE_BEGINNING = re.compile(
     r"run\.lock|env\.json|data\.json|images\.csv\.gz|\.(env\.json|args\.yaml|data\.json|images\.csv\.gz)-[0-9a-f]{8}"
 )
+_MOST_BYTES = 1 << 26  # of env.json, which has some hundred for each resume
 _STEP = re.compile(r"step-\d{8,}(\.\d+)?")
 _FILES = (
     "args.yaml", "changes.jsonl", "data.json", "env.json", "images.csv.gz", "log.txt", "metrics.jsonl", "run.lock",
@@ -75,6 +76,21 @@ class RunFolder:
         write_whole(self.path / "env.json", json.dumps(_json(environment), indent=2) + "\n", wait=False)
         # Last: with it the run counts as begun.
         write_whole(self.path / "args.yaml", dump_config(config), wait=False)
+
+    def go_on(self, environment: Mapping[str, Any]) -> None:
+        """Adds to env.json with which command a resumed run goes on, when, and on what else than it was begun on."""
+        try:
+            begun = json.loads(read_text(self.path / "env.json", limit=_MOST_BYTES))
+        except (OSError, ValueError, RecursionError):
+            return  # it is damaged, or was never written: nothing of it is needed to go on
+        before = begun.get("resumed", []) if isinstance(begun, dict) else None
+        if not isinstance(before, list):
+            return
+        new = {
+            name: value for name, value in _json(environment).items() if name == "command" or value != begun.get(name)
+        }
+        text = json.dumps({**begun, "resumed": [*before, new]}, indent=2) + "\n"
+        write_whole(self.path / "env.json", text, wait=False)
 
     def grow(self, config: Config, *, before: int, epoch: int) -> None:
         """Keeps that from this epoch on the run goes to config.epochs instead of to `before`.
@@ -281,4 +297,4 @@ def _check_place(config: Config, begun: Config, path: Path) -> None:
 
 
 def _name(config: Config) -> str:
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.replace('/', '_')}-{config.method}"
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub('[/:]', '_', config.model)}-{config.method}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from unloaf.activation_checkpointing import checkpoint_blocks
 from unloaf.batchnorm import tracking_norms
 from unloaf.compilation import compile_blocks
 from unloaf.config import Config
-from unloaf.data import SPLIT_SEED, Batch, Data, EvalBatches, ImageSet, TrainBatches, load_data
+from unloaf.data import SPLIT_SEED, Batch, Data, ImageSet
 from unloaf.engine.devices import (
     check_same_on_all,
     find_devices,
@@ -28,30 +28,32 @@ from unloaf.engine.devices import (
     shared_statistics,
     total,
 )
-from unloaf.engine.methods import build_method, check_classes
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
-from unloaf.errors import NonFiniteWeightsError, in_one_line
-from unloaf.evaluation import Accuracy, SubnetRow, accuracy, evaluate_subnets
-from unloaf.models.build import build_model, draw_head, form_comes_with_weights, leaves_heads_out, load_initial_weights
-from unloaf.models.preprocessing import describe, with_preprocessing
-from unloaf.passes import logits_of
-from unloaf.stages import NoResidualBlocksError, Stage, evaluating, find_stages, inner_module
+from unloaf.errors import NonFiniteWeightsError
+from unloaf.evaluation import SubnetRow
+from unloaf.models.build import load_initial_weights
+from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet
+from unloaf.tasks.table import task_of
+from unloaf.tasks.task import EvaluationBatches, Task, TrainingBatches, Where
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The networks of a run on a split: the main one, its moving average, its subnets.
+    """The networks of a run on a split: the main one, its moving average, its subnets; the figures are the task's.
 
     `main` has its running batch-norm statistics; beside subnets, whose statistics are re-estimated, `reestimated` is
     the main network evaluated as they are. `bad_images` are those that this process could not read and left out.
     """
 
-    main: Accuracy
-    average: Accuracy | None = None
+    main: Any
+    average: Any | None = None
     subnets: tuple[SubnetRow, ...] = ()
     bad_images: tuple[str, ...] = ()
     reestimated: SubnetRow | None = None
+
+
+NOTHING_YET = -1e300  # below any figure, R2 has no lowest one; a number, for JSON has no infinity
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Position:
     loss_sum: float = 0.0
     seconds: float = 0.0
     lr: float = 0.0
-    best_top1: float = -1.0
+    best: float = NOTHING_YET  # score of the task's decisive figure, on the validation images; see `Figures.score`
     whole: bool = True
 
     @property
@@ -98,8 +100,9 @@ class Training:
     """Everything a run needs between two steps. The values are fixed, what they hold learns."""
 
     config: Config
+    task: Task
     data: Data
-    batches: TrainBatches
+    batches: TrainingBatches
     model: nn.Module
     stages: tuple[Stage, ...]
     method: Any
@@ -125,13 +128,9 @@ class Training:
         """Whether all epochs are trained."""
         return self.position.epoch > self.config.epochs
 
-    def eval_batches(self, split: str) -> EvalBatches:
+    def eval_batches(self, split: str) -> EvaluationBatches:
         """This process's share of train, val or test, not augmented."""
-        images = getattr(self.data, split)
-        where = self.accelerator
-        return EvalBatches(
-            images, self.data, self.config, device=self.device, rank=where.process_index, world=where.num_processes
-        )
+        return self.task.eval_batches(getattr(self.data, split), self.data, self.config, where(self.accelerator))
 
     @property
     def steps_done(self) -> int:
@@ -150,7 +149,7 @@ class Training:
         subnets: Sequence[Subnet] = (),
         on_batch: Callable[[], None] | None = None,
     ) -> Evaluation:
-        """Loss and accuracy on train, val or test, and of subnets, each with batch-norm statistics of its own.
+        """The task's figures on train, val or test, and of subnets, each with batch-norm statistics of its own.
 
         With subnets the main network is evaluated with such statistics too. `on_batch` is called before every batch.
         """
@@ -161,9 +160,10 @@ class Training:
             batches = _Watched(read, on_batch) if on_batch else read
             rows = self._judge_subnets(batches, subnets, add) if subnets else []
             both = rows.pop(0) if rows and rows[0].running else None  # the main network, evaluated both ways
-            main = both.running if both else None
-            main = main or accuracy(inner_module(self.model), batches, reduce=add)
-            average = self.average and accuracy(self.average.module, batches, reduce=add)
+            # Of other tasks the row has the decisive figure alone.
+            main = both.running if both and hasattr(both.running, self.task.figures.decisive) else None
+            main = main or self.task.evaluate(self.model, batches, self.data, reduce=add)
+            average = self.average and self.task.evaluate(self.average.module, batches, self.data, reduce=add)
         return Evaluation(main, average, tuple(rows), read.bad_images, both)
 
     def _judge_subnets(
@@ -171,10 +171,11 @@ class Training:
     ) -> list[SubnetRow]:
         """Before them the main network, if it has statistics that can be re-estimated."""
         tracking = bool(tracking_norms(inner_module(self.model)))
-        return evaluate_subnets(
+        return self.task.evaluate_subnets(
             self.model,
             self.stages,
             batches,
+            self.data,
             subnets=[*([Subnet.full(self.stages)] if tracking else []), *subnets],
             calibration=self.calibration_batches(),
             reduce=add,
@@ -192,7 +193,7 @@ class Training:
         if not isinstance(self.data.train, ImageSet):  # files lie class by class, sets in memory do not
             everyone = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(SPLIT_SEED))
         images = self.data.train.subset(everyone[: self.calibration_images])
-        return EvalBatches(images, self.data, self.config, device=self.device)
+        return self.task.eval_batches(images, self.data, self.config, Where(self.device))
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,11 @@ def check_weights(training: Training) -> None:
             )
 
 
+def where(accelerator: Accelerator) -> Where:
+    """The device of this process, and which of how many it is."""
+    return Where(accelerator.device, accelerator.process_index, accelerator.num_processes)
+
+
 def prepare(
     config: Config,
     *,
@@ -237,18 +243,15 @@ def prepare(
     the weights will follow, so none are read to start from.
 
     Raises:
-        ValueError: the data are not there, the model is unknown or no classifier, or the method cannot train it.
+        ValueError: the data are not there, the model is unknown or does not fit the task, or the method cannot train
+            it.
     """
-    accelerator = accelerator or find_devices(config)
-    config, data, inputs = _with_data(config, data, accelerator, resumed=resumed)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    batches = TrainBatches(data, config, device=accelerator.device, rank=rank, world=world)
+    accelerator, task = accelerator or find_devices(config), task_of(config)
+    config, data, inputs = _with_data(config, task, data, accelerator, resumed=resumed)
+    batches = task.train_batches(data, config, where(accelerator))
     set_seed(config.seed, deterministic=config.deterministic)
-    model, opening = _with_weights(config, data, model, resumed=resumed)
-    example = torch.zeros(2, data.in_chans, data.img_size, data.img_size)
-    stages = _stages(model, example, required=config.method != "common")
-    _check_logits(model, example, config.model, data.num_classes)
-    _check_training_side(model, data, config.model)
+    model, opening = _with_weights(config, task, data, model, resumed=resumed)
+    stages = task.find_stages(config, model, data)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = share_model(accelerator, config, model)
@@ -260,16 +263,17 @@ def prepare(
     optimizer = share_optimizer(accelerator, build_optimizer(config, inner_module(model)))
     return Training(
         config=config,
+        task=task,
         data=data,
         batches=batches,
         model=model,
         stages=stages,
-        method=build_method(
+        method=task.method(
             config,
             model,
             stages,
             steps_per_epoch=batches.steps_per_epoch,
-            batches_per_step=config.accumulation(world),
+            batches_per_step=config.accumulation(accelerator.num_processes),
         ),
         optimizer=optimizer,
         schedule=build_schedule(config, optimizer.optimizer, steps_per_epoch=batches.steps_per_epoch),
@@ -280,86 +284,30 @@ def prepare(
 
 
 def _with_data(
-    config: Config, data: Data | None, accelerator: Accelerator, *, resumed: bool
+    config: Config, task: Task, data: Data | None, accelerator: Accelerator, *, resumed: bool
 ) -> tuple[Config, Data, str]:
-    """The image set, the configuration with what its images are made into, and a line that says so."""
-    source = ""
+    """The data of the run, the configuration with what its inputs are made into, and a line that says so."""
     if data is None:
-        config, source = (config, "") if resumed else with_preprocessing(config)
-        data = load_data(config)
-    check_classes(config, data.num_classes)
+        config, data, line = task.load(config, resumed=resumed)
+    else:
+        line = task.describe(data)
+    task.check(config, data)
     counts = {f"{split} images": len(getattr(data, split)) for split in ("train", "val", "test")}
     check_same_on_all(accelerator, {"classes": data.class_names, **counts})
-    return config, data, describe(data, source)
+    return config, data, line
 
 
 def _with_weights(
-    config: Config, data: Data, model: nn.Module | None, *, resumed: bool
+    config: Config, task: Task, data: Data, model: nn.Module | None, *, resumed: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model as a run begins with it, and what is to be said of its weights; of a resumed one only its form.
 
     Its weights are in its checkpoint, and the file or the server that it began with may be gone by then.
     """
-    if resumed:
-        pretrained = config.pretrained and form_comes_with_weights(config.model)
-        config = replace(config, pretrained=pretrained, initial_checkpoint=None)
     lines: tuple[str, ...] = ()
     if model is None:
-        model = _build(config, data)
-        if leaves_heads_out(config.model):
-            lines = (f"{config.model} is built without its auxiliary heads, which no loss here would train",)
-    if config.initial_checkpoint is None:
+        model, lines = task.network(config, data, resumed=resumed)
+    if config.initial_checkpoint is None or resumed:
         return model, lines
     taken = load_initial_weights(model, Path(config.initial_checkpoint), partial=config.partial_weights)
     return model, (*lines, *taken)
-
-
-def _build(config: Config, data: Data) -> nn.Module:
-    model = build_model(
-        config.model,
-        num_classes=data.num_classes,
-        in_chans=data.in_chans,
-        img_size=data.img_size,
-        width=config.width,
-        pretrained=config.pretrained,
-        drop=config.drop,
-        drop_path=config.drop_path,
-        model_kwargs=config.model_arguments,
-    )
-    if config.head_init is not None:
-        draw_head(model, num_classes=data.num_classes, std=config.head_init)
-    return model
-
-
-def _check_logits(model: nn.Module, example: Tensor, name: str, classes: int) -> None:
-    with evaluating(model):
-        shape = tuple(logits_of(model(example)).shape)
-    if shape != (len(example), classes):
-        raise ValueError(
-            f"model {name}: of {len(example)} images its output has the shape {shape}, not {len(example), classes}; "
-            "give a classifier of the data's classes"
-        )
-
-
-def _check_training_side(model: nn.Module, data: Data, name: str) -> None:
-    """Blocks are looked for at the side of validation; a model for that side alone cannot be trained at another."""
-    side = data.train_img_size
-    if side == data.img_size:
-        return
-    try:
-        with evaluating(model):
-            model(torch.zeros(2, data.in_chans, side, side))
-    except Exception as error:  # models refuse a side as they like, timm's with an AssertionError
-        raise ValueError(
-            f"train_img_size {side}: model {name} takes {data.img_size} pixels, not {side} ({in_one_line(error)}); "
-            f"give --train-img-size {data.img_size}, or a model that takes both"
-        ) from error
-
-
-def _stages(model: nn.Module, example: Tensor, *, required: bool) -> tuple[Stage, ...]:
-    try:
-        return find_stages(model, example)
-    except NoResidualBlocksError:
-        if required:
-            raise
-        return ()

@@ -115,7 +115,7 @@ def _unpacked(pairs: list[tuple[str, Any]], tensors: dict[str, Tensor]) -> Any:
     match pairs:
         case [("tuple", list(entries))]:
             return tuple(entries)
-        case [("dict", list(entries))]:
+        case [("dict", list(entries))] if all(type(entry) is list for entry in entries):
             found = {key: entry for key, entry in entries if type(key) in (str, int)}
             if len(found) == len(entries):
                 return found

@@ -343,7 +343,10 @@ def read_text(path: Path, *, limit: int) -> str:
         ValueError: it is no ordinary file, longer than `limit`, or no UTF-8.
     """
     with open(path, "rb", opener=_ordinary_file) as file:
-        data = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size  # not the limit, for which memory would be asked for
+        data = file.read(min(size, limit) + 1)
+        if len(data) > size:  # it grows, or has no size, as in /proc
+            data += file.read(max(0, limit + 1 - len(data)))
     if len(data) > limit:
         raise ValueError(f"it has more than {limit:,} bytes")
     return data.decode("utf-8")

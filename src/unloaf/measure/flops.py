@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from typing import Any, NamedTuple
@@ -69,6 +69,24 @@ def method_flops(method: TrainingMethod, x: Any, steps: Iterable[int]) -> StepFl
 
 
 _Events = tuple[tuple[str, int], ...]  # calls of blocks and of modules between them, FLOPs since the call before
+
+
+def forward_events(model: nn.Module, modules: Mapping[str, nn.Module], inputs: Any) -> _Events:
+    """The calls of these modules in a forward pass, in their order, each with the FLOPs since the call before.
+
+    The last one is "output": what is computed behind them.
+    """
+    events: list[tuple[str, int]] = []
+    with evaluating(model), counting_flops() as counter, ExitStack() as hooks:
+
+        def record(path: str) -> None:
+            events.append((path, counter.get_total_flops() - sum(flops for _, flops in events)))
+
+        for path, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(lambda *_, path=path: record(path)))
+        call_model(model, inputs)
+        record("output")
+    return tuple(events)
 
 
 class StepCounter:
@@ -168,17 +186,7 @@ class StepCounter:
             share = (side**2 - low**2) / (high**2 - low**2)
             both = zip(self.main(View(low)), self.main(View(high)), strict=True)
             return tuple((path, round(below + share * (above - below))) for (path, below), (_, above) in both)
-        events: list[tuple[str, int]] = []
-        with evaluating(self.model), counting_flops() as counter, ExitStack() as hooks:
-
-            def record(path: str) -> None:
-                events.append((path, counter.get_total_flops() - sum(flops for _, flops in events)))
-
-            for path, module in (self.blocks | self.between).items():
-                hooks.enter_context(module.register_forward_hook(lambda *_, path=path: record(path)))
-            call_model(self.model, view.of(self.one))
-            record("output")
-        return tuple(events)
+        return forward_events(self.model, self.blocks | self.between, view.of(self.one))
 
     def _forward_and_backward(self) -> int:
         with evaluating(self.model), torch.enable_grad(), counting_flops() as counter:

@@ -34,7 +34,7 @@ class Network:
     classes: int
 
 
-def chosen_networks(names: tuple[str, ...], *, input_size: int | None, num_classes: int | None) -> list[Network]:
+def chosen_networks(names: tuple[str, ...], *, img_size: int | None, num_classes: int | None) -> list[Network]:
     """The networks that were asked for, each once: NAME, NAME@SIDE, or standard for all of `STANDARD`.
 
     Defaults: a side of 32 for cifar/, else the model's own if it is built for one size, else 64; 10 classes for cifar/,
@@ -43,7 +43,7 @@ def chosen_networks(names: tuple[str, ...], *, input_size: int | None, num_class
     Raises:
         ValueError: a side that is no positive number.
 
-    >>> chosen_networks(("cifar/resnet56", "timm/resnet50@224"), input_size=None, num_classes=None)[1]
+    >>> chosen_networks(("cifar/resnet56", "timm/resnet50@224"), img_size=None, num_classes=None)[1]
     Network(name='timm/resnet50', side=224, classes=1000)
     """
     listed = [name for given in names for name in (STANDARD if given == "standard" else (given,))]
@@ -53,7 +53,7 @@ def chosen_networks(names: tuple[str, ...], *, input_size: int | None, num_class
         if at and not (re.fullmatch("[0-9]{1,5}", side) and int(side)):
             raise ValueError(f"model {given!r}: give a side in pixels after the @, as in timm/resnet50@224")
         small = name.startswith("cifar/")
-        own = int(side) if at else input_size or (32 if small else _fixed_side(name) or 64)
+        own = int(side) if at else img_size or (32 if small else _fixed_side(name) or 64)
         found.append(Network(name, own, num_classes or (10 if small else 1000)))
     return found
 

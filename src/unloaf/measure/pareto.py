@@ -11,10 +11,13 @@ from unloaf.evaluation import SubnetRow
 Cost = Literal["gmacs", "params", "latency_ms"]
 
 
-def pareto_front(rows: Sequence[SubnetRow], *, cost: Cost = "gmacs") -> list[SubnetRow]:
+def pareto_front(
+    rows: Sequence[SubnetRow], *, cost: Cost = "gmacs", by: Literal["top1", "metric", "loss"] = "top1"
+) -> list[SubnetRow]:
     """The Pareto front: no other is as cheap and as accurate, and better in one of the two; cheapest first.
 
-    Rows whose accuracy is NaN, of networks that predict nothing, are left out.
+    Rows whose accuracy is NaN, of networks that predict nothing, are left out. With `by` metric that counts instead,
+    higher is better; with loss, lower is.
 
     Raises:
         ValueError: a row has no accuracy, or not this cost.
@@ -25,18 +28,21 @@ def pareto_front(rows: Sequence[SubnetRow], *, cost: Cost = "gmacs") -> list[Sub
     >>> [str(row.subnet) for row in pareto_front(rows)]
     ['1', '2']
     """
-    ordered = sorted(_predicting(rows), key=lambda row: (_figure(row, cost), -_figure(row, "top1")))
+    sign = -1 if by == "loss" else 1
+    ordered = sorted(_predicting(rows, by), key=lambda row: (_figure(row, cost), -sign * _figure(row, by)))
     front: list[SubnetRow] = []
     for row in ordered:
         last = front[-1] if front else None
-        equal = last is not None and all(_figure(row, name) == _figure(last, name) for name in (cost, "top1"))
-        if last is None or equal or _figure(row, "top1") > _figure(last, "top1"):
+        equal = last is not None and all(_figure(row, name) == _figure(last, name) for name in (cost, by))
+        if last is None or equal or sign * _figure(row, by) > sign * _figure(last, by):
             front.append(row)
     return front
 
 
 _MISSING = {
     "top1": "has no accuracy; evaluate it first (evaluate_subnets, or `unloaf subnets RUN`)",
+    "loss": "has no loss; evaluate it first (evaluate_subnets, or `unloaf subnets RUN`)",
+    "metric": "has no metric; give evaluate_subnets one",
     "gmacs": "has no GMACs; fill them in first: rows = unloaf.measure_subnets(model, stages, example, rows)",
     "params": "has no parameters; fill them in first: rows = unloaf.measure_subnets(model, stages, example, rows)",
     "latency_ms": "was not timed; measure it first: rows = unloaf.measure_subnets(model, stages, example, rows, "
@@ -51,8 +57,8 @@ def _figure(row: SubnetRow, name: str) -> float:
     return value
 
 
-def _predicting(rows: Sequence[SubnetRow]) -> list[SubnetRow]:
-    return [row for row in rows if not math.isnan(_figure(row, "top1"))]
+def _predicting(rows: Sequence[SubnetRow], by: str = "top1") -> list[SubnetRow]:
+    return [row for row in rows if not math.isnan(_figure(row, by))]
 
 
 def pick_subnet(

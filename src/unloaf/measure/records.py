@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
+from unloaf.config.figures import FIGURES, Figures
+
 if TYPE_CHECKING:
     from unloaf.evaluation import SubnetRow
     from unloaf.measure.costs import Timing
@@ -42,6 +44,8 @@ def _record(row: SubnetRow) -> dict[str, Any]:
         "running_top1": main.top1 if main else None,
         "running_top5": main.top5 if main else None,
         "running_loss": main.loss if main else None,
+        "metric": row.metric,
+        "running_metric": main.metric if main else None,
     }
 
 
@@ -56,7 +60,10 @@ def _timing_record(timings: Sequence[Timing]) -> dict[str, Any]:
 
 
 def cost_table(
-    rows: Sequence[SubnetRow], times: Sequence[Sequence[Timing]] = (), front: Set[Subnet] | None = None
+    rows: Sequence[SubnetRow],
+    times: Sequence[Sequence[Timing]] = (),
+    front: Set[Subnet] | None = None,
+    figures: Figures = FIGURES["classification"],
 ) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the rows, with their timings, for a table of text.
 
@@ -69,7 +76,7 @@ def cost_table(
     (['depths', '', 'top-1 %', 'parameters', 'GMACs'], [['1', '*', '91.50', '1,234', '0.5']])
     """
     judged, best = front is not None, front or set()
-    heads = ["depths", *(["", "top-1 %"] if judged else []), "parameters", "GMACs"]
+    heads = ["depths", *(["", figures.head] if judged else []), "parameters", "GMACs"]
     heads += [f"{name}, batch of {t.batch_size}" for t in (times or [()])[0] for name in ("ms (p95)", "images/s")]
     lines = []
     for row, timings in zip(rows, times or [()] * len(rows), strict=True):
@@ -77,12 +84,15 @@ def cost_table(
         for t in timings:
             costs += [f"{t.median_ms:.4g} ({t.p95_ms:.4g})", f"{t.images_per_second:,.0f}"]
         if judged and row.running is not None:
-            lines.append([f"{row.subnet} {_AS_IT_STANDS}", "", f"{row.running.top1:.2f}", *costs])
-        lines.append([str(row.subnet), *(["*" * (row.subnet in best), f"{row.top1:.2f}"] if judged else []), *costs])
+            lines.append([f"{row.subnet} {_AS_IT_STANDS}", "", figures.cell(figures.decide(row.running)), *costs])
+        own = ["*" * (row.subnet in best), figures.cell(figures.decide(row))] if judged else []
+        lines.append([str(row.subnet), *own, *costs])
     return heads, lines
 
 
-def accuracy_table(rows: Sequence[SubnetRow]) -> tuple[list[str], list[list[str]]]:
+def accuracy_table(
+    rows: Sequence[SubnetRow], figures: Figures = FIGURES["classification"]
+) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of evaluated subnets; the main network has two lines where it was evaluated both ways.
 
     >>> from unloaf import Subnet, SubnetRow
@@ -93,6 +103,11 @@ def accuracy_table(rows: Sequence[SubnetRow]) -> tuple[list[str], list[list[str]
     for row in rows:
         costs = [f"{row.params:,}", f"{row.gmacs:.4g}"]
         for name, found in ((f"{row.subnet} {_AS_IT_STANDS}", row.running), (str(row.subnet), row)):
-            if found is not None:
+            if found is None:
+                continue
+            if figures.of_rows != "top1":
+                lines.append([name, figures.cell(figures.decide(found)), *costs])
+            else:
                 lines.append([name, f"{found.top1:.2f}", f"{found.top5:.2f}", f"{found.loss:.4f}", *costs])
-    return ["depths", "top-1 %", "top-5 %", "loss", "parameters", "GMACs"], lines
+    shown = ["top-1 %", "top-5 %", "loss"] if figures.of_rows == "top1" else [figures.head]
+    return ["depths", *shown, "parameters", "GMACs"], lines

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from unloaf.inputs import SmallerInputs, resize
 from unloaf.methods.changed_inputs import ChangedInputs, InputRule
 from unloaf.methods.step import TrainingMethod, Weight, check_count
-from unloaf.passes import Losses, SubnetPass, tell_what_is_not_compiled
+from unloaf.methods.terms import Criterion
+from unloaf.passes import Losses, SubnetPass, logits_of, tell_what_is_not_compiled
 from unloaf.passes.containers import unchanged, with_tensors
 from unloaf.sampling import InterStageSampler, Sampler, draw_generator
-from unloaf.stages import Stage, inner_module
+from unloaf.stages import Stage, call_model, inner_module
 from unloaf.subnet import Subnet, check_stages
 
 Loss = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
@@ -25,7 +28,8 @@ class GroundTruthTraining(TrainingMethod):
 
     The subnets may be those of a sub-module, a detector's backbone: ``find_stages(..., within="backbone.body")``. What
     lies before the first skipped block is computed once for all passes that see the same batch. All passes of a step
-    begin with the same random state, so that what the loss draws (a detector's sample of boxes) is drawn alike.
+    begin with the same random state of torch and Python, not of numpy, so that what the loss draws (a detector's sample
+    of boxes) is drawn alike.
 
     Args:
         model: the network, possibly wrapped by DistributedDataParallel.
@@ -40,6 +44,8 @@ class GroundTruthTraining(TrainingMethod):
             randomness comes from the generator, which is new for each subnet or, if the function has an attribute
             ``per = "step"``, for each step. None shows subnets the main network's batch, with which they share blocks.
         seed: of the draws.
+        check_finite: refuse a loss that is no finite number. False is for a loop that looks at the terms itself: of
+            several processes all must come to the end of a step before one may stop.
 
     Raises:
         ValueError: an argument out of range, stages of another model; in a step, a loss that is no finite number, or
@@ -71,16 +77,23 @@ class GroundTruthTraining(TrainingMethod):
         subnet_weight: Weight = 1.0,
         shrink: InputRule | None = None,
         seed: int = 0,
+        check_finite: bool = True,
     ) -> None:
         super().__init__(model, seed=seed)
         tell_what_is_not_compiled(model)
         check_stages(model, stages)
         if not callable(loss):
             raise ValueError(f"loss is {loss!r}; give a function of (model, batch)")
+        if hasattr(loss, "_torchdynamo_orig_callable"):
+            raise ValueError(
+                "loss was compiled by torch.compile, whose graph would hold the blocks of one subnet; give the "
+                "function itself, and compile the blocks of the model: unloaf.compile_blocks(model, stages)"
+            )
         if shrink is not None and not callable(shrink):
             raise ValueError(f"shrink is {shrink!r}; give a function of (batch, generator), or None")
         self.stages, self.loss, self.sampler, self.shrink = tuple(stages), loss, sampler, shrink
         self.num_subnets, self._weight = check_count("num_subnets", num_subnets), subnet_weight
+        self.check_finite = check_finite
         self.weight_at(0)
         self.sampler.sample(self.stages, draw_generator(seed, 0, 0))  # a space that does not fit is reported here
 
@@ -106,13 +119,56 @@ class GroundTruthTraining(TrainingMethod):
             parts.update((name, part.detach()) for name, part in found.items())
             return sum(found.values(), start=next(iter(found.values())).new_zeros(()))
 
+        def checked(loss: Tensor, of: str) -> Tensor:
+            return _finite(loss, parts, of) if self.check_finite else loss
+
         def main(loss: Tensor) -> Tensor:
-            return _finite(loss, parts, "the main network")
+            return checked(loss, "the main network")
 
         def subnet(index: int, loss: Tensor, *_: Any) -> Tensor:
-            return weight * _finite(loss, parts, f"subnet {requests[index].subnet}")
+            return weight * checked(loss, f"subnet {requests[index].subnet}")
 
-        return x if y is None else (x, y), requests, Losses(main, subnet, call, alike=True)
+        return x if y is None else (x, y), requests, Losses(main, subnet, call, alike=True, observing=True)
+
+
+def ground_truth_of_labels(
+    model: nn.Module,
+    stages: Sequence[Stage],
+    *,
+    criterion: Criterion | None = None,
+    subnet_inputs: SmallerInputs | InputRule | None = None,
+    **options: Any,
+) -> GroundTruthTraining:
+    """ST* of a classifier: its subnets learn from the labels, ``CE_target`` of the published script.
+
+    Args:
+        model: gives logits, (batch, ..., classes).
+        stages: from `find_stages`.
+        criterion: of logits and targets; default cross-entropy.
+        subnet_inputs: smaller inputs for subnets, or a function from (inputs, generator) to inputs.
+        options: of `GroundTruthTraining`.
+    """
+    measured = nn.CrossEntropyLoss() if criterion is None else criterion
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return measured(logits_of(call_model(model, x)), y)
+
+    shrink = None if subnet_inputs is None else _Shrunk(subnet_inputs)
+    return GroundTruthTraining(model, stages, loss, shrink=shrink, **options)
+
+
+class _Shrunk:
+    """The inputs of a batch changed, its targets as they are."""
+
+    def __init__(self, rule: SmallerInputs | InputRule) -> None:
+        self._rule, self.per = rule, getattr(rule, "per", "subnet")
+
+    def __call__(self, batch: Any, generator: torch.Generator) -> Any:
+        x, y = batch
+        if not isinstance(self._rule, SmallerInputs):
+            return self._rule(x, generator), y
+        return resize(x, self._rule.draw(min(x.shape[-2:]), generator)), y
 
 
 def _called_once(loss: Loss, model: nn.Module, batch: Any) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.inputs import batch_size, first_tensor, side_of
-from unloaf.losses import is_binary, is_regression, takes_softmax
+from unloaf.losses import is_binary, is_regression, of_this_library, takes_softmax
 from unloaf.methods.terms import Criterion, Distance, StepLosses, innermost
 from unloaf.passes import (
     Deferred,
@@ -28,7 +29,8 @@ from unloaf.passes import (
     one_pass,
     tell_what_is_not_compiled,
 )
-from unloaf.stages import Stage
+from unloaf.sampling import check_seed
+from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet, check_stages
 
 Weight = float | Callable[[int], float]
@@ -81,9 +83,17 @@ class TrainingMethod(ABC):
 
     def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
         self.model = model
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.step = 0
         self._defer = Deferred()
+
+    def __repr__(self) -> str:
+        # The weight of the next step would ask a function of the caller's own.
+        known = {**self.__dict__, "subnet_weight": self._weight}
+        options = {name: known.get(name) for name in inspect.signature(type(self)).parameters if name != "model"}
+        options["stages"] = len(self.stages) or None
+        words = [f"{name}={_in_short(value)}" for name, value in options.items() if value is not None]
+        return f"{type(self).__name__}({type(inner_module(self.model)).__name__}, {', '.join(words)})"
 
     def __call__(self, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None, **lean: Any) -> StepOutput:
         """See `forward`."""
@@ -102,7 +112,7 @@ class TrainingMethod(ABC):
 
         Args:
             x: a batch, as the model takes it.
-            y: targets for the criterion: class indices or soft labels.
+            y: targets for the criterion: class indices or soft labels; None where x holds them, or none are needed.
             subnets: train these instead of drawing.
             lean: False leaves all passes in one autograd graph. True computes the gradients here, with the memory of
                 `backward` and a copy of the gradients, and the backward of the loss hands them over, times what comes
@@ -111,6 +121,12 @@ class TrainingMethod(ABC):
                 ``scaler.scale(method(x, y, lean=True, loss_scale=scaler.get_scale()).loss).backward()``. What is handed
                 over is divided by it.
         """
+        if not lean and (isinstance(loss_scale, Tensor) or loss_scale != 1):
+            raise ValueError(
+                f"loss_scale is {loss_scale}, which is for lean=True; without, multiply the loss before its backward: "
+                "(method(x, y).loss * scale).backward()"
+            )
+        _check_scale(loss_scale, least=5e-324)
         deferred = lean and torch.is_grad_enabled()
         return self.step_in(self._form("deferred" if deferred else "one graph", loss_scale), x, y, subnets)
 
@@ -121,7 +137,7 @@ class TrainingMethod(ABC):
 
         Args:
             x: a batch, as the model takes it.
-            y: targets for the criterion: class indices or soft labels.
+            y: targets for the criterion: class indices or soft labels; None where x holds them, or none are needed.
             subnets: train these instead of drawing.
             loss_scale: multiplies the gradients of all terms, not the returned losses: ``1 / n`` to accumulate over n
                 batches, ``scaler.get_scale()`` with a gradient scaler.
@@ -131,6 +147,7 @@ class TrainingMethod(ABC):
                 "backward inside torch.no_grad() or torch.inference_mode() computes no gradient; leave it, or call "
                 "method(x, y) inside torch.no_grad() for the loss alone"
             )
+        _check_scale(loss_scale)
         return self.step_in(self._form("lean", loss_scale), x, y, subnets)
 
     def step_in(self, form: Form, x: Any, y: Any = None, subnets: Sequence[Subnet] | None = None) -> StepOutput:
@@ -155,6 +172,8 @@ class TrainingMethod(ABC):
             raise ValueError(
                 f"state has the keys {sorted(state)}; give a {type(self).__name__}.state_dict(): seed, step"
             )
+        if not all(type(number) is int for number in state.values()) or state["step"] < 0:
+            raise ValueError(f"state is {dict(state)}; seed and step are whole numbers, the step of at least 0")
         self.seed, self.step = state["seed"], state["step"]
 
     @abstractmethod
@@ -212,12 +231,7 @@ class SinglePassTraining(TrainingMethod):
         check_batch(self.model, x, y)
         losses = StepLosses(self.criterion, y, classes_last=self.readout is not None)
         requests = self.draw(1) if subnets is None else [SubnetPass(subnet) for subnet in subnets]
-        return x, requests, Losses(losses.main, no_subnet, partial(call_for_logits, readout=self.readout))
-
-
-def no_subnet(*_: Any) -> Tensor:
-    """The subnets' loss where there are none."""
-    raise AssertionError
+        return x, requests, Losses(losses.main, call=partial(call_for_logits, readout=self.readout))
 
 
 class SubnetTraining(TrainingMethod):
@@ -288,7 +302,8 @@ class SubnetTraining(TrainingMethod):
         known = {"classes_last": self.readout is not None, "shares_known": self.step > 0}
         losses = StepLosses(self.criterion, y, subnet_loss=self.subnet_loss, **known)
         subnet = partial(self._subnet_loss, losses, self.weight_at(self.step))
-        return x, requests, Losses(losses.main, subnet, partial(call_for_logits, readout=self.readout))
+        call, own = partial(call_for_logits, readout=self.readout), not of_this_library(self.subnet_loss)
+        return x, requests, Losses(losses.main, subnet, call, observing=own)
 
     def _subnet_loss(
         self,
@@ -323,6 +338,22 @@ def _check_softmax(criterion: Criterion, subnet_loss: Distance, readout: Readout
             "give subnet_loss too (F.mse_loss for a regression, unloaf.bce_kl_loss for binary outputs) or, where that "
             "axis holds classes, say so: readout=lambda output: output"
         )
+
+
+def _in_short(value: Any) -> str:
+    """On one line, a function by its name."""
+    if isinstance(value, partial):
+        bound = [f"{name}={_in_short(word)}" for name, word in value.keywords.items()]
+        return f"partial({', '.join([*map(_in_short, (value.func, *value.args)), *bound])})"
+    text = getattr(value, "__name__", None) or repr(value)
+    return text if "\n" not in text and len(text) <= 200 else f"{type(value).__name__}(...)"
+
+
+def _check_scale(scale: float | Tensor, *, least: float = -math.inf) -> None:
+    # A tensor is believed: to look at it would wait for the device.
+    if not isinstance(scale, Tensor) and not (math.isfinite(scale) and scale >= least):
+        allowed = "a finite number" if least < 0 else "a finite number above 0"
+        raise ValueError(f"loss_scale is {scale}; give {allowed}, such as scaler.get_scale()")
 
 
 def check_count(name: str, value: int) -> int:

@@ -62,7 +62,8 @@ class StochasticDepth(SinglePassTraining):
     ) -> None:
         super().__init__(model, criterion=criterion, seed=seed, readout=readout)
         check_stages(model, stages)
-        self.stages, self.sampler = tuple(stages), StochasticSampler(final_survival=final_survival)
+        self.stages, self.final_survival = tuple(stages), final_survival
+        self.sampler = StochasticSampler(final_survival=final_survival)
         if final_survival < 1:
             _check_waits_for_no_skipped_block(model)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from unloaf.methods.common_training import CommonTraining
+from unloaf.methods.ground_truth import ground_truth_of_labels
 from unloaf.methods.group_knowledge import GroupKnowledgeTraining
 from unloaf.methods.step import TrainingMethod
 from unloaf.methods.stimulative import StimulativeTraining, stimulative_plus
@@ -33,4 +34,5 @@ METHODS: dict[str, Method] = {
     "st": Method("ST", "#0072b2", StimulativeTraining),
     "st++": Method("ST++", "#d55e00", stimulative_plus),
     "gkt": Method("GKT", "#009e73", GroupKnowledgeTraining),
+    "st-star": Method("ST*", "#56b4e9", ground_truth_of_labels),
 }

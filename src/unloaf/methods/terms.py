@@ -77,6 +77,11 @@ class StepLosses:
     def main(self, logits: Tensor) -> Tensor:
         """The criterion of the logits and the targets; 0, without gradient, where no position counts."""
         own = not is_cross_entropy(innermost(self.criterion))
+        if self.y is None and not own:
+            raise ValueError(
+                "y is None, but the criterion is a cross-entropy; give targets or, where the batch holds them and the "
+                "model or a function of yours makes the loss, use unloaf.GroundTruthTraining"
+            )
         over_classes = not own or isinstance(self.criterion, DirectionCriterion)
         if over_classes and (logits.ndim < 2 or logits.shape[-1] < 2):
             raise ValueError(

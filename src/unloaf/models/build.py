@@ -6,10 +6,12 @@ import difflib
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from unloaf.config.task_checks import MODELS
 from unloaf.errors import in_one_line
 from unloaf.models.cifar import CifarResNet
 from unloaf.models.initial_weights import load_initial_weights as load_initial_weights
@@ -47,7 +49,7 @@ def build_model(
     family, bare = resolve_name(name)
     rates = {rate: value for rate, value in {"drop_rate": drop, "drop_path_rate": drop_path}.items() if value}
     try:
-        if model_kwargs and family != "timm":
+        if model_kwargs and family not in ("timm", "hf"):
             raise ValueError(f"takes no {', '.join(model_kwargs)}; give a timm/ model, or leave out --model-kwargs")
         if rates and family != "timm":
             raise ValueError(f"takes no {' or '.join(rates)}; give a timm/ model, or leave out --drop and --drop-path")
@@ -59,7 +61,12 @@ def build_model(
             from unloaf.models.hf import build_transformer
 
             return build_transformer(
-                bare, num_classes=num_classes, in_chans=in_chans, img_size=img_size, pretrained=pretrained
+                bare,
+                num_classes=num_classes,
+                in_chans=in_chans,
+                img_size=img_size,
+                pretrained=pretrained,
+                entries=model_kwargs or {},
             )
         if family == "timm":
             _check_kwargs(model_kwargs or {})
@@ -128,6 +135,13 @@ def resolve_name(name: str) -> tuple[str, str]:
         return owners[0], name
     if owners:
         raise ValueError(f"model {name!r} is more than one: give {' or '.join(f'{f}/{name}' for f in owners)}")
+    task = next((task for task, models in MODELS.items() if name in models), None)
+    if task is not None:
+        raise ValueError(
+            f"model {name!r} is no classifier: --task {task} trains it; here give its backbone, as in timm/resnet50"
+        )
+    if (Path(name) / "args.yaml").is_file():
+        raise ValueError(f"model {name!r} is the folder of a run; give it to `unloaf subnets` or `unloaf eval`")
     raise ValueError(f"model {name!r}: no such model{_suggest(name, ['cifar', 'timm', 'tv'])}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def build_transformer(
     in_chans: int = 3,
     img_size: int | None = None,
     pretrained: bool = False,
+    entries: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The network of a configuration, with fresh weights or, from a folder, its own.
 
@@ -51,6 +53,7 @@ def build_transformer(
         else:
             config, kind = _of_class(transformers, name)
         _adapt(config, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
+        set_entries(config, entries or {}, own=("num_labels", "num_channels", "image_size"))
         build = kind or _kind_of(transformers, config, folder)
         try:
             return _with_own_weights(build, config, folder) if pretrained else _fresh(build, config)
@@ -69,11 +72,59 @@ def _with_own_weights(build: Any, config: Any, folder: Path) -> nn.Module:
 
 
 def _fresh(build: Any, config: Any) -> nn.Module:
+    check_size(build, config)
+    return build(config)
+
+
+def check_size(build: Any, config: Any) -> None:
+    """Raises ValueError if a configuration is of so many parameters that a default value must be meant."""
     with torch.device("meta"):
         count = sum(p.numel() for p in build(config).parameters())
     if count > _MOST_PARAMETERS:
         raise ValueError(f"has {count:,} parameters with its default values; give a folder with a smaller config.json")
-    return build(config)
+
+
+def config_class(transformers: Any, name: str) -> Any:
+    """The class of a configuration, by its name or by that of a model.
+
+    Raises:
+        ValueError: there is no such class.
+    """
+    return type(_of_class(transformers, name)[0])
+
+
+def set_entries(config: Any, entries: Mapping[str, Any], *, own: Collection[str]) -> None:
+    """Changes entries of a configuration, ``hidden_size`` and the like.
+
+    Raises:
+        ValueError: it has no such entry, or the entry is one of those that have flags of their own.
+    """
+    for key, value in entries.items():
+        if key in own or not hasattr(config, key):
+            flag = "has a flag of its own" if key in own else "is no entry of its config.json"
+            raise ValueError(f"model_kwargs {key}: {flag}; entries are hidden_size, patch_size and others")
+        setattr(config, key, value)
+
+
+def read_configuration(name: str) -> Any:
+    """The configuration of a folder with config.json, or of a class of transformers with its default values.
+
+    Raises:
+        ValueError: there is none, or transformers is not installed.
+
+    >>> read_configuration("ViTMAEForPreTraining").mask_ratio
+    0.75
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError("transformers is not installed; pip install transformers") from error
+    with offline():
+        return (
+            _read(transformers, Path(name))
+            if (Path(name) / "config.json").is_file()
+            else _of_class(transformers, name)[0]
+        )
 
 
 def example_of(model: nn.Module, *, img_size: int | None = None) -> Tensor | dict[str, Tensor]:

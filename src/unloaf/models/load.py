@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import os
-import sys
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch import nn
 
 from unloaf.inputs import batch_of, to_device
 from unloaf.models.build import build_model
+from unloaf.own_code import call_function, load_function, parameters_of
 from unloaf.stages import call_model, evaluating
 
 
@@ -43,28 +41,21 @@ def load_model(name: str, *, img_size: int | None = None, num_classes: int | Non
 
 
 def _from_function(name: str, img_size: int | None, num_classes: int | None) -> tuple[nn.Module, Any]:
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does; the name comes from the command line alone
-    try:
-        found = importlib.import_module(module_name)
-    except Exception as error:  # whatever the module raises
-        raise ValueError(f"model {name!r}: module {module_name} cannot be imported: {error}") from error
-    function = getattr(found, function_name, None)
-    if not callable(function):
-        raise ValueError(f"model {name!r}: module {module_name} has no function {function_name!r}")
-    try:
-        made: Any = function()
-    except Exception as error:  # whatever the function raises
-        raise ValueError(f"model {name!r}: {function_name}() raised {type(error).__name__}: {error}") from error
+    function, function_name = load_function(name, setting="model"), name.partition(":")[2]
+    asked = {"num_classes": num_classes, "img_size": img_size}
+    usual = {"num_classes": 1000, "in_chans": 3, "img_size": 224}
+    offered = {key: usual[key] for key in parameters_of(function, needed=True) & usual.keys()}
+    offered |= {key: value for key, value in asked.items() if value is not None}
+    made: Any = call_function(name, setting="model", offered=offered)
+    taken = parameters_of(function)
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model {name!r}: {function_name}() returned {type(model).__name__}; "
             "return a torch.nn.Module, or one and an example of its input"
         )
-    ignored = ["--num-classes"] * (num_classes is not None)
-    ignored += ["--img-size"] * (img_size is not None and example is not None)
+    ignored = ["--num-classes"] * (num_classes is not None and "num_classes" not in taken)
+    ignored += ["--img-size"] * (img_size is not None and example is not None and "img_size" not in taken)
     if ignored:
         what = "model" if example is None else "model and example"
         raise ValueError(

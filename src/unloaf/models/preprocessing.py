@@ -13,6 +13,7 @@ from unloaf.config import Config
 from unloaf.data.sets import FILE_SETS, IMAGENET_MEAN, IMAGENET_STD, Data
 from unloaf.models.build import resolve_name
 from unloaf.models.weight_files import find_weights, texts_of
+from unloaf.own_code import is_own
 
 # In the header of a checkpoint's weights, so that a run that starts from them feeds its images likewise.
 HEADER = "unloaf_preprocessing"
@@ -46,10 +47,11 @@ def with_preprocessing(config: Config) -> tuple[Config, str]:
     >>> with_preprocessing(Config(dataset="imagefolder", data_dir="images"))[0].mean
     (0.485, 0.456, 0.406)
     """
-    expected, files = _expected_by(config), config.dataset in FILE_SETS
+    expected, files = _expected_by(config), config.dataset in (*FILE_SETS, "csv")
     channels = 1 if config.dataset in _GREY else 3
-    given = {name: _of_each(name, getattr(config, name), channels) for name in ("mean", "std")}
-    config = dataclasses.replace(config, **given)
+    if not is_own(config.dataset):  # of which the images alone tell the channels
+        given = {name: _of_each(name, getattr(config, name), channels) for name in ("mean", "std")}
+        config = dataclasses.replace(config, **given)
     if expected is None and not files:
         return config, ""
     usual = expected or _Expected("", IMAGENET_MEAN, IMAGENET_STD)
@@ -69,7 +71,7 @@ def with_preprocessing(config: Config) -> tuple[Config, str]:
 def describe(data: Data, source: str) -> str:
     """How images become inputs, as a line of text."""
     mean, std = (", ".join(f"{value / 255:.4g}" for value in values) for values in (data.mean, data.std))
-    crop = f", crop_pct {data.crop_pct:.4g}" if data.name in FILE_SETS else ""
+    crop = f", crop_pct {data.crop_pct:.4g}" if data.cuts_out else ""
     return f"inputs: mean {mean}, std {std}, {data.interpolation}{crop}{', ' if source else ''}{source}"
 
 
@@ -105,6 +107,8 @@ def _expected_by(config: Config) -> _Expected | None:
 
 
 def _of_model(name: str) -> _Expected | None:
+    if is_own(name):
+        return None
     family, bare = resolve_name(name)
     if family == "hf":
         return _of_transformers(Path(bare) / "preprocessor_config.json")

@@ -123,6 +123,29 @@ def runs_report(
     return _page(title, parts)
 
 
+def language_report(
+    *,
+    title: str,
+    lead: str,
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
+    legend: Sequence[tuple[str, str]],
+    pictures: Mapping[str, str],
+    caption: str,
+    explanation: Sequence[str],
+    settings: Mapping[str, Mapping[str, str]],
+    facts: Mapping[str, str],
+) -> str:
+    """The page of a comparison of language models, HTML: tables under their headings, then as `comparison_report`."""
+    marks = "".join(f"<li>{svg}{escape(label)}</li>" for label, svg in legend)
+    parts = [f'<p class="lead">{escape(lead)}</p>']
+    for heading, (heads, lines) in tables.items():
+        parts += [f"<h2>{escape(heading)}</h2>", _table("results", _head(heads), lines)]
+    parts += [f'<ul class="legend">{marks}</ul>', _figure(pictures, caption), "<h2>How to read this</h2>"]
+    parts += [f"<p>{escape(paragraph)}</p>" for paragraph in explanation]
+    parts += ["<h2>Settings</h2>", _settings(settings), "<h2>Where it was measured</h2>", _facts(facts)]
+    return _page(title, parts)
+
+
 def _head(heads: Sequence[str]) -> str:
     return "".join(f'<th scope="col">{"<br>".join(map(escape, head.splitlines()))}</th>' for head in heads)
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from unloaf.measure.step_time import Setup, StepTimeRow
 
 # Okabe and Ito's palette, distinguishable with any colour vision; black for the baseline.
-_COLOURS = ("#222222", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a")
-_MARKERS = ("o", "v", "s", "D", "^", "P", "X")
-_STYLE: Any = {
+_COLOURS = ("#222222", "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#56b4e9")
+_MARKERS = ("o", "v", "s", "D", "^", "P", "X", "*")
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: sharp at any size, small, and searchable
     "svg.hashsalt": "unloaf",  # the same rows give the same bytes
     "font.family": ["sans-serif"],
@@ -55,7 +55,7 @@ def themed(text: str) -> str:
     return text
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def accuracy_over_size(
     sizes: Mapping[str, Sequence[SizeRow]], runs: Sequence[MethodRun], *, lowest: float = 0.0, legend: bool = True
 ) -> str:
@@ -81,14 +81,14 @@ def accuracy_over_size(
     axes.grid(axis="y")
     if legend:
         axes.legend(loc="best", frameon=True, framealpha=0.92, edgecolor="none", borderpad=0.3)
-    return _svg(figure)
+    return svg_of(figure)
 
 
 _LINES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 
-@matplotlib.rc_context(_STYLE)
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str) -> str:
+@matplotlib.rc_context(STYLE)
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str, xlabel: str = "epoch") -> str:
     """A line through the (epoch, value) pairs of each run, as SVG; beyond the palette dashes tell them apart.
 
     A run without any keeps its colour for the other pictures.
@@ -96,19 +96,20 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str) 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes: Any = figure.subplots()
     for index, points in enumerate(series.values()):
-        colour, dashes = _look(index)
+        colour, dashes = line_look(index)
         if points:
             x, y = zip(*points, strict=True)
             marker = "o" if len(points) == 1 else None
             axes.plot(x, y, color=colour, linestyle=dashes, linewidth=2, marker=marker, zorder=3)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y")
-    return _svg(figure)
+    return svg_of(figure)
 
 
-def _look(index: int) -> tuple[str, Any]:
+def line_look(index: int) -> tuple[str, Any]:
+    """Colour and dashes of the line of that number."""
     return _COLOURS[index % len(_COLOURS)], _LINES[index // len(_COLOURS) % len(_LINES)]
 
 
@@ -119,7 +120,7 @@ def key(labels: Sequence[str]) -> list[tuple[str, str]]:
         (
             label,
             '<svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path d="M1 4h26" fill="none" stroke-width="3" '
-            f'style="stroke: {themed(_look(index)[0])}"{dashes[index // len(_COLOURS) % len(_LINES)]}/></svg>',
+            f'style="stroke: {themed(line_look(index)[0])}"{dashes[index // len(_COLOURS) % len(_LINES)]}/></svg>',
         )
         for index, label in enumerate(labels)
     ]
@@ -138,10 +139,11 @@ def _colour(name: str) -> str:
     """Of a method by its flag, or of a variant of it: st-inter-stage and their kind."""
     from unloaf.methods.table import METHODS
 
-    return next((m.colour for flag, m in METHODS.items() if f"{name}-".startswith(f"{flag}-")), _COLOURS[5])
+    flags = sorted(METHODS, key=len, reverse=True)  # st-star is no variant of st
+    return next((METHODS[flag].colour for flag in flags if f"{name}-".startswith(f"{flag}-")), _COLOURS[5])
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def step_time_bars(groups: Mapping[Setup, Sequence[StepTimeRow]]) -> str:
     """Measured time of a step beside its FLOPs limit and separate passes, a panel for each network and mode, as SVG."""
     columns = min(2, len(groups))
@@ -162,7 +164,7 @@ def step_time_bars(groups: Mapping[Setup, Sequence[StepTimeRow]]) -> str:
     place: Any = {"loc": "outside lower center", "ncols": 3, "columnspacing": 1.2, "frameon": False, "title": title}
     marks: list[Any] = [measured, limit, Patch(**_PALE)]
     figure.legend(marks, ["measured", "FLOPs limit", "separate passes"], handler_map=together, **place)
-    return _svg(figure, background="white")
+    return svg_of(figure, background="white")
 
 
 _PALE: Any = {"facecolor": "#ececec", "edgecolor": "#c4c4c4", "linewidth": 0.8}
@@ -215,7 +217,7 @@ class CostPoint(NamedTuple):
     subnets: float  # accuracy of its subnets
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def accuracy_over_cost(panels: Mapping[str, Sequence[CostPoint]], *, axis: str) -> str:
     """Accuracy of main networks, filled, and of their mean subnets, hollow, over the cost of training, as SVG.
 
@@ -240,7 +242,7 @@ def accuracy_over_cost(panels: Mapping[str, Sequence[CostPoint]], *, axis: str) 
     names = [*looks, "main network", "mean subnet"]
     figure.legend(handles, names, loc="outside lower center", ncols=-(-len(names) // 2), **look)
     figures = {title: [point._asdict() for point in points] for title, points in panels.items()}
-    return _svg(figure, background="white", about=json.dumps(figures))
+    return svg_of(figure, background="white", about=json.dumps(figures))
 
 
 def _series(axes: Any, points: Sequence[CostPoint], index: int) -> None:
@@ -263,8 +265,8 @@ def _marker(index: int) -> dict[str, Any]:
     return {"color": _COLOURS[index], "marker": _MARKERS[index], "markersize": 8}
 
 
-def _svg(figure: Figure, *, background: str | None = None, about: str | None = None) -> str:
-    """Without a background the page shows through and its theme decides the colours; a file of its own needs one."""
+def svg_of(figure: Figure, *, background: str | None = None, about: str | None = None) -> str:
+    """As SVG. Without a background the page shows through and its theme decides the colours; a file needs one."""
     buffer = io.StringIO()
     look: Any = {"transparent": True} if background is None else {"facecolor": background}
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": about}, **look)

@@ -34,6 +34,15 @@ def _collect(value: Any, found: list[Tensor]) -> bool:
     return isinstance(value, _PLAIN) if items is None else all(_collect(item, found) for item in items)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often it has been changed in place; torch lets nobody change what was made in inference mode.
+
+    >>> version_of(torch.zeros(2).add_(1))
+    1
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def unchanged(value: Any, name: str) -> Iterator[None]:
     """Raise ValueError afterwards if a tensor of a batch was changed in place by what was called `name`.
@@ -42,9 +51,9 @@ def unchanged(value: Any, name: str) -> Iterator[None]:
     ...     batch + 1
     tensor([1., 1.])
     """
-    before = [(tensor, tensor._version) for tensor in tensors_in(value)]
+    before = [(tensor, version_of(tensor)) for tensor in tensors_in(value)]
     yield
-    if any(tensor._version != version for tensor, version in before):
+    if any(version_of(tensor) != version for tensor, version in before):
         raise ValueError(f"{name} changed the batch that it was given in place, and other passes see it; copy it first")
 
 

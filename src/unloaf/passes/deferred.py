@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from unloaf.passes.containers import tensors_in
 from unloaf.passes.lean import lean_backward
 from unloaf.passes.plan import SubnetPass
 from unloaf.passes.standins import parameters_replaced
@@ -40,19 +41,21 @@ class Deferred:
         scale: float | Tensor = 1.0,
     ) -> StepTerms:
         """As `lean_backward`; gradients are computed times `scale`, and handed over without it."""
-        _check(model, scale)
+        _check_wrapper(model)
         self._tell_if_lost()
         apart = _Apart(inner_module(model))
         seen = losses._replace(
-            main=lambda output: apart.seen(losses.main(output)),
-            # What lies below the output belongs to the model, and was seen with the main loss.
-            subnet=lambda index, output, *others: apart.seen(losses.subnet(index, output, *others), output),
+            main=lambda output: apart.seen(losses.main(output), of_main=True),
+            # What lies below the output belongs to the model, and was seen with the main loss; a loss that calls the
+            # model itself is the output.
+            subnet=lambda index, output, *others: apart.seen(
+                losses.of_subnet(index, output, *others), None if losses.alike else output
+            ),
         )
-        with apart.opened():
+        passes = [one if one.change is None else one._replace(change=_Watched(one.change, apart)) for one in passes]
+        with apart.opened(), _float16_seen(inner_module(model), stages) as float16:
             step = lean_backward(model, stages, inputs, passes, seen, scale=scale)
-        float16 = torch.get_autocast_dtype(step.logits.device.type) == torch.float16
-        float16 = float16 and torch.is_autocast_enabled(step.logits.device.type)
-        self._last = _Kept(apart.gradients, scale, float16)
+        self._last = _Kept(apart.gradients, scale, any(float16))
         loss = _HandOver.apply(step.main_loss, self._last, *(leaf for leaf, _ in apart.gradients))
         return step._replace(main_loss=loss)
 
@@ -84,6 +87,11 @@ class _HandOver(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         kept: _Kept = ctx.kept
         [incoming] = grad_outputs
+        if torch.is_grad_enabled():  # create_graph=True
+            raise ValueError(
+                "the gradients of a step with lean=True have no graph of their own (create_graph=True), so that a loss "
+                "of gradients would teach nothing; call method(x, y) without lean=True for it"
+            )
         if kept.gradients is None:
             raise ValueError(
                 "the loss of a step with lean=True went backward twice; its gradients were handed over the first time: "
@@ -121,16 +129,37 @@ class _Apart:
             for leaf, before in self._others:
                 leaf.grad = before
 
-    def seen(self, loss: Tensor, output: Tensor | None = None) -> Tensor:
+    def seen(self, loss: Tensor, output: Tensor | None = None, *, of_main: bool = False) -> Tensor:
         """The loss, once the leaves are known that it depends on beside the model's parameters: of a criterion, say."""
-        leaves = {id(leaf): leaf for leaf in _leaves_of(loss, output)}
+        # The whole graph of a subnet begins at leaves of the step's own, too, which are no parameters.
+        every = of_main or output is not None
+        found = [leaf for leaf in _leaves_of(loss, output) if every or isinstance(leaf, nn.Parameter)]
+        self.keep(found)
+        return loss
+
+    def keep(self, found: Iterable[Tensor]) -> None:
+        """Let the gradients of these leaves wait, too."""
+        leaves = {id(leaf): leaf for leaf in found}
         if leaves.keys() - self._known:
             self._known.update(map(id, self.model.parameters()))  # those that stand in for them now
         for key in leaves.keys() - self._known:
             self._known.add(key)
             self._others.append((leaves[key], leaves[key].grad))
             leaves[key].grad = None
-        return loss
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What makes other inputs for a subnet, and may depend on parameters outside the model."""
+
+    change: Callable[[Any], Any]
+    apart: _Apart = field(compare=False)
+
+    def __call__(self, inputs: Any) -> Any:
+        made = self.change(inputs)
+        for tensor in tensors_in(made):
+            self.apart.keep(_leaves_of(tensor, None))
+        return made
 
 
 def _leaves_of(loss: Tensor, output: Tensor | None) -> Iterator[Tensor]:
@@ -148,9 +177,25 @@ def _leaves_of(loss: Tensor, output: Tensor | None) -> Iterator[Tensor]:
                 yield node.variable
 
 
-def _check(model: nn.Module, scale: float | Tensor) -> None:
-    if isinstance(scale, float | int) and not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"loss_scale is {scale}; give a finite number above 0, such as scaler.get_scale()")
+@contextmanager
+def _float16_seen(model: nn.Module, stages: Sequence[Stage]) -> Iterator[list[bool]]:
+    """Whether blocks ran in float16: autocast may be around the step, or in the model's own forward."""
+    seen: list[bool] = []
+    device = next(model.parameters(), torch.empty(0)).device.type
+
+    def see(*_: Any) -> None:
+        seen.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+
+    handles = [model.get_submodule(stage.blocks[0]).register_forward_pre_hook(see) for stage in stages]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_wrapper(model: nn.Module) -> None:
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel) and (model.find_unused_parameters or model.static_graph):
         raise ValueError(
             f"DistributedDataParallel has find_unused_parameters={model.find_unused_parameters} and "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unloaf.inputs import first_tensor
+from unloaf.inputs import first_tensor, rows_of
 from unloaf.stages import inner_module
 
 _AUXILIARY = re.compile(r"aux\w*_(logits|outputs)")
@@ -24,6 +24,8 @@ def check_batch(model: nn.Module, x: Any, y: Any) -> None:
     first = next(inner_module(model).parameters(), None)
     if first is not None and (batch.device != first.device or (isinstance(y, Tensor) and y.device != first.device)):
         _check_devices(model, batch, y)
+    if batch is x and not len(batch):
+        raise ValueError(f"x has shape {tuple(batch.shape)}, no example; leave such a batch out")
     # A mapping may hold anything: there the criterion tells whether y fits the logits.
     if batch is x and isinstance(y, Tensor) and y.ndim and len(y) != len(batch):
         raise ValueError(f"x has {len(batch)} examples, y has {len(y)}; give one target for each")
@@ -47,9 +49,10 @@ def advice_on_small_batches(x: Any) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        size = len(first_tensor(x))
+        size = rows_of(x)  # None of a batch in containers, as a loss of the caller's own takes it
+        has = "" if size is None else f" The batch has {size} example{'s' if size > 1 else ''};"
         raise ValueError(
-            f"batch norm: {error}. The batch has {size} example{'s' if size > 1 else ''}; give at least 2 "
+            f"batch norm: {error}.{has} give at least 2 examples "
             "(DataLoader(..., drop_last=True) for the last batch), larger inputs, or put the norms in eval mode"
         ) from error
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.batchnorm import Statistics
-from unloaf.passes.containers import tensors_in, with_tensors
+from unloaf.passes.containers import tensors_in, version_of, with_tensors
 from unloaf.passes.draws import Draws, RandomState
 from unloaf.passes.guards import CheckpointGuard, not_compiled, uncompiled
+from unloaf.passes.left_behind import has_inner_hooks, left_in
 from unloaf.passes.plan import Move, Pass, Plan, State, SubnetPass
 from unloaf.passes.terms import Losses, Terms
 from unloaf.stages import Form, Stage, between_blocks, inner_module, stand_in
@@ -38,11 +39,11 @@ class Record:
     def of(cls, value: Any, random: RandomState = ()) -> Record:
         """The record of a value, with the tensors in it."""
         tensors = tensors_in(value)
-        return cls(value, tensors, [tensor._version for tensor in tensors], [None] * len(tensors), random)
+        return cls(value, tensors, [version_of(tensor) for tensor in tensors], [None] * len(tensors), random)
 
     def intact(self) -> bool:
         """False once someone has overwritten the output in place (``bn -> ReLU(inplace=True)``)."""
-        return all(t._version == v for t, v in zip(self.tensors, self.versions, strict=True))
+        return all(version_of(t) == v for t, v in zip(self.tensors, self.versions, strict=True))
 
 
 @dataclass(eq=False)
@@ -133,7 +134,7 @@ class Session:
             check_subnet(stages, request.subnet)
         self._shadows = shadows(self, self.inner, stages, [request.subnet for request in requests])
         self.plan, self.terms = Plan(stages, requests), Terms(len(requests), losses)
-        self.sharing = all(stage.replayable for stage in stages)
+        self.sharing, self.observed = all(stage.replayable for stage in stages), losses.observing
         self.traces: dict[Pass, Trace] = {}
         self.statistics = Statistics(self.inner)
         self.rewind: Callable[[], None]  # lets a pass begin with the buffers that the main one began with
@@ -208,8 +209,8 @@ class Session:
         self.state = following
         if mode == "branch":
             assert site.branch is not None
-            return self._replayed_or_computed((following, "", 0), site.branch, (block, *args), kwargs)
-        return self._replayed_or_computed((following, "", 0), site.forward, args, kwargs)
+            return self._replayed_or_computed((following, "", 0), block, site.branch, (block, *args), kwargs)
+        return self._replayed_or_computed((following, "", 0), block, site.forward, args, kwargs)
 
     def between(self, site: Site, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """Replay or compute the module."""
@@ -218,27 +219,34 @@ class Session:
         self._guard.check(module)
         self.calls[self.state, site.path] += 1
         key = (self.state, site.path, self.calls[self.state, site.path])
-        return self._replayed_or_computed(key, site.forward, args, kwargs)
+        return self._replayed_or_computed(key, module, site.forward, args, kwargs)
 
     def _replayed_or_computed(
-        self, key: Key, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        key: Key,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
         """The recorded output of this call in this state, or else a computed one, recorded if a later pass needs it."""
         record = self._records.get(key)
         if record is not None and record.intact():
             if self._draws.own:
                 self._draws.set(record.random)
-            # At the branch the next module really reads it; before, nobody computes.
-            return self._leaves(record, read=self.state is self.current.branch)
+            # At the branch the next module really reads it; before, nobody computes, unless a loss observes it.
+            return self._leaves(record, read=self.observed or self.state is self.current.branch)
         if self.current is self.plan.main:
             self._draws.mark(shared=False)
+        left = left_in(module) if self.observed else None
         self.inside += 1
         try:
             value = forward(*args, **kwargs)
         finally:
             self.inside -= 1
         random = self._draws.mark(shared=True)
-        if key[0].visits > 1 and self.sharing:
+        seen = left is not None and (has_inner_hooks(module) or left != left_in(module))
+        if key[0].visits > 1 and self.sharing and not seen:
             record = Record.of(value, random)
             if record.tensors:
                 self._records[key] = self.traces[self.current].records[key] = record

@@ -38,6 +38,6 @@ def separate_backward(
                 waiting[index] = losses.call(inner, request.view.of(inputs))
             known[index] = waiting[index].detach()
             for ready in [i for i in waiting if all(known[needed] is not None for needed in passes[i].needs)]:
-                values[ready] = losses.subnet(ready, waiting.pop(ready), main.detach(), known)
+                values[ready] = losses.of_subnet(ready, waiting.pop(ready), main.detach(), known)
                 run_backward([values[ready] * scale], [None])
     return StepTerms(main.detach(), values[-1].detach(), [values[i].detach() for i in range(len(passes))])

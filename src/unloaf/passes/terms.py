@@ -19,15 +19,24 @@ class Losses(NamedTuple):
     Attributes:
         main: from what the main pass gave to a loss of shape ().
         subnet: from (index of the request, what its pass gave, the same of the main pass and of all requests that are
-            known by then, detached) to a loss of shape ().
+            known by then, detached) to a loss of shape (); None where no subnet is run.
         call: from (model, what a pass sees of the batch) to what it gives, a tensor; default the model's logits.
         alike: let all passes draw alike in modules too; else only what the model's own forward is seen to draw.
+        observing: a loss may read what modules keep of a pass, or what hooks in them saw: calls of modules that do so
+            are computed in each pass.
     """
 
     main: Callable[[Tensor], Tensor]
-    subnet: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], Tensor]
+    subnet: Callable[[int, Tensor, Tensor, Sequence[Tensor | None]], Tensor] | None = None
     call: Call = call_for_logits
     alike: bool = False
+    observing: bool = False
+
+    def of_subnet(self, index: int, output: Tensor, main: Tensor, known: Sequence[Tensor | None]) -> Tensor:
+        """The loss of a request; ValueError where there is none."""
+        if self.subnet is None:
+            raise ValueError("a subnet was run, but losses.subnet is None; give a loss for it, or run no subnet")
+        return self.subnet(index, output, main, known)
 
 
 class StepTerms(NamedTuple):
@@ -61,7 +70,7 @@ class Terms:
         for ready in move.losses:
             logits = self._waiting.pop(ready)
             for index in ready.requests:
-                self._values[index] = self._losses.subnet(index, logits, self.main_logits, self._known)
+                self._values[index] = self._losses.of_subnet(index, logits, self.main_logits, self._known)
 
     def hand_over(self, one: Pass) -> list[Tensor]:
         """The losses of a pass, for its backward; without their graphs they stay."""

@@ -1,7 +1,7 @@
 """Recipes: functions that return a full Config, and their names for `unloaf train --recipe NAME`.
 
 Imports no torch. The settings, the published figure and the source of each recipe are in the docstring of its function,
-in `imagenet`, `cifar` and `digits`.
+in `imagenet`, `cifar`, `coco` and `digits`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 from dataclasses import replace
 
 from unloaf.config import Config
-from unloaf.recipes import cifar, digits, imagenet
+from unloaf.recipes import cifar, coco, digits, imagenet
 from unloaf.recipes.entry import Recipe
 
 __all__ = ["RECIPES", "Recipe", "recipe", "recipe_names"]
@@ -25,6 +25,7 @@ RECIPES: dict[str, Recipe] = {
     "digits_gkt": Recipe(digits.group_knowledge, source=_DEMO),
     **cifar.RECIPES,
     **imagenet.RECIPES,
+    **coco.RECIPES,
 }
 
 
@@ -42,7 +43,8 @@ def recipe(name: str, *, data_dir: str | None = None) -> Config:
 
     Args:
         name: one of `recipe_names()`.
-        data_dir: folder of the image set; default: data/imagenet, data/cifar10 or data/cifar100. Digits need none.
+        data_dir: folder of the image set; default: data/imagenet, data/cifar10, data/cifar100 or data/coco. Digits
+            need none.
 
     Raises:
         ValueError: no recipe has this name; the message suggests others.

@@ -14,7 +14,8 @@ class Recipe:
 
     Args:
         config: the function.
-        published: top-1 in percent of the main network, as printed in `source`; empty where nothing was published.
+        published: top-1, mAP or AP in percent of the main network, as printed in `source`; empty where nothing was
+            published.
         source: where the settings or the figure come from.
     """
 

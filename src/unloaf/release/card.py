@@ -8,17 +8,30 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from unloaf.config import Config
+from unloaf.config.figures import FIGURES, Figures
 from unloaf.data.consistency import some
-from unloaf.evaluation import Accuracy
 from unloaf.runs.opened import OpenedRun
 
 _PACKAGES = ("unloaf", "torch", "timm", "torchvision")
+# Of the model hub, by task.
+_TAGS = {
+    "classification": "image-classification",
+    "multilabel": "image-classification",
+    "regression": "image-feature-extraction",
+    "masked": "image-feature-extraction",
+    "detection": "object-detection",
+    "instance": "image-segmentation",
+    "semantic": "image-segmentation",
+    "pose": "keypoint-detection",
+    "language": "text-generation",
+    "panoptic": "image-segmentation",
+}
 _ALWAYS = ("dataset", "model", "method", "epochs", "batch_size", "lr", "weight_decay", "seed")
 # Where a run ran and what it wrote, or the machine's own paths.
 _ELSEWHERE = {
     "bad_images", "checkpoint_hist", "checkpoint_interval", "data_dir", "device", "device_data", "eval_interval",
-    "eval_subnets", "initial_checkpoint", "log_interval", "name", "on_nan", "output", "recalibrate", "trackers",
-    "workers",
+    "backbone_weights", "eval_subnets", "initial_checkpoint", "log_interval", "name", "on_nan", "output", "recalibrate",
+    "trackers", "workers",
 }  # fmt: skip
 
 
@@ -27,7 +40,7 @@ class NetworkFacts:
     """A line of the card's table."""
 
     subnet: str  # its depths, "3-4-6-3"
-    metrics: Mapping[str, Accuracy]  # accuracy by split, measured on the network that is described
+    metrics: Mapping[str, Any]  # the task's figures by split, measured on the network that is described
     params: int  # parameters
     gmacs: float  # billions of multiply-adds for one image
 
@@ -43,16 +56,26 @@ def model_card(
     library: str | None = None,
 ) -> str:
     """The text of README.md, with the front matter that model hubs read."""
-    front = ["---", "tags:", "- image-classification", "- unloaf", *([f"library_name: {library}"] if library else [])]
+    config = opened.config
+    front = ["---", "tags:", f"- {_TAGS[config.task]}", "- unloaf", *([f"library_name: {library}"] if library else [])]
     lines = [*front, "---", f"# {title}", "", *summary, ""]
-    lines += ["## Accuracy and cost", "", *_table(networks), ""]
+    lines += ["## Accuracy and cost", "", *_table(networks, FIGURES[config.task]), ""]
     lines += [*notes, ""] if notes else []
-    lines += ["## How to load it", "", "```python", loading, "```", "", *_preprocessing(opened.preprocessing), ""]
-    class_names = opened.class_names
-    lines += [f"The {len(class_names)} outputs stand for these classes, in this order: {some(class_names, 50)}.", ""]
-    lines += ["## How it was trained", "", *_settings(opened.config), ""]
+    lines += ["## How to load it", "", "```python", loading, "```", "", *_use(opened), ""]
+    lines += ["## How it was trained", "", *_settings(config), ""]
     lines += ["## Versions", "", ", ".join(f"{name} {found}" for name, found in versions().items()) + ".", ""]
     return "\n".join(lines)
+
+
+def _use(opened: OpenedRun) -> list[str]:
+    """What goes in, and what comes out."""
+    own, names = opened.training.task.usage(opened.training.data), some(opened.class_names, 50)
+    if own and not opened.class_names:
+        return [*own]
+    if own:
+        return [*own, "", f"Classes, in the order of their numbers: {names}."]
+    outputs = f"The {len(opened.class_names)} outputs stand for these classes, in this order: {names}."
+    return [*_preprocessing(opened.preprocessing), "", outputs]
 
 
 def versions() -> dict[str, str]:
@@ -66,14 +89,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _table(networks: Sequence[NetworkFacts]) -> list[str]:
-    splits = list(networks[0].metrics)
-    measured = [f"{split} {name}" for split in splits for name in ("top-1", "top-5")]
+def _table(networks: Sequence[NetworkFacts], figures: Figures) -> list[str]:
+    splits, shown = (
+        list(networks[0].metrics),
+        [f for f in figures.columns if f.name != "loss" or figures.of_rows == "loss"],
+    )
+    measured = [f"{split} {figure.label}" for split in splits for figure in shown]
     head = ["subnet", *measured, "parameters", "GMACs"]
     rows = [
         [
             row.subnet,
-            *(f"{value:.2f} %" for split in splits for value in (row.metrics[split].top1, row.metrics[split].top5)),
+            *(figure.form.format(getattr(row.metrics[split], figure.name)) for split in splits for figure in shown),
             f"{row.params:,}",
             f"{row.gmacs:.4g}",
         ]

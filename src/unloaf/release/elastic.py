@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unloaf.batchnorm import recalibrate_bn, tracking_norms
+from unloaf.batchnorm import estimated_statistics, names_of_statistics, statistics_replaced, tracking_norms
 from unloaf.export import export_subnet, parse_subnet
 from unloaf.files.tensors import load_strictly
 from unloaf.release.subnet_files import (
@@ -25,7 +25,6 @@ from unloaf.stages import Stage, call_model
 from unloaf.subnet import Subnet, active_subnet, check_stages, check_subnet
 
 _DESCRIPTION, _WEIGHTS = "elastic.json", "elastic.safetensors"
-_SWAPPED = ("running_mean", "running_var")
 
 Statistics = dict[str, Tensor]
 
@@ -112,13 +111,14 @@ class ElasticModel(nn.Module):
     def forward(self, inputs: Any, *, subnet: str | Subnet | Sequence[int] | None = None) -> Any:
         """The network's output for inputs, of this subnet or of the one that was set."""
         chosen = self.subnet if subnet is None else self._resolve(subnet)
-        with active_subnet(self.network, self.stages, chosen), self._swapped(self.statistics(chosen)):
+        own = self.statistics(chosen)
+        with active_subnet(self.network, self.stages, chosen), statistics_replaced(self.network, own):
             return call_model(self.network, inputs)
 
     def export(self, subnet: str | Subnet, *, example: Any = None) -> nn.Module:
         """An ordinary module of this subnet with its statistics: `export_subnet`."""
         chosen = self._resolve(subnet)
-        with self._swapped(self.statistics(chosen)):
+        with statistics_replaced(self.network, self.statistics(chosen)):
             alone = export_subnet(self.network, self.stages, chosen, example=example)
         if self.class_names:
             alone.class_names = self.class_names  # type: ignore[assignment]
@@ -127,15 +127,9 @@ class ElasticModel(nn.Module):
     def recalibrate(self, subnet: str | Subnet, batches: Iterable[Any]) -> None:
         """Estimates statistics of a subnet by `recalibrate_bn` and keeps them; the main network's stay as they are."""
         chosen = self._resolve(subnet)
-        fresh = {
-            f"{path}.{name}": buffer.clone()
-            for path, norm in _norms(self.network)
-            for name, buffer in norm.named_buffers(recurse=False)
-        }
-        with active_subnet(self.network, self.stages, chosen), self._swapped(fresh):
-            recalibrate_bn(self.network, batches)
-        if fresh and chosen != Subnet.full(self.stages):
-            self._statistics[chosen] = {name: fresh[name] for name in self._names(chosen)}
+        found = estimated_statistics(self.network, self.stages, chosen, batches)
+        if found and chosen != Subnet.full(self.stages):
+            self._statistics[chosen] = found
 
     def _resolve(self, subnet: str | Subnet | Sequence[int]) -> Subnet:
         if isinstance(subnet, str):
@@ -145,35 +139,11 @@ class ElasticModel(nn.Module):
         check_subnet(self.stages, subnet)
         return subnet
 
-    def _names(self, subnet: Subnet) -> list[str]:
-        """Of the buffers that a subnet uses."""
-        kept = subnet.modes(self.stages)
-        skipped = tuple(f"{path}." for stage in self.stages for path in stage.blocks if path not in kept)
-        return [
-            f"{path}.{name}"
-            for path, norm in _norms(self.network)
-            for name in _SWAPPED
-            if not f"{path}.".startswith(skipped) and norm._buffers.get(name) is not None
-        ]
-
     def _check_statistics(self, subnet: Subnet, values: Mapping[str, Tensor]) -> None:
-        expected = {name: self.network.get_buffer(name).shape for name in self._names(subnet)}
+        names = names_of_statistics(self.network, self.stages, subnet)
+        expected = {name: self.network.get_buffer(name).shape for name in names}
         if {name: tensor.shape for name, tensor in values.items()} != expected:
             raise ValueError(f"the statistics of subnet {subnet} are not those of this network's norms")
-
-    @contextmanager
-    def _swapped(self, statistics: Statistics) -> Iterator[None]:
-        before = []
-        try:
-            for name, tensor in statistics.items():
-                path, _, buffer = name.rpartition(".")
-                buffers = self.network.get_submodule(path)._buffers
-                before.append((buffers, buffer, buffers[buffer]))
-                buffers[buffer] = tensor
-            yield
-        finally:
-            for buffers, buffer, tensor in before:
-                buffers[buffer] = tensor
 
     def _apply(self, fn: Any, recurse: bool = True) -> ElasticModel:
         # To another device or type: the stored statistics go with the weights.
@@ -181,11 +151,6 @@ class ElasticModel(nn.Module):
         for values in self._statistics.values():
             values.update({name: fn(tensor) for name, tensor in values.items()})
         return self
-
-
-def _norms(network: nn.Module) -> list[tuple[str, nn.Module]]:
-    tracking = set(tracking_norms(network))
-    return [(path, module) for path, module in network.named_modules() if module in tracking]
 
 
 def save_elastic(
@@ -240,8 +205,7 @@ def load_elastic(path: str | Path) -> ElasticModel:
     >>> torch.equal(again(x, subnet="1-2-1"), model(x, subnet="1-2-1"))
     True
     """
-    given = Path(path)
-    file = (given.parent if given.is_file() or given.suffix in (".json", ".safetensors") else given) / _DESCRIPTION
+    file = elastic_description(path)
     fields, tensors = read_described(file, kind="elastic model")
     with understanding(file):
         stages = read_stages(fields)
@@ -252,6 +216,12 @@ def load_elastic(path: str | Path) -> ElasticModel:
             for i, entry in enumerate(fields["subnets"])
         }
         return ElasticModel(network, stages, statistics, class_names=read_class_names(fields)).eval()
+
+
+def elastic_description(path: str | Path) -> Path:
+    """The JSON of an elastic file, given its folder or one of the two files."""
+    given = Path(path)
+    return (given.parent if given.is_file() or given.suffix in (".json", ".safetensors") else given) / _DESCRIPTION
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> Statistics:

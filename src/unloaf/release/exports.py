@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
 from unloaf.batchnorm import recalibrate_bn, tracking_norms
-from unloaf.evaluation import Accuracy, choose_subnets
+from unloaf.config.task_checks import COLUMNS
+from unloaf.evaluation import choose_subnets
 from unloaf.export import export_subnet, parse_subnet
 from unloaf.files.writing import check_new, check_own, new_folder, write_whole
 from unloaf.release.card import NetworkFacts, model_card
@@ -43,7 +44,7 @@ class ExportResult:
     files: dict[str, int]  # their sizes in bytes, by name
     subnet: str  # its depths, "3-3-5-3"
     format: Format  # state_dict, timm, pt2 or onnx
-    metrics: dict[str, Accuracy]  # accuracy by split, of the exported network
+    metrics: dict[str, Any]  # the task's figures by split, of the exported network
     params: int  # parameters
     gmacs: float  # billions of multiply-adds for one image
     difference: float  # largest absolute difference of the logits, read back against exported, on fresh inputs
@@ -92,6 +93,8 @@ def export_run(
     """
     kind = check_format(format)
     opened = open_trained(Path(run), **opening)
+    if kind != "state_dict":
+        opened.check_classifier(f"format {kind}", *COLUMNS)
     stages = opened.training.stages
     chosen = Subnet.full(stages) if depths is None else parse_subnet(stages, depths)
     place = _place(Path(run), f"{str(chosen).replace(':', '_')}-{kind}", output)
@@ -141,6 +144,7 @@ def export_elastic(
     """
     place = _place(Path(run), "elastic", output)
     opened = open_trained(Path(run), **opening)
+    opened.check_classifier("an elastic file", *COLUMNS)
     if not opened.recalibrate and tracking_norms(opened.network):
         raise ValueError("recalibrate 0: each subnet of an elastic file has statistics of its own; give 2 or more")
     chosen, notes = _chosen(opened, subnets)
@@ -217,7 +221,7 @@ def _card(opened: OpenedRun, subnet: Subnet, facts: NetworkFacts, written: Writt
         what = f"The main network, {full}, of {origin}."
     else:
         what = f"The subnet {subnet} of {origin}: an ordinary network without the other blocks of {full}."
-    summary = [f"{what} The accuracy below is that of this network, measured after the export."]
+    summary = [f"{what} The figures below are those of this network, measured after the export."]
     notes = []
     if tracking_norms(opened.network) and subnet != full:
         used = opened.training.calibration_images

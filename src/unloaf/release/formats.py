@@ -14,13 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unloaf.config.task_checks import COLUMNS
+from unloaf.export import tensors_in
 from unloaf.files.writing import write_whole
 from unloaf.models.offline import offline
 from unloaf.passes import logits_of
 from unloaf.release.libraries import built_by_timm, describe_for_transformers, describe_images_for_transformers, quiet
 from unloaf.release.subnet_files import load_subnet, save_subnet
 from unloaf.runs.opened import OpenedRun
-from unloaf.stages import evaluating
+from unloaf.stages import call_model, evaluating
 from unloaf.subnet import Subnet
 
 Format = Literal["state_dict", "timm", "pt2", "onnx"]
@@ -69,7 +71,9 @@ def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subne
     loading = 'import unloaf\n\nmodel = unloaf.load_subnet("FOLDER")'
     if not hasattr(network, "save_pretrained"):
         return Written(loading, difference)
-    loading += f"\n{LOGITS_OF_TRANSFORMERS}"
+    images = opened.training.task.preprocessing(opened.training.data) is None
+    logits = LOGITS_OF_TRANSFORMERS if images else "logits = model(tokens).logits"
+    loading += f"\n{logits}"
     if not describe_for_transformers(
         folder,
         network,
@@ -78,9 +82,11 @@ def _write_state_dict(folder: Path, opened: OpenedRun, network: nn.Module, subne
     ):
         return Written(loading, difference)
     name = type(network).__name__
-    describe_images_for_transformers(folder, opened.preprocessing)
+    if images:
+        describe_images_for_transformers(folder, opened.preprocessing)
+    opened.training.task.accompany(folder, opened.training.data)
     alone = f'import transformers\n\nmodel = transformers.{name}.from_pretrained("FOLDER").eval()'
-    return Written(f"{alone}\n{LOGITS_OF_TRANSFORMERS}\n# or\n{loading}", difference, library="transformers")
+    return Written(f"{alone}\n{logits}\n# or\n{loading}", difference, library="transformers")
 
 
 def _write_timm(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
@@ -142,7 +148,7 @@ class _Logits(nn.Module):
 
 def _write_pt2(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Subnet) -> Written:
     file = folder / "model.pt2"
-    with _refusals("torch.export"):
+    with refusals("torch.export"):
         batch = ({0: torch.export.Dim("batch", min=1, max=2**20)},)
         program = torch.export.export(_Logits(network), (opened.noise(2, 0),), dynamic_shapes=batch)
         more = {_PREPROCESSING: json.dumps(opened.preprocessing), _CLASS_NAMES: json.dumps(opened.class_names)}
@@ -158,7 +164,7 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
     import onnxruntime
 
     file = folder / "model.onnx"
-    with _refusals("the ONNX exporter"), quiet():
+    with refusals("the ONNX exporter"), quiet():
         torch.onnx.export(
             _Logits(network),
             (opened.noise(2, 0),),
@@ -170,7 +176,7 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
             external_data=False,
             verbose=False,
         )
-        _add_description(file, opened)
+        add_description(file, opened)
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def again(x: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ def _write_onnx(folder: Path, opened: OpenedRun, network: nn.Module, subnet: Sub
     return Written(loading, difference)
 
 
-def _add_description(file: Path, opened: OpenedRun) -> None:
+def add_description(file: Path, opened: OpenedRun) -> None:
     """Into the metadata of a model of ONNX, which `session.get_modelmeta().custom_metadata_map` gives."""
     import onnx
 
@@ -208,11 +214,13 @@ def _difference(kind: Format, opened: OpenedRun, network: nn.Module, again: Any)
     with evaluating(network):
         for batch, seed in _COMPARED:
             x = opened.noise(batch, seed)
-            ours, theirs = logits_of(network(x)), logits_of(again(x))
-            if ours.shape != theirs.shape:
-                raise ValueError(f"logits of shape {tuple(theirs.shape)} came back instead of {tuple(ours.shape)}")
-            worst = max(worst, float((ours - theirs).abs().max()))
-            largest = max(largest, float(ours.abs().max()))
+            pairs = zip(_answers(opened, call_model(network, x)), _answers(opened, call_model(again, x)), strict=True)
+            for ours, theirs in pairs:
+                if ours.shape != theirs.shape:
+                    raise ValueError(f"logits of shape {tuple(theirs.shape)} came back instead of {tuple(ours.shape)}")
+                if ours.numel():  # a detector may have found nothing
+                    worst = max(worst, float((ours.double() - theirs.double()).abs().max()))
+                    largest = max(largest, float(ours.abs().max()))
     if not worst <= _ROUNDING[kind] * largest:
         raise ValueError(
             f"format {kind}: the logits that came back differ by up to {worst:.1e} (of up to {largest:.1e}), more than "
@@ -221,8 +229,14 @@ def _difference(kind: Format, opened: OpenedRun, network: nn.Module, again: Any)
     return worst
 
 
+def _answers(opened: OpenedRun, output: Any) -> list[Tensor]:
+    """The logits, or all tensors that a network of another task returns."""
+    logits = opened.config.task in ("classification", "language", *COLUMNS)
+    return [logits_of(output)] if logits else list(tensors_in(output))
+
+
 @contextmanager
-def _refusals(exporter: str) -> Iterator[None]:
+def refusals(exporter: str) -> Iterator[None]:
     """Turns what an exporter raises, whole pages, into its first cause."""
     try:
         yield

@@ -17,12 +17,12 @@ from unloaf.data.augment import evaluation_transform
 from unloaf.data.images import BadImageError, ImageSet, as_pixels, decode, read_image_file
 from unloaf.data.walk import is_hidden, is_image
 from unloaf.display import show_progress
-from unloaf.engine.methods import class_probabilities
 from unloaf.export import parse_subnet
 from unloaf.passes import logits_of
 from unloaf.runs.opened import OpenedRun, Opening, open_trained
 from unloaf.stages import evaluating
 from unloaf.subnet import Subnet
+from unloaf.tasks.methods import class_probabilities
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,6 +78,7 @@ def predict_run(
         CheckpointError: no checkpoint is intact.
     """
     opened = open_trained(Path(run), need_subnets=depths is not None, **opening)
+    opened.check_classifier("unloaf predict", "multilabel")
     stages = opened.training.stages
     full = Subnet.full(stages)
     chosen = full if depths is None else parse_subnet(stages, depths)

@@ -60,7 +60,7 @@ def load_subnet(folder: str | Path) -> nn.Module:
         stages = read_stages(fields)
         subnet = Subnet(tuple(tuple(stage) for stage in fields["keep"]))
         model = build_described(fields, stages)
-        small = export_subnet(model, stages, subnet)
+        small = export_subnet(model, stages, subnet, example=_example(fields))
         load_strictly(small, tensors)
         small.class_names = read_class_names(fields)  # type: ignore[assignment]
     return small.eval()
@@ -145,6 +145,8 @@ def build_described(fields: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Mo
         ValueError: there is no such network.
     """
     # What else build_model takes would make it look for published weights.
+    if _builds(fields):
+        return _build_by(fields["architecture"], stages)
     settings = {key: value for key, value in fields["architecture"].items() if key in _ARCHITECTURE}
     name, config = settings.pop("name"), settings.pop("config", None)
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
@@ -164,6 +166,63 @@ def build_described(fields: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Mo
             raise ValueError(text) from error
     check_stages(model, stages)
     return model.eval()
+
+
+# Of each builder the arguments that are given to it, and what its network takes.
+_BUILT_BY = ("name", "backbone", "num_classes", "frozen_norms", "backbone_kwargs")
+_DETECTOR = (*_BUILT_BY, "img_size", "longest", "mean", "std")
+_ARGUMENTS = {
+    "detector": _DETECTOR,
+    "segmenter": _BUILT_BY,
+    "pose": _BUILT_BY,
+    "panoptic": (*_DETECTOR, "things", "stuff_area"),
+}
+_OF_LISTS = ("detector", "panoptic")  # take a list of images
+
+
+def _build_by(architecture: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Module:
+    """A network that is no classifier, with fresh weights."""
+    from unloaf.models.detectors import build_detector
+    from unloaf.models.panoptic import build_panoptic
+    from unloaf.models.pose import build_pose
+    from unloaf.models.segmenters import build_segmenter
+
+    builder = architecture["builder"]
+    if builder == "language":
+        return _build_language(architecture, stages)
+    if builder not in _ARGUMENTS:
+        known = ", ".join([*_ARGUMENTS, "language"])
+        raise ValueError(f"builder {builder!r}: this unloaf knows {known}; update it")
+    builders: dict[str, Any] = {"detector": build_detector, "segmenter": build_segmenter, "pose": build_pose}
+    builders["panoptic"] = build_panoptic
+    with torch.random.fork_rng(devices=[]):
+        model, _ = builders[builder](**{key: architecture[key] for key in _ARGUMENTS[builder]})
+    check_stages(model, stages)
+    return model.eval()
+
+
+def _build_language(architecture: Mapping[str, Any], stages: Sequence[Stage]) -> nn.Module:
+    """A language model of transformers, which reads its configuration from a file."""
+    from unloaf.models.hf import build_transformer
+
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(architecture["config"]), encoding="utf-8")
+        model = build_transformer(folder)
+    check_stages(model, stages)
+    return model.eval()
+
+
+def _example(fields: Mapping[str, Any]) -> Any:
+    """What a network takes whose stages do not say it; None for others."""
+    if fields["architecture"].get("builder") == "language":
+        return {"input_ids": torch.tensor([[0, 1]]), "use_cache": False}
+    if fields["architecture"].get("builder") not in _OF_LISTS:
+        return None
+    return [torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))]
+
+
+def _builds(fields: Mapping[str, Any]) -> bool:
+    return "builder" in fields["architecture"]
 
 
 def _missing_package(error: BaseException) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unloaf.config import Config, load_config
+from unloaf.config.figures import FIGURES, Figures
 from unloaf.engine.run_folder import run_of
 from unloaf.files.writing import read_text
 
@@ -42,11 +43,17 @@ def read_histories(runs: Sequence[str | Path]) -> list[RunHistory]:
     """Reads run folders, which may belong to running trainings; of any other folder all runs in it, by their names.
 
     Raises:
-        ValueError: a folder is not a run and has none, or its files cannot be read.
+        ValueError: a folder is not a run and has none, its files cannot be read, or the runs are of several tasks.
     """
     paths = list(dict.fromkeys(path for run in runs for path in _runs_in(Path(run))))
     names = [path.resolve().name for path in paths]
-    return [_read(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)]
+    labels = [name if names.count(name) == 1 else str(path) for path, name in zip(paths, names, strict=True)]
+    histories = [_read(path, label) for path, label in zip(paths, labels, strict=True)]
+    tasks = {history.config.task: history.label for history in histories}
+    if len(tasks) > 1:
+        found = ", ".join(f"{label} ({task})" for task, label in tasks.items())
+        raise ValueError(f"the runs are of several tasks, whose figures cannot be compared: {found}; give those of one")
+    return histories
 
 
 def _runs_in(path: Path) -> list[Path]:
@@ -116,29 +123,31 @@ def table_of(histories: Sequence[RunHistory]) -> tuple[list[str], list[list[str]
 
 
 def _cells(history: RunHistory) -> dict[str, str]:
-    tops, times = history.curve("eval_top1"), [seconds for _, seconds in history.curve("time")]
-    epoch, best = max(tops, key=lambda pair: pair[1]) if tops else (0, None)
+    figures = FIGURES[history.config.task]
+    chief, unit = figures.decisive, figures.unit
+    tops, times = history.curve(f"eval_{chief}"), [seconds for _, seconds in history.curve("time")]
+    epoch, best = max(tops, key=lambda pair: figures.score(pair[1])) if tops else (0, None)
     newest = {
-        "last val\n%": "eval_top1",
-        "EMA val\n%": "ema_top1",
-        "mean\nsubnet %": "subnets_top1_mean",
-        "worst\nsubnet %": "subnets_top1_min",
-        "main re-\nestimated %": "main_top1_reestimated",
+        f"last val\n{unit}": f"eval_{chief}",
+        f"EMA val\n{unit}": f"ema_{chief}",
+        f"mean\nsubnet {unit}": f"subnets_{chief}_mean",
+        f"worst\nsubnet {unit}": f"subnets_{chief}_{figures.worst_of}",
+        f"main re-\nestimated {unit}": f"main_{chief}_reestimated",
     }
     cells = {
         "run": history.label,
         "model": history.config.model,
         "method": history.config.method,
         "epochs": f"{history.last('epoch') or 0:.0f}/{history.config.epochs}",
-        "best val\n% (epoch)": "–" if best is None else f"{best:.2f} ({epoch:.0f})",
-        "last val\n%": "",
-        "test\n%": _percent(history.result.get("test_top1")),
-    } | {head: _percent(history.last(column)) for head, column in newest.items()}
+        f"best val\n{unit} (epoch)": "–" if best is None else f"{figures.cell(best)} ({epoch:.0f})",
+        f"last val\n{unit}": "",
+        f"test\n{unit}": _shown(history.result.get(f"test_{chief}"), figures),
+    } | {head: _shown(history.last(column), figures) for head, column in newest.items()}
     return cells | {"s per\nepoch": f"{statistics.median(times):.1f}" if times else "–"}
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def _shown(value: float | None, figures: Figures) -> str:
+    return "–" if value is None else figures.cell(value)
 
 
 def differences(histories: Sequence[RunHistory]) -> dict[str, list[str]]:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
-import torch
 from rich.console import Console
 
 from unloaf.display import show_progress
 from unloaf.engine.setup import Evaluation, Training
-from unloaf.evaluation import Accuracy, SubnetRow, choose_subnets, evaluate_subnets
+from unloaf.evaluation import SubnetRow, choose_subnets
+from unloaf.inputs import to_device
 from unloaf.measure.costs import Timing, measure_in_sight, write_csv
 from unloaf.measure.pareto import pareto_front
 from unloaf.measure.records import cost_records
@@ -34,7 +34,8 @@ class RunJudgement:
     weights: str  # "model", or "model_ema" for the moving average
     params: int  # parameters of the main network
     gmacs: float  # billions of multiply-adds of the main network for one image
-    main: dict[str, Accuracy]  # the main network with its running batch-norm statistics, by split
+    task: str
+    main: dict[str, Any]  # the task's figures of the main network, its running batch-norm statistics, by split
     split: str  # the images on which the subnets were evaluated
     subnets: tuple[SubnetRow, ...]  # those that were asked for, the main network first; of pareto, smallest first
     # All that were evaluated, the main network first and among its subnets evaluated as they are, with re-estimated
@@ -101,9 +102,10 @@ def judge_run(
         weights=opened.weights,
         params=params,
         gmacs=gmacs,
+        task=opened.config.task,
         main={name: evaluation.main for name, evaluation in judged.items()},
         split=splits[0],
-        subnets=tuple(pareto_front(rows) if subnets == "pareto" else rows),
+        subnets=tuple(pareto_front(rows, by=training.task.figures.of_rows) if subnets == "pareto" else rows),
         judged=tuple(rows),
         notes=(*opened.notes, *_left_out(judged), *more),
         times=tuple(times),
@@ -152,15 +154,14 @@ def _judge(training: Training, chosen: Sequence[Subnet], *, split: str, console:
     model, stages = inner_module(training.model), training.stages
     batches, calibration = training.eval_batches(split), training.calibration_batches()
     with show_progress(console, total=len(chosen), label="subnets", lines=True) as display:
-        return evaluate_subnets(
-            model, stages, batches, subnets=chosen, calibration=calibration,
+        return training.task.evaluate_subnets(
+            model, stages, batches, training.data, subnets=chosen, calibration=calibration,
             on_row=lambda row: display.advance(str(row.subnet)),
         )  # fmt: skip
 
 
-def _example(training: Training) -> torch.Tensor:
-    data = training.data
-    return torch.zeros(1, data.in_chans, data.img_size, data.img_size, device=training.device)
+def _example(training: Training) -> Any:
+    return to_device(training.task.example(training.data, 1), training.device)
 
 
 def write_subnets(judgement: RunJudgement, path: Path) -> None:

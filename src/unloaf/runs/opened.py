@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unloaf.batchnorm import recalibrate_bn
 from unloaf.config import Config, load_config
+from unloaf.config.task_checks import COLUMNS
 from unloaf.data.changed_images import check_judged
 from unloaf.data.fingerprint import read_listing
 from unloaf.engine.changed_settings import check_settings
@@ -20,11 +20,12 @@ from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpo
 from unloaf.engine.run_folder import checkpoints_in_sight, run_of
 from unloaf.engine.setup import Training, prepare
 from unloaf.errors import CheckpointError
-from unloaf.evaluation import Accuracy, accuracy
 from unloaf.export import export_subnet
 from unloaf.files.tensors import load_strictly
+from unloaf.inputs import to_device
 from unloaf.measure.costs import gmacs
 from unloaf.models.hf import transformers_config
+from unloaf.own_code import changed_code, check_allowed, code_record, is_own, own_settings
 from unloaf.printable import printable
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
@@ -48,6 +49,12 @@ class OpenedRun:
         """The main network."""
         return inner_module(self.training.model)
 
+    def check_classifier(self, what: str, *tasks: str) -> None:
+        """Raises ValueError unless the run is one of classification, or one of these tasks, which alone have that."""
+        if self.config.task not in ("classification", *tasks):
+            fitting = " and ".join(("classification", *tasks))
+            raise ValueError(f"{self.run}: {what} is for {fitting}; this run is of task {self.config.task}")
+
     @property
     def architecture(self) -> dict[str, Any]:
         """Arguments of `build_model` for the main network, without what only training needs.
@@ -56,9 +63,18 @@ class OpenedRun:
         from may be gone, and default values change from version to version.
         """
         config, data = self.config, self.training.data
+        own = self.training.task.architecture(config, data)
+        if own is not None:
+            described = {"config": transformers_config(self.network)} if config.model.startswith("hf/") else {}
+            return own | described
+        if is_own(config.model):
+            raise ValueError(
+                f"{self.run}: its network is made by {config.model}, which no other file holds; give --format pt2 or "
+                "onnx, which need no code"
+            )
         settings = {"name": config.model, "num_classes": data.num_classes, "in_chans": data.in_chans}
         settings |= {"img_size": data.img_size, "width": config.width}
-        if config.model_kwargs:
+        if config.model_kwargs and not config.model.startswith("hf/"):
             settings["model_kwargs"] = config.model_arguments
         if config.model.startswith("hf/"):
             settings["config"] = transformers_config(self.network)
@@ -76,8 +92,11 @@ class OpenedRun:
         Files are resized to input_size / crop_pct and cut out in the centre; they alone have a ``crop_mode``.
         """
         data = self.training.data
+        own = self.training.task.preprocessing(data)
+        if own is not None:
+            return own
         crop: dict[str, Any] = {"crop_pct": 1.0}
-        if self.config.dataset in ("imagefolder", "hf", "webdataset"):
+        if data.cuts_out:
             crop = {"crop_pct": data.crop_pct, "crop_mode": "center"}
         return {
             "input_size": [data.in_chans, data.img_size, data.img_size],
@@ -87,37 +106,39 @@ class OpenedRun:
             **crop,
         }
 
-    def noise(self, batch: int, seed: int) -> Tensor:
+    def noise(self, batch: int, seed: int) -> Any:
         """Inputs on which two forms of the network are compared, on the CPU."""
-        data = self.training.data
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(batch, data.in_chans, data.img_size, data.img_size, generator=generator)
+        return self.training.task.noise(self.training.data, batch, seed)
 
-    def calibration(self) -> Iterator[Tensor]:
-        """Training images from which the statistics of a subnet are estimated, on the run's device."""
+    def calibration(self) -> Iterator[tuple[Any]]:
+        """Inputs of training images from which the statistics of a subnet are estimated, on the run's device."""
         device = self.training.device
-        return (batch[0].to(device) for batch in self.training.calibration_batches())
+        parts = self.training.task.inputs_of
+        return ((to_device(x, device),) for batch in self.training.calibration_batches() for x in parts(batch))
 
     def subnet(self, subnet: Subnet) -> nn.Module:
         """A subnet as a network of its own; all but the main network have their statistics re-estimated."""
         stages = self.training.stages
-        network = export_subnet(self.network.eval(), stages, subnet)
+        # Of a detector the stages do not know what it takes.
+        tensors = self.config.task in ("classification", *COLUMNS)
+        example = None if tensors else to_device(self.noise(1, 0), self.training.device)
+        network = self.training.task.finished(export_subnet(self.network.eval(), stages, subnet, example=example))
         if self.recalibrate and subnet != Subnet.full(stages):
             recalibrate_bn(network, self.calibration())
         return network
 
-    def measure(self, network: nn.Module) -> dict[str, Accuracy]:
-        """Accuracy of a network on the run's validation and test images, as far as there are any."""
+    def measure(self, network: nn.Module) -> dict[str, Any]:
+        """The task's figures of a network on the run's validation and test images, as far as there are any."""
         data = self.training.data
         splits = ["val"] if data.test is data.val else ["val", "test"]
         network.to(self.training.device)
-        return {
-            name: accuracy(network, self.training.eval_batches(name)) for name in splits if len(getattr(data, name))
-        }
+        there = [name for name in splits if len(getattr(data, name))]
+        task, batches = self.training.task, self.training.eval_batches
+        return {name: task.evaluate(network, batches(name), data, reduce=None) for name in there}
 
     def cost(self, network: nn.Module) -> tuple[int, float]:
         """Parameters, and billions of multiply-adds for one image."""
-        image = self.noise(1, 0).to(next(network.parameters()).device)
+        image = to_device(self.training.task.example(self.training.data, 1), next(network.parameters()).device)
         return sum(p.numel() for p in network.parameters()), gmacs(network, image)
 
 
@@ -130,6 +151,7 @@ class Opening(TypedDict, total=False):
     workers: int | None
     data_dir: str | None
     device: str
+    run_own_code: bool
 
 
 def open_trained(
@@ -141,6 +163,7 @@ def open_trained(
     workers: int | None = None,
     data_dir: str | None = None,
     device: str = "auto",
+    run_own_code: bool = False,
     need_subnets: bool = True,
 ) -> OpenedRun:
     """Opens a run at a checkpoint; writes nothing, and the run may still be training.
@@ -154,6 +177,7 @@ def open_trained(
         workers: processes that read images; default: as in the run.
         data_dir: where the images are now; default: as in the run.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        run_own_code: import and run the user's own functions that the run names as its model or data.
         need_subnets: refuse a network that has none.
 
     Raises:
@@ -164,6 +188,10 @@ def open_trained(
     if recalibrate is not None and recalibrate != 0 and recalibrate < 2:
         raise ValueError(f"recalibrate {recalibrate}: give at least 2 images, or 0 to leave the statistics as they are")
     config, found, weights, notes = _open_checkpoint(run, checkpoint, ema=ema)
+    check_allowed(own_settings(config), allowed=run_own_code)
+    code = code_record(own_settings(config))
+    changed = changed_code(found.state.get("own_code"), code, since=found.path.name)
+    notes += [f"{line}: what is found may not be what was trained" for line in changed]
     training = _prepare_for_one_process(
         config, found, recalibrate=recalibrate or None, workers=workers, data_dir=data_dir, device=device
     )

@@ -10,6 +10,7 @@ from unloaf.stages.stage import (
     call_model,
     copy_of,
     inner_module,
+    is_list_of_images,
     result_of,
     stand_in,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "evaluating",
     "find_stages",
     "inner_module",
+    "is_list_of_images",
     "modes_kept",
     "result_of",
     "stand_in",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +36,7 @@ class Call:
     kwargs: dict[str, Any]
     output: Any
     versions: tuple[int, ...] = ()
+    autocast: torch.dtype | None = None  # to what the model's own forward let it cast
 
     @property
     def intact(self) -> bool:
@@ -64,6 +65,12 @@ def _versions(output: Any) -> tuple[int, ...]:
     return tuple(item._version for item in items if isinstance(item, Tensor) and not item.is_inference())
 
 
+def _autocast_of(stream: Tensor | None) -> torch.dtype | None:
+    if stream is None or stream.is_meta or not torch.is_autocast_enabled(stream.device.type):
+        return None
+    return torch.get_autocast_dtype(stream.device.type)
+
+
 @contextmanager
 def drawing_alike(model: nn.Module) -> Iterator[None]:
     """Passes inside draw the same random numbers each time; nobody else notices."""
@@ -88,7 +95,8 @@ def trace(model: nn.Module, example: Any) -> tuple[dict[str, Call], Any]:
     for path, module in model.named_modules():
 
         def record(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-            seen.setdefault(path, []).append(Call(len(seen), args, kwargs, output, _versions(output)))
+            call = Call(len(seen), args, kwargs, output, _versions(output))
+            seen.setdefault(path, []).append(replace(call, autocast=_autocast_of(call.stream)))
 
         if path and module not in makers:
             handles.append(module.register_forward_hook(record, with_kwargs=True))
@@ -154,7 +162,12 @@ class _Trial:
         """With another input and other parameters."""
         args = tuple(self._swapped(value, x) for value in self.call.args)
         kwargs = {key: self._swapped(value, x) for key, value in self.call.kwargs.items()}
-        output = functional_call(self.module, parameters, args, kwargs, tie_weights=False)
+        cast = nullcontext()
+        if self.call.autocast is not None:
+            # What is cast belongs to these parameters alone: nothing of it is kept.
+            cast = torch.autocast(x.device.type, self.call.autocast, cache_enabled=False)
+        with cast:
+            output = functional_call(self.module, parameters, args, kwargs, tie_weights=False)
         return Call(self.call.order, args, kwargs, output)
 
     def _swapped(self, value: Any, x: Tensor) -> Any:
@@ -163,15 +176,20 @@ class _Trial:
         return None if any(value is other for other in self.without) else value
 
     def parameters(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """The parameters changed, by name."""
+        """The parameters changed, by name; those of a frozen norm, which torchvision keeps as buffers, are some too."""
         # Each module once, and no tying: for a module under several names (CoaT's mlp2, mlp3 and mlp4 are one) torch
         # 2.15 would save the first name's parameters, then the substitutes as those of the second, and leave these
         # behind.
         return {
             f"{path}.{name}".lstrip("."): change(p)
             for path, part in self.module.named_modules()
-            for name, p in part.named_parameters(recurse=False)
+            for name, p in (*part.named_parameters(recurse=False), *_frozen_affine(part))
         }
+
+
+def _frozen_affine(part: nn.Module) -> list[tuple[str, Tensor]]:
+    """Scale and shift that are buffers."""
+    return [(name, b) for name, b in part.named_buffers(recurse=False) if name in ("weight", "bias")]
 
 
 def _without_parameters(trial: _Trial, x: Tensor) -> Call:

@@ -136,6 +136,13 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
+def is_list_of_images(inputs: Any) -> bool:
+    """Whether these are images of a batch that have sides of their own, (C, H, W) each, as torchvision's detectors take
+    them.
+    """
+    return isinstance(inputs, list) and bool(inputs) and all(isinstance(x, Tensor) and x.ndim == 3 for x in inputs)
+
+
 def stream_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The residual stream among a block's arguments: the first tensor."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

@@ -107,6 +107,7 @@ def restore(training: Training, checkpoint: Checkpoint) -> None:
 
 def _restore_position(training: Training, checkpoint: Checkpoint) -> None:
     saved = {"steps": checkpoint.step, **checkpoint.state["position"]}  # unloaf 0.1 kept the sum in the number alone
+    saved.setdefault("best", saved.get("best_top1"))  # its name while there was classification alone
     for name in asdict(training.position):
         setattr(training.position, name, saved[name])
     before, now = steps_per_epoch(saved, checkpoint.step), training.steps_per_epoch

@@ -15,9 +15,19 @@ from unloaf.inputs import SmallerInputs, fitting_inputs
 from unloaf.losses import check_two_classes, direction, direction_kl_loss, kl_loss, resolve_amplitude
 from unloaf.methods.step import Criterion, Weight
 from unloaf.methods.table import METHODS
-from unloaf.methods.terms import DirectionCriterion
+from unloaf.methods.terms import DirectionCriterion, Distance
 from unloaf.sampling import ExponentialDecaySampler, InterStageSampler, OrderedSampler, StochasticSampler
-from unloaf.stages import Stage
+from unloaf.stages import NoResidualBlocksError, Stage, find_stages
+
+
+def stages_for(config: Config, model: nn.Module, example: Any, *, within: str | None = None) -> tuple[Stage, ...]:
+    """The stages of a network, or of a part of it; () where there are none and common training needs none."""
+    try:
+        return find_stages(model, example, within=within)
+    except NoResidualBlocksError:
+        if config.method != "common":
+            raise
+        return ()
 
 
 def build_method(
@@ -28,29 +38,49 @@ def build_method(
     steps_per_epoch: int | None = None,
     batches_per_step: int = 1,
 ) -> Any:
-    """The method of this configuration, for this model.
-
-    Optimizer steps of an epoch are needed where the subnets' weight changes over the run; of the batches whose
-    gradients are added in one, each is a step to the method.
+    """The method of this configuration, for this classifier; arguments as of `method_options`.
 
     Raises:
         ValueError: the method cannot train this model.
     """
-    options: dict[str, Any] = {"criterion": _label_loss(config)}
+    options = method_options(
+        config, model, stages, _label_loss(config), steps_per_epoch=steps_per_epoch, batches_per_step=batches_per_step
+    )
+    return METHODS[config.method].factory(model, stages, **options)
+
+
+def method_options(
+    config: Config,
+    model: nn.Module,
+    stages: tuple[Stage, ...],
+    criterion: Criterion,
+    *,
+    steps_per_epoch: int | None = None,
+    batches_per_step: int = 1,
+) -> dict[str, Any]:
+    """What the factory of the configuration's method takes, with this loss of logits and labels.
+
+    Optimizer steps of an epoch are needed where the subnets' weight changes over the run; of the batches whose
+    gradients are added in one, each is a step to the method.
+    """
+    options: dict[str, Any] = {"criterion": criterion}
     if config.method != "common":
         options["seed"] = config.seed
     if config.method == "stochastic-depth":
         options["final_survival"] = config.final_survival
     if config.num_subnets_or_default:
-        weight = _weight(config, steps_per_epoch, batches_per_step)
-        options |= {"sampler": _sampler(config), "subnet_weight": weight} | _losses(config)
-        options["subnet_batch_fraction"] = config.subnet_batch_fraction
+        weight = drawn_weight(config, steps_per_epoch, batches_per_step)
+        options |= {"sampler": sampler_of(config), "subnet_weight": weight}
+        if config.method == "st-star":
+            options["check_finite"] = False  # the engine has a rule for it, which all processes must come to
+        else:
+            options |= _losses(config, criterion) | {"subnet_batch_fraction": config.subnet_batch_fraction}
     if config.method == "gkt":
         options |= {"groups": config.groups, "loops": config.loops, "ema": config.group_ema, "teacher": config.teacher}
     elif config.num_subnets_or_default:
         options["num_subnets"] = config.num_subnets_or_default
         options["subnet_inputs"] = _subnet_inputs(config, model, stages)
-    return METHODS[config.method].factory(model, stages, **options)
+    return options
 
 
 @dataclass(frozen=True)
@@ -82,7 +112,8 @@ class SubnetSchedule:
         return self.peak * (1 + (wave if self.shape == "falling" else -wave)) / 2
 
 
-def _weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) -> Weight:
+def drawn_weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) -> Weight:
+    """The weight of each subnet's loss, or a function from the step to it."""
     on, off = config.subnet_on_epoch, config.subnet_off_epoch
     if (config.subnet_schedule, config.subnet_interval, on, off) == ("constant", 1, 1, 0):
         return config.subnet_weight_or_default
@@ -105,28 +136,39 @@ def _weight(config: Config, steps_per_epoch: int | None, batches_per_step: int) 
     )
 
 
-def _sampler(config: Config) -> Any:
+def sampler_of(config: Config) -> Any:
+    """The rule that draws subnets."""
     rule = config.sampler_or_default
     if rule == "exponential-decay":
         return ExponentialDecaySampler(base=config.decay_base)
     return {"ordered": OrderedSampler, "inter-stage": InterStageSampler, "stochastic": StochasticSampler}[rule]()
 
 
-def _losses(config: Config) -> dict[str, Any]:
+def _losses(config: Config, label: Criterion) -> dict[str, Any]:
     """Options that say which losses subnets and labels have; ST++ makes its own of the settings."""
-    label, kl = _label_loss(config), config.subnet_loss_or_default == "kl"
-    directions: dict[str, Any] = {"amplitude": config.amplitude, "eps": config.eps}
+    kl, directions = config.subnet_loss_or_default == "kl", _directions(config)
     if config.method == "st++":
         main_logits = "direction" if _normalises_main_logits(config) else "raw"
         return directions | {"main_logits": main_logits, "criterion": label, "subnet_loss": kl_loss if kl else None}
     return {
-        "subnet_loss": kl_loss if kl else partial(direction_kl_loss, **directions),
+        "subnet_loss": subnet_distance(config),
         "criterion": DirectionCriterion(label, **directions) if _normalises_main_logits(config) else label,
     }
 
 
+def subnet_distance(config: Config) -> Distance:
+    """From the logits of a subnet and its teacher to the subnet's loss."""
+    return kl_loss if config.subnet_loss_or_default == "kl" else partial(direction_kl_loss, **_directions(config))
+
+
+def _directions(config: Config) -> dict[str, Any]:
+    return {"amplitude": config.amplitude, "eps": config.eps}
+
+
 def _normalises_main_logits(config: Config) -> bool:
     """Whether the loss on labels sees directions, as in the published ST++ runs."""
+    if config.method == "st-star":
+        return False
     automatic = config.main_logits == "auto" and config.subnet_loss_or_default == "kl-"
     return config.main_logits == "direction" or automatic
 
@@ -144,7 +186,7 @@ def class_probabilities(config: Config, logits: Tensor) -> Tensor:
     logits = logits.float()
     if config.num_subnets_or_default and _normalises_main_logits(config):
         logits = resolve_amplitude(config.amplitude, logits.shape[-1]) * direction(logits, eps=config.eps)
-    return logits.sigmoid() if config.bce_loss else logits.softmax(-1)
+    return logits.sigmoid() if config.bce_loss or config.task == "multilabel" else logits.softmax(-1)
 
 
 def check_classes(config: Config, classes: int) -> None:
@@ -163,7 +205,9 @@ def _label_loss(config: Config) -> Criterion:
 
 def _subnet_inputs(config: Config, model: nn.Module, stages: tuple[Stage, ...]) -> SmallerInputs | None:
     rule = config.subnet_inputs
-    if rule == "same" or (rule == "auto" and config.method != "st++"):
+    if config.task == "language":
+        return None
+    if rule == "same" or (rule == "auto" and config.method not in ("st++", "st-star")):
         return None
     inputs = SmallerInputs(min_ratio=config.min_ratio, sides=config.sides or None, per=config.per)
     shape = stages[0].input_shape if stages else None

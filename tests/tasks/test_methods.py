@@ -10,16 +10,16 @@ import tiny
 import unloaf
 from unloaf.commands.train import parse_train
 from unloaf.config import fields
-from unloaf.engine.methods import build_method
 from unloaf.methods.table import METHODS
 from unloaf.recipes import recipe
+from unloaf.tasks.methods import build_method
 
 ON_DIGITS = {"sampler": unloaf.OrderedSampler(), "subnet_inputs": unloaf.SmallerInputs(min_ratio=0.75), "eps": 1.0}
 
 
 def test_every_method_has_a_flag_and_looks_of_its_own():
     assert tuple(METHODS) == get_args(fields.Method)
-    assert len({method.label for method in METHODS.values()}) == len({m.colour for m in METHODS.values()}) == 5
+    assert len({method.label for method in METHODS.values()}) == len({m.colour for m in METHODS.values()}) == 6
 
 
 @pytest.mark.parametrize(

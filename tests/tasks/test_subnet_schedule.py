@@ -11,7 +11,7 @@ from unloaf.config import Config
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.engine.checkpoint.capture import capture, restore
 from unloaf.engine.loop import prepare, train_epoch
-from unloaf.engine.methods import build_method
+from unloaf.tasks.methods import build_method
 
 
 def weights(**settings) -> list[float]:

@@ -1,0 +1,46 @@
+"""The recipes of `unloaf demo --task language`: a small byte-level Llama on the help pages that come with Python.
+
+Both share text, network, steps and learning rate, which are usual ones for such a network and were not tuned, for
+neither method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from unloaf.config import Config
+
+
+def common() -> Config:
+    """Common training: the cross-entropy of the main network alone.
+
+    >>> common().method, common().seq_len
+    ('common', 128)
+    """
+    return Config(
+        task="language",
+        dataset="text",
+        model="hf/LlamaConfig",
+        model_kwargs=(
+            "hidden_size=128", "intermediate_size=256", "num_hidden_layers=8", "num_attention_heads=4",
+            "num_key_value_heads=4", "tie_word_embeddings=True", "max_position_embeddings=512",
+        ),
+        seq_len=128,
+        method="common",
+        epochs=1,
+        batch_size=8,
+        opt="adamw",
+        lr=3e-3,
+        weight_decay=0.1,
+        clip_grad=1.0,
+        device="cpu",
+    )  # fmt: skip
+
+
+def stimulative() -> Config:
+    """ST: in each step one ordered subnet, an early exit, learns from the main network.
+
+    >>> stimulative().method, stimulative().sampler_or_default
+    ('st', 'ordered')
+    """
+    return replace(common(), method="st")
