@@ -1,5 +1,6 @@
 """How images become inputs where a run starts from weights."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -12,13 +13,14 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
+import mask_files
 import tiny
 from unloaf.config import Config, load_config
 from unloaf.data import EvalBatches, load_data
 from unloaf.engine.run import train
 from unloaf.models import preprocessing
 from unloaf.models.build import build_model
-from unloaf.models.preprocessing import with_preprocessing
+from unloaf.models.preprocessing import with_colours_of_backbone, with_preprocessing
 from unloaf.runs.judge import judge_run
 
 HALF, IMAGENET = (0.5, 0.5, 0.5), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -231,3 +233,71 @@ def test_description_that_is_none_is_named(folders, tmp_path, text):
     with pytest.raises(ValueError, match=r"preprocessor_config.json") as caught:
         with_preprocessing(settings(folders, initial_checkpoint=str(tmp_path)))
     assert "\n" not in str(caught.value)
+
+
+# --- of a backbone
+
+RED = ((0.7, 0.2, 0.1), (0.3, 0.2, 0.1))
+_RED = {"mean": list(RED[0]), "std": list(RED[1]), "interpolation": "bilinear", "crop_pct": 1.0}
+
+
+def header(place):
+    """A run's weights, as `unloaf train` leaves them."""
+    save_file({"w": torch.zeros(1)}, place / "model.safetensors", {"unloaf_preprocessing": json.dumps(_RED)})
+    return {"backbone_weights": str(place)}
+
+
+def exported(place):
+    """A folder that timm reads."""
+    save_file({"w": torch.zeros(1)}, place / "model.safetensors")
+    (place / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": _RED}))
+    return {"backbone": str(place)}
+
+
+def whole(place):
+    """A segmenter that is trained on; what its backbone began from does not matter then."""
+    return {"initial_checkpoint": header(place)["backbone_weights"], "backbone": "timm/resnet18"}
+
+
+def silent(place):
+    """A file without a word, so as timm says."""
+    save_file({"w": torch.zeros(1)}, place / "model.safetensors")
+    return {"backbone": "vit_tiny_patch16_224", "backbone_weights": str(place)}
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (header, RED),
+        (exported, RED),
+        (whole, RED),
+        (silent, (HALF, HALF)),
+        (lambda place: {"backbone": "timm/vit_tiny_patch16_224", "pretrained": True}, (HALF, HALF)),
+        (lambda place: header(place) | {"mean": (0.5,) * 3}, (HALF, RED[1])),
+        (lambda place: {}, ((), ())),
+    ],
+)
+@pytest.mark.parametrize("task", ["semantic", "detection", "pose", "panoptic"])
+def test_images_are_fed_as_the_weights_of_the_backbone_expect(tmp_path, task, start, expected):
+    models = {"semantic": "semantic-fpn", "detection": "fcos", "pose": "simple-baseline", "panoptic": "panoptic-fpn"}
+    dataset = "masks" if task == "semantic" else "coco"
+    usual = {"task": task, "model": models[task], "dataset": dataset, "data_dir": "x", "method": "common"}
+    config, source = with_colours_of_backbone(Config(**usual, img_size=64, **start(tmp_path)))
+    assert (config.mean, config.std) == expected
+    assert bool(source) == (expected in (RED, (HALF, HALF)))
+
+
+def test_a_backbone_of_a_run_is_fed_as_that_run_was(tmp_path):
+    """Also when the run goes on, and its start is gone."""
+    start = tmp_path / "start.safetensors"
+    save_file(timm.create_model("resnet18").state_dict(), start, {"unloaf_preprocessing": json.dumps(_RED)})
+    mask_files.masked(tmp_path / "set")
+    usual = {"task": "semantic", "dataset": "masks", "data_dir": str(tmp_path / "set"), "model": "semantic-fpn"}
+    usual |= {"backbone": "timm/resnet18", "num_classes": 3, "img_size": 32, "batch_size": 2, "method": "common"}
+    given = Config(**usual, epochs=1, device="cpu", backbone_weights=str(start), output=str(tmp_path), name="run")
+    run = train(given, console=tiny.quiet()).path
+    assert "inputs: mean 0.7, 0.2, 0.1, std 0.3, 0.2, 0.1" in (run / "log.txt").read_text(encoding="utf-8")
+    start.unlink()
+    train(replace(given, epochs=2), console=tiny.quiet(), resume="auto")
+    again = load_config(run / "args.yaml")
+    assert (again.mean, again.std) == RED

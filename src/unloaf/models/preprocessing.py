@@ -68,6 +68,38 @@ def with_preprocessing(config: Config) -> tuple[Config, str]:
     return dataclasses.replace(config, **filled), f"as {expected.source}{other}"
 
 
+def with_colours_of_backbone(config: Config) -> tuple[Config, str]:
+    """The settings of a run that begins, of a task on top of a backbone, with the mean and std that the backbone's
+    weights expect, and where they are from. What is given stays; a random start keeps ImageNet's.
+
+    Raises:
+        ValueError: what lies beside the weights is no description.
+
+    >>> config = Config(task="semantic", dataset="masks", data_dir="x", model="semantic-fpn", method="common")
+    >>> with_colours_of_backbone(dataclasses.replace(config, backbone="timm/mixer_b16_224", pretrained=True))[0].mean
+    (0.5, 0.5, 0.5)
+    """
+    expected = _expected_by_backbone(config)
+    if expected is None:
+        return config, ""
+    filled = {"mean": config.mean or expected.mean, "std": config.std or expected.std}
+    source = f"as {expected.source}" if filled == {"mean": expected.mean, "std": expected.std} else ""
+    return dataclasses.replace(config, **filled), source
+
+
+def _expected_by_backbone(config: Config) -> _Expected | None:
+    exported = (Path(config.backbone) / "config.json").is_file()
+    places = (config.initial_checkpoint, config.backbone if exported else config.backbone_weights)
+    files = (None if place is None else find_weights(Path(place)) for place in places)
+    found = next((told for file in files if file is not None and (told := _beside(file)) is not None), None)
+    if found is None and not exported and (config.pretrained or config.backbone_weights is not None):
+        name = config.backbone if "/" in config.backbone else f"timm/{config.backbone}"
+        found = _of_model(name) if name.startswith("timm/") else None
+    if found is None:
+        return None
+    return dataclasses.replace(found, mean=_for_channels(found.mean, 3), std=_for_channels(found.std, 3))
+
+
 def describe(data: Data, source: str) -> str:
     """How images become inputs, as a line of text."""
     mean, std = (", ".join(f"{value / 255:.4g}" for value in values) for values in (data.mean, data.std))

@@ -24,7 +24,7 @@ from unloaf.methods.ground_truth import GroundTruthTraining
 from unloaf.methods.step import TrainingMethod
 from unloaf.models.backbones import described_backbone, freezes_norms, start_of
 from unloaf.models.detectors import build_detector
-from unloaf.models.preprocessing import describe
+from unloaf.models.preprocessing import describe, with_colours_of_backbone
 from unloaf.stages import Stage, evaluating, find_stages, inner_module
 from unloaf.tasks.methods import drawn_weight, sampler_of
 from unloaf.tasks.task import Task, Where
@@ -66,8 +66,9 @@ class Detection(Task):
         missing = [name for name in ("faster_coco_eval", "torchmetrics") if find_spec(name) is None]
         if missing:
             raise ValueError(f"task {config.task} needs {', '.join(missing)}: pip install 'unloaf[detection]'")
+        config, source = (config, "") if resumed else with_colours_of_backbone(config)
         data = load_annotated(config, masks=self.masks)
-        return config, data, describe(data, "")
+        return config, data, describe(data, source)
 
     def check(self, config: Config, data: Data) -> None:
         """See `Task.check`; the configuration is looked at when it is made."""

@@ -16,7 +16,7 @@ from unloaf.data.panoptic_batches import PanopticEvalBatches, PanopticTrainBatch
 from unloaf.evaluation import Reduction
 from unloaf.models.backbones import start_of
 from unloaf.models.panoptic import build_panoptic
-from unloaf.models.preprocessing import describe
+from unloaf.models.preprocessing import describe, with_colours_of_backbone
 from unloaf.stages import evaluating, inner_module
 from unloaf.tasks.detection import Detection
 from unloaf.tasks.panoptic_quality import Quality, matches, quality_of
@@ -30,8 +30,9 @@ class Panoptic(Detection):
 
     def load(self, config: Config, *, resumed: bool) -> tuple[Config, Data, str]:
         """See `Task.load`."""
+        config, source = (config, "") if resumed else with_colours_of_backbone(config)
         data = load_annotated(config, masks=False)
-        return config, data, describe(data, "")
+        return config, data, describe(data, source)
 
     def network(self, config: Config, data: Data, *, resumed: bool) -> tuple[nn.Module, tuple[str, ...]]:
         """A network of the data's things and stuff."""

@@ -25,7 +25,7 @@ from unloaf.methods.step import TrainingMethod
 from unloaf.methods.table import METHODS
 from unloaf.models.backbones import described_backbone, freezes_norms, start_of
 from unloaf.models.pose import build_pose
-from unloaf.models.preprocessing import describe
+from unloaf.models.preprocessing import describe, with_colours_of_backbone
 from unloaf.stages import Stage, evaluating, inner_module
 from unloaf.tasks.heatmaps import errors_of, heatmap_distance, heatmap_loss, joint_loss, points_of
 from unloaf.tasks.methods import drawn_weight, method_options, sampler_of, stages_for
@@ -67,12 +67,13 @@ class Pose(Task):
         """See `Task.load`."""
         if find_spec("faster_coco_eval") is None:
             raise ValueError("task pose needs faster_coco_eval: pip install 'unloaf[detection]'")
+        config, source = (config, "") if resumed else with_colours_of_backbone(config)
         data = load_people(config)
         others = unknown_to_coco(data.class_names)
         if others:
             note = f"OKS: COCO has no sigma of {', '.join(others)}; it is {OTHER_SIGMA} there, as of a shoulder"
             data = replace(data, notes=(*data.notes, note))
-        return config, data, describe(data, "")
+        return config, data, describe(data, source)
 
     def check(self, config: Config, data: Data) -> None:
         """See `Task.check`; the configuration is looked at when it is made."""

@@ -23,7 +23,7 @@ from unloaf.methods.step import TrainingMethod
 from unloaf.methods.table import METHODS
 from unloaf.methods.terms import Distance
 from unloaf.models.backbones import described_backbone, freezes_norms, start_of
-from unloaf.models.preprocessing import describe
+from unloaf.models.preprocessing import describe, with_colours_of_backbone
 from unloaf.models.segmenters import build_segmenter
 from unloaf.stages import Stage, evaluating, inner_module
 from unloaf.tasks.methods import check_classes, drawn_weight, method_options, sampler_of, stages_for, subnet_distance
@@ -57,8 +57,9 @@ class Semantic(Task):
 
     def load(self, config: Config, *, resumed: bool) -> tuple[Config, Data, str]:
         """See `Task.load`."""
+        config, source = (config, "") if resumed else with_colours_of_backbone(config)
         data = load_masked(config)
-        return config, data, describe(data, "")
+        return config, data, describe(data, source)
 
     def check(self, config: Config, data: Data) -> None:
         """See `Task.check`."""
