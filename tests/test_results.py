@@ -588,3 +588,19 @@ def test_a_process_that_does_not_end_is_killed(tmp_path, monkeypatch):
         process.stdout.readline()
         run.Study(options)._wait([(tmp_path, process)])
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_backbone_is_the_run_of_the_same_seed(tmp_path):
+    jobs = {job.key: job for job in plan(TABLES["camvid-transfer-cpu"], Results(tmp_path))}
+    config = jobs["ST* on a backbone of common training", 2].config("DIR", tmp_path / "runs")
+    assert config.backbone_weights == str(tmp_path / "runs" / "backbones-cpu" / "common-training-2")
+    words = command(config).split()
+    assert words[words.index("--backbone-weights") + 1] == "backbones-cpu/common-training-2"
+    assert str(tmp_path) not in command(config)
+
+
+def test_what_begins_from_a_backbone_waits_for_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    words = ["camvid-transfer-cpu", "--data-dir", "none", "--output", str(tmp_path), "--results", str(tmp_path)]
+    assert run.main([*words, "--seeds", "1"]) == run.UNFINISHED
+    assert "common-training-1 is not there: train backbones-cpu first" in capsys.readouterr().out

@@ -39,8 +39,7 @@ class Job:
     @property
     def name(self) -> str:
         """Of its folder."""
-        words = "".join(letter if letter.isalnum() else "-" for letter in self.row.label.replace("+", "p"))
-        return f"{self.table.name}/{words.strip('-')}-{self.seed}"
+        return folder_of(self.table.name, self.row.label, self.seed)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -51,7 +50,20 @@ class Job:
         """What `unloaf train` trains."""
         folder, _, name = self.name.rpartition("/")
         files = data_dir if self.settings["dataset"] != "digits" else None
-        return Config(**self.settings, seed=self.seed, data_dir=files, output=str(output / folder), name=name)
+        start: dict[str, Any] = {}
+        if self.row.backbone is not None:
+            start["backbone_weights"] = str(output / folder_of(str(self.table.backbones), self.row.backbone, self.seed))
+        return Config(**self.settings, **start, seed=self.seed, data_dir=files, output=str(output / folder), name=name)
+
+
+def folder_of(table: str, label: str, seed: int) -> str:
+    """Where a run lies below the folder of all of them.
+
+    >>> folder_of("camvid-cpu", "ST*", 0)
+    'camvid-cpu/ST-0'
+    """
+    words = "".join(letter if letter.isalnum() else "-" for letter in label.replace("+", "p"))
+    return f"{table}/{words.strip('-')}-{seed}"
 
 
 class Results:
@@ -196,12 +208,18 @@ def _told(value: Any) -> Any:
 
 
 def described(config: Config) -> dict[str, Any]:
-    """The settings that are not the defaults, without what is private to a machine."""
-    return {
+    """The settings that are not the defaults, without what is private to a machine.
+
+    Of the run that a backbone begins from only its table, row and seed.
+    """
+    found = {
         f.name: getattr(config, f.name)
         for f in fields(Config)
         if f.name not in _PRIVATE and getattr(config, f.name) != f.default
     }
+    if config.backbone_weights is not None:
+        found["backbone_weights"] = "/".join(Path(config.backbone_weights).parts[-2:])
+    return found
 
 
 def command(config: Config) -> str:

@@ -82,10 +82,19 @@ class Study:
         chosen = [job for job in plan(table, self.results, tier, rows) if seeds is None or job.seed in seeds]
         done = {(record["row"], record["seed"]) for record in self.results.records(table.name)}
         missing = [job for job in chosen if job.key not in done]
+        self._check_backbones(table, missing)
         say(f"{table.name}: {len(chosen) - len(missing)} of {len(chosen)} runs are there")
         self._train(missing)
         done = {(record["row"], record["seed"]) for record in self.results.records(table.name)}
         return all(job.key in done for job in chosen)
+
+    def _check_backbones(self, table: Table, jobs: Sequence[Job]) -> None:
+        """Raises MissingError where the run that a backbone begins from is not there, or not at its end."""
+        done = {(record["row"], record["seed"]) for record in self.results.records(str(table.backbones))}
+        for job in jobs:
+            start = job.config(None, self.output / "runs").backbone_weights
+            if start is not None and ((job.row.backbone, job.seed) not in done or not (Path(start) / "last").exists()):
+                raise MissingError(f"{start} is not there: train {table.backbones} first, into the same --output")
 
     def _measured(self, table: Table, rows: Sequence[Row]) -> bool:
         for row in rows[1:]:

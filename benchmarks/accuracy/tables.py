@@ -21,14 +21,16 @@ class Row:
     """A line of a table: settings beside the table's own, trained once for each seed.
 
     `tuned` names a method of the table's trials, whose best settings come first. `costs_as` makes the number of epochs
-    that at which the run costs as much as the most expensive run of those rows. Rows of a lower `tier` are trained
-    first, in all seeds.
+    that at which the run costs as much as the most expensive run of those rows. `backbone` names a row of the table's
+    backbones, from whose run of the same seed the backbone begins. Rows of a lower `tier` are trained first, in all
+    seeds.
     """
 
     label: str
     settings: Settings = field(default_factory=dict)
     tuned: str | None = None
     costs_as: tuple[str, ...] = ()
+    backbone: str | None = None
     tier: int = 1
 
 
@@ -39,7 +41,7 @@ class Table:
     `costed`: rows have costs though none is at the cost of another.
 
     `trials` is the table of trials from which `Row.tuned` takes settings; in such a table `Row.tuned` says whose trial
-    a row is.
+    a row is. `backbones` is the table of classifiers that rows begin from; it is trained before, on other images.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Table:
     split: str = "test"
     subnets: int | tuple[str, ...] | None = None
     trials: str | None = None
+    backbones: str | None = None
     costed: bool = False
 
     def row(self, label: str) -> Row:
@@ -314,6 +317,38 @@ def fine_tuning_rows() -> tuple[Row, ...]:
     )
 
 
+# Classifiers for backbones, and what is fine-tuned on them: the paper's R50-base, R50-ST and R50-ST*.
+BACKBONES: dict[str, Any] = {
+    "dataset": "cifar100", "train_images": 10_000, "img_size": 64, "model": "timm/regnetx_002", "batch_size": 64,
+    "lr": 0.1, "epochs": 8, "warmup_epochs": 1, "device_data": True, "channels_last": True, "device": "cpu",
+    "eval_interval": 1000,
+}  # fmt: skip
+
+
+def backbone_rows() -> tuple[Row, ...]:
+    """The same network by common training and by ST."""
+    return (
+        Row(label="common training", settings={"method": "common"}),
+        Row(label="ST", settings={"method": "st"}),
+    )
+
+
+def transfer_rows() -> tuple[Row, ...]:
+    """Common training and ST* from a backbone of common training and from one of ST."""
+    return tuple(
+        Row(label=f"{method} on a backbone of {backbone}", settings={"method": flag}, backbone=backbone)
+        for backbone in ("common training", "ST")
+        for method, flag in (("common training", "common"), ("ST*", "st-star"))
+    )
+
+
+LSP: dict[str, Any] = {
+    "task": "pose", "dataset": "coco", "model": "simple-baseline", "backbone": "timm/resnet18", "img_size": 64,
+    "batch_size": 16, "opt": "adam", "lr": 1e-3, "weight_decay": 0.0, "epochs": 8, "device": "cpu",
+    "channels_last": True, "recalibrate": 128, "eval_interval": 1000,
+}  # fmt: skip
+
+
 # --- loafing
 
 
@@ -569,6 +604,26 @@ _ALL = [
         "1-1, 2-3 and 3-5 of 4-7",
         common=CAMVID, rows=fine_tuning_rows(), subnets=("1-1", "2-3", "3-5", "4-7"),
     ),
+    Table(
+        name="backbones-cpu", title="Backbones: RegNetX-200MF on CIFAR-100",
+        about="CIFAR-100 at 64 px, 10,000 training images, RegNetX-200MF, batch 64, SGD with cosine, 8 epochs, one "
+        "CPU core; no setting was tuned; subnets 1-1, 2-3 and 3-5 of 4-7",
+        common=BACKBONES, rows=backbone_rows(), subnets=("1-1", "2-3", "3-5", "4-7"), costed=True,
+    ),
+    Table(
+        name="camvid-transfer-cpu", title="Semantic segmentation of CamVid on backbones that were trained before",
+        about="CamVid as above, 5 epochs, from the backbone of the same seed in the table of backbones, whose batch "
+        "norms stay as they are; subnet 1-1 of 4-7",
+        common=CAMVID | {"epochs": 5}, rows=transfer_rows(), subnets=("1-1", "4-7"),
+        backbones="backbones-cpu",
+    ),
+    Table(
+        name="lsp-cpu", title="Pose of Leeds Sports",
+        about="Leeds Sports Pose, 1,100 training people of 14 joints, SimpleBaseline on a ResNet-18 of random weights, "
+        "crops of 64 x 48 px, batch 16, Adam with cosine, 8 epochs, one CPU core; no setting was tuned; subnets "
+        "1-1-1-1 and 1-2-1-2 of 2-2-2-2",
+        common=LSP, rows=fine_tuning_rows(), subnets=("1-1-1-1", "1-2-1-2", "2-2-2-2"),
+    ),
     TRIALS(
         name="cifar100-gpu-quick-trials", title="Trials for ResNet-18 in 30 epochs", subnets=4,
         about="8 epochs, one seed, evaluated on 5,000 validation images",
@@ -602,6 +657,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "cpu": (
         "digits", "cifar100-cpu", "cifar100-cpu-few", "baselines-cpu", "parts-cpu", "sides-cpu",
         "cifar100-cpu-vit", "cifar100-cpu-mobilenetv3", "few-classes-cpu", "loafing-cpu", "loafing-cifar10",
-        "readings-cpu", "camvid-cpu",
+        "readings-cpu", "camvid-cpu", "backbones-cpu", "camvid-transfer-cpu", "lsp-cpu",
     ),
 }  # fmt: skip
