@@ -92,7 +92,7 @@ class Study:
         """Raises MissingError where the run that a backbone begins from is not there, or not at its end."""
         done = {(record["row"], record["seed"]) for record in self.results.records(str(table.backbones))}
         for job in jobs:
-            start = job.config(None, self.output / "runs").backbone_weights
+            start = job.config(self.options.data_dir, self.output / "runs").backbone_weights
             if start is not None and ((job.row.backbone, job.seed) not in done or not (Path(start) / "last").exists()):
                 raise MissingError(f"{start} is not there: train {table.backbones} first, into the same --output")
 
