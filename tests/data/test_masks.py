@@ -9,6 +9,7 @@ from PIL import Image
 
 import mask_files as files
 import tiny
+from unloaf.commands import main as cli
 from unloaf.config import Config
 from unloaf.data.changed_images import check_resumed
 from unloaf.data.fingerprint import listing, read_listing, record_of
@@ -303,3 +304,37 @@ def test_without_validation_images_some_are_held_out(tmp_path):
     assert list(map(len, names)) == [5, 2]
     assert not names[0] & names[1]
     assert record_of(data)["held_out"]
+
+
+# --- check-data
+
+
+def test_check_data_counts_the_pixels_of_each_class(tmp_path, capsys):
+    """Two masks of 4 x 2 pixels by hand, one of them with two void pixels."""
+    for split, rows in (("train", [[0, 0, 1, 1], [0, 2, 2, 255]]), ("val", [[1, 1, 1, 1], [2, 0, 0, 255]])):
+        files.write(tmp_path, split, [np.array(rows, np.uint8)])
+    assert cli.main(["check-data", str(tmp_path), "--dataset", "masks"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: 1 images, 7 pixels, 3 classes: 0 3, 1 2, 2 2\n" in printed
+    assert "val: 1 images, 7 pixels, 3 classes: 0 2, 1 4, 2 1\n" in printed
+    assert "modes: RGB 2\n" in printed
+
+
+def test_check_data_lists_each_image_and_each_mask_that_cannot_be_read(tmp_path, capsys):
+    folder = files.masked(tmp_path)
+    image, mask = (sorted((folder / "train" / part).iterdir())[at] for part, at in (("images", 1), ("masks", 3)))
+    image.write_bytes(image.read_bytes()[:-40])
+    mask.write_bytes(mask.read_bytes()[:-40])
+    assert cli.main(["check-data", str(folder), "--dataset", "masks"]) == 2
+    out, err = capsys.readouterr()
+    listed = [line.split(": ")[1] for line in out.splitlines() if line.startswith("bad: ")]
+    assert listed == [f"train/images/{image.name}", f"train/masks/{mask.name}"]
+    assert "2 of 12 images cannot be read" in err
+
+
+def test_check_data_says_what_keeps_a_run_from_a_set_of_masks(tmp_path, capsys):
+    folder = files.masked(tmp_path)
+    gone = sorted((folder / "train" / "masks").iterdir())[0]
+    gone.unlink()
+    assert cli.main(["check-data", str(folder), "--dataset", "masks"]) == 2
+    assert f"have no mask: train/masks/{gone.stem}.png" in capsys.readouterr().err

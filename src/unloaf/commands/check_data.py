@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckData:
-    """Open every image of an image set, count them, and list those that cannot be read."""
+    """Open every image of an image set, and every mask, count them, and list those that cannot be read."""
 
     dir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     """Folder of the image set."""
@@ -71,6 +71,8 @@ class CheckData:
         elif self.dataset in ("coco", "voc"):
             task = "instance" if self.masks else "detection"
             given |= {"task": task, "method": "common", "model": "mask-rcnn" if self.masks else "fcos"}
+        elif self.dataset == "masks":
+            given |= {"task": "semantic", "method": "common", "model": "semantic-fpn"}
         elif self.dataset == "csv":
             given["task"] = self.task or "multilabel"
         if self.task is not None and self.dataset != "csv":

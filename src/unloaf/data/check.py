@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from unloaf.config import Config
 from unloaf.data.consistency import FoundSplits, disagreements, some
@@ -45,6 +49,8 @@ def check_images(config: Config) -> CheckReport:
         return _check_people(config)
     if config.task in ("detection", "instance", "panoptic"):
         return _check_annotated(config)
+    if config.dataset == "masks":
+        return _check_masked(config)
     if config.dataset == "csv":
         return _check_columns(config)
     found = find_splits(config) if config.dataset in FILE_SETS else _in_memory(config)
@@ -81,6 +87,38 @@ def _check_annotated(config: Config) -> CheckReport:
         objects[name] = dict(zip(split.class_names or (), counted.tolist(), strict=True))
     counts = {name: {"": len(split.images)} for name, split in splits.items()}
     return CheckReport(counts, bad, tuple(faults), tuple(notes), dict(modes.most_common()), objects)
+
+
+def _check_masked(config: Config) -> CheckReport:
+    """The same of images with masks, each of which is decoded too; counts the pixels of each class."""
+    from unloaf.data.mask_sets import load_masked
+
+    try:  # what cannot be read is listed below, not refused at the first
+        data = load_masked(replace(config, bad_images="skip"))
+    except ValueError as error:
+        return CheckReport({}, (), (str(error),), (), {})
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    splits = {name: images for name, images in parts.items() if name != "test" or images is not data.val}
+    bad, modes, pixels = [], Counter(), {}
+    for name, images in splits.items():
+        counts = torch.zeros(len(data.class_names), dtype=torch.int64)
+        with ThreadPoolExecutor(max(1, config.workers)) as pool:
+            for look, found in pool.map(partial(_look_at_mask, images), range(len(images))):
+                bad += look.bad
+                modes.update(look.modes)
+                counts += 0 if found is None else found[: len(counts)]
+        pixels[name] = dict(zip(data.class_names, counts.tolist(), strict=True))
+    entries = {name: {"": len(images)} for name, images in splits.items()}
+    return CheckReport(entries, tuple(bad), (), data.notes, dict(modes.most_common()), pixels, "pixels")
+
+
+def _look_at_mask(images: Any, index: int) -> tuple[_Look, Tensor | None]:
+    """The image as any other, and how many pixels of its mask have each id; None where it cannot be read."""
+    look = _look(images, index)
+    try:
+        return look, images.mask(index).flatten().long().bincount(minlength=256)
+    except BadImageError as error:
+        return look._replace(bad=(*look.bad, (error.name, error.reason))), None
 
 
 def _check_columns(config: Config) -> CheckReport:
