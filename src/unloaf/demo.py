@@ -28,8 +28,10 @@ from unloaf.evaluation import SubnetRow, evaluate_subnets
 from unloaf.files.writing import check_writable, disk_full, write_whole
 from unloaf.measure.flops import method_flops
 from unloaf.methods.table import METHODS
+from unloaf.pages.layout import Picture
 from unloaf.pages.page import comparison_report
 from unloaf.pages.plots import accuracy_over_size
+from unloaf.pages.words import METHOD_MEANINGS
 from unloaf.recipes import digits
 
 _RECIPES = (digits.common, digits.stochastic_depth, digits.stimulative, digits.stimulative_plus, digits.group_knowledge)
@@ -100,6 +102,7 @@ def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: C
     """
     trainings = {label: prepare(config, data=data) for label, config in configs.items()}
     seconds: dict[str, list[float]] = {label: [] for label in configs}
+    tops: dict[str, list[float]] = {label: [] for label in configs}
     seed = configs[_BASELINE].seed
     with show_progress(console, total=sum(config.epochs for config in configs.values()), label=f"seed {seed}") as show:
         for epoch in range(1, max(config.epochs for config in configs.values()) + 1):
@@ -107,17 +110,28 @@ def compare(configs: Mapping[str, Config], *, data: Data, split: str, console: C
                 if not training.finished:
                     row = train_epoch(training)
                     seconds[label].append(row.seconds / row.steps)
+                    tops[label].append(row.eval.main.top1 if row.eval else math.nan)
                     show.advance(f"{label}, epoch {epoch}")
+    costs = {
+        label: statistics.median(own / base for own, base in zip(found, seconds[_BASELINE], strict=False))
+        for label, found in seconds.items()
+    }
     return [
         MethodRun(
             label=label,
             seed=seed,
             subnets=judge(training, split=split),
-            cost=statistics.median(own / base for own, base in zip(seconds[label], seconds[_BASELINE], strict=False)),
+            cost=costs[label],
             flops=flops_limit(training),
+            curve=_over_cost(tops[label], costs[label] / configs[_BASELINE].epochs),
         )
         for label, training in trainings.items()
     ]
+
+
+def _over_cost(tops: Sequence[float], cost: float) -> tuple[tuple[float, float], ...]:
+    """Accuracies after each epoch over the cost of all until then; nothing where there are no validation images."""
+    return tuple((cost * epoch, top) for epoch, top in enumerate(tops, 1) if not math.isnan(top))
 
 
 def flops_limit(training: Training) -> float:
@@ -165,19 +179,35 @@ def _report(
     sizes = size_rows(runs)
     lowest = min(line.lowest_top1 for lines in sizes.values() for line in lines)
     upper = statistics.median(lines[0].mean_top1 for lines in sizes.values())
+    dots = [[run.label, run.seed, str(row.subnet), sum(row.depths), row.top1] for run in runs for row in run.subnets]
+    alt = "Accuracy over the number of blocks that a subnet keeps, a line for each method. " + "; ".join(
+        f"{label} from {lines[0].mean_top1:.1f} % at {lines[0].blocks} blocks to {lines[-1].mean_top1:.1f} %"
+        for label, lines in sizes.items()
+    )
     return comparison_report(
         title="Subnets of a network",
         lead=_lead(rows, images=len(data.test)),
         rows=rows,
-        pictures={
-            "All subnets": accuracy_over_size(sizes, runs, lowest=_round_down(lowest)),
-            "The upper part, enlarged": accuracy_over_size(sizes, runs, lowest=_round_down(upper), legend=False),
-        },
+        pictures=[
+            Picture(
+                "All subnets",
+                accuracy_over_size(sizes, runs, lowest=_round_down(lowest)),
+                alt,
+                (["method", "seed", "subnet", "blocks", "test top-1, %"], dots),
+            ),
+            Picture(
+                "The upper part, enlarged",
+                accuracy_over_size(sizes, runs, lowest=_round_down(upper), legend=False),
+                f"The same from {_round_down(upper):.0f} % on.",
+                None,
+            ),
+        ],
         caption=(
             f"Accuracy on {len(data.test)} test images. A dot is one subnet at one seed; a line joins the means of the "
             "subnets that keep equally many blocks. The right end is the main network itself, evaluated as they are."
         ),
         explanation=_explanation(len(runs[0].proper_subnets)),
+        words={METHODS[config.method].label: METHOD_MEANINGS[config.method] for config in configs.values()},
         settings={label: _settings(config) for label, config in configs.items()},
         facts=facts,
     )
@@ -270,6 +300,7 @@ def facts_of(environment: Mapping[str, Any], data: Data, *, seeds: int) -> dict[
         "seeds": ", ".join(map(str, range(seeds))),
         "hardware": f"{environment['hardware']}, {environment['threads']} thread(s) used",
         "versions": f"{versions}, python {environment['python']}",
+        **({"revision": str(environment["revision"])} if environment.get("revision") else {}),
         "date": environment["started"],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -26,8 +27,22 @@ def environment(*, processes: int = 1, device: torch.device | None = None) -> di
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "versions": {name: _version(name) for name in _PACKAGES},
+        "revision": revision(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def revision() -> str | None:
+    """The commit of a clone that unloaf runs from, with "-dirty" where files of it were changed; else None."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() or None
 
 
 def bits_depend_on(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,8 +26,10 @@ from unloaf.environment import environment
 from unloaf.files.writing import write_whole
 from unloaf.language import DecodingRow, measure_decoding
 from unloaf.methods.table import METHODS
+from unloaf.pages.layout import Picture
 from unloaf.pages.page import language_report
 from unloaf.pages.plots import curves, key
+from unloaf.pages.words import METHOD_MEANINGS
 from unloaf.recipes import language
 from unloaf.stages import inner_module
 from unloaf.subnet import Subnet
@@ -204,11 +206,22 @@ def _report(configs: Mapping[str, Config], runs: Sequence[LanguageRun], data: Da
         lead=_lead(runs),
         tables={"Perplexity by depth": exit_cells(runs), "Decoding": decoding_cells(runs)},
         legend=key([run.label for run in runs]),
-        pictures={"Nats per byte of the test texts": curves(series, ylabel="nats per byte", xlabel="layers")},
+        picture=_picture(series),
         caption=f"The main network has {max(runs[0].nats)} layers; an exit is the network without the last ones.",
         explanation=_explanation(runs),
+        words={METHODS[config.method].label: METHOD_MEANINGS[config.method] for config in configs.values()},
         settings={label: _settings(config) for label, config in configs.items()},
         facts={**facts, "tokens": next(note for note in data.notes if note.startswith("tokens"))},
+    )
+
+
+def _picture(series: Mapping[str, Sequence[tuple[float, float]]]) -> Picture:
+    ends = "; ".join(f"{name} from {line[0][1]:.2f} to {line[-1][1]:.2f}" for name, line in series.items())
+    return Picture(
+        "Nats per byte of the test texts",
+        curves(series, ylabel="nats per byte", xlabel="layers"),
+        f"Nats per byte over the number of layers, a line for each method: {ends}.",
+        (["method", "layers", "nats per byte"], [[label, *point] for label, line in series.items() for point in line]),
     )
 
 

@@ -289,10 +289,11 @@ def test_page_needs_no_other_file_and_shows_every_curve(trained, second, tmp_pat
     assert code == 0
     assert out.endswith(f"report: {page}\n")
     html = page.read_text(encoding="utf-8")
-    assert re.findall(r'(?:src|href)="(?!#)', html) == []
-    assert html.count("<h3>") == 7
+    assert re.findall(r'(?:src|href)="(?!#|data:text/csv)', html) == []
     assert "Learning rate" in html
-    assert html.count('class="key"') == 2
+    assert html.count('class="key"') == 2 * html.count('class="legend"')
+    for head in ("Validation", "Training loss", "Mean of the evaluated subnets", "Validation over training time"):
+        assert f"<h3>{head}</h3>" in html
 
 
 def test_report_of_a_run_that_has_just_begun_or_is_being_written(trained, tmp_path):
@@ -302,12 +303,13 @@ def test_report_of_a_run_that_has_just_begun_or_is_being_written(trained, tmp_pa
     (run / "metrics.jsonl").write_text('{"event": "res')
     heads, [cells] = table_of(read_histories([run]))
     assert cells[heads.index("epochs")].startswith("2/")
-    assert "test\n%" not in heads
+    assert "test\ntop-1 %" not in heads
+    assert cells[heads.index("state")] == "stopped"
     (run / "summary.csv").unlink()
     (run / "metrics.jsonl").unlink()
     heads, [cells] = table_of(read_histories([run]))
-    assert heads == ["run", "model", "method", "epochs"]
-    assert cells[3].startswith("0/")
+    assert heads == ["run", "model", "method", "state", "epochs"]
+    assert cells[4].startswith("0/")
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_folders(trained, tmp_path):

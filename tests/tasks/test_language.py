@@ -319,7 +319,7 @@ def test_the_best_checkpoint_has_the_lowest_loss(run):
     best = judge_run(run, checkpoint="best", device="cpu").main["val"].loss
     assert best == pytest.approx(min(losses), abs=1e-9)
     heads, (cells,) = table_of(read_histories([run]))
-    at = heads.index("best val\nnats (epoch)")
+    at = heads.index("best val\nnats per token (epoch)")
     assert cells[at] == f"{min(losses):.4f} ({1 + losses.index(min(losses))})"
 
 

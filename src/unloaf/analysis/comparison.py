@@ -5,8 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from unloaf.evaluation import Accuracy, SubnetRow
+from unloaf.analysis.equal_cost import value_at
+
+if TYPE_CHECKING:
+    from unloaf.evaluation import Accuracy, SubnetRow
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class MethodRun:
     `subnets`, the main network among them, are evaluated on the same images for every method, with re-estimated
     batch-norm statistics; the main network's row has its figures with running statistics too.
     `cost` is the measured time of a step, `flops` its least possible arithmetic, both
-    relative to common training.
+    relative to common training. `curve` is the accuracy of the main network on the validation images over the cost so
+    far, relative to a whole common training.
     """
 
     label: str
@@ -24,6 +29,7 @@ class MethodRun:
     subnets: tuple[SubnetRow, ...]
     cost: float
     flops: float
+    curve: tuple[tuple[float, float], ...] = ()
 
     @property
     def main(self) -> SubnetRow:
@@ -68,7 +74,8 @@ class MethodRow:
     """A line of the table: accuracies in percent, costs relative to common training.
 
     `main_top1` is the main network with its running batch-norm statistics; `main_reestimated` the same
-    network with statistics re-estimated as those of its subnets are, to be compared with them, or None.
+    network with statistics re-estimated as those of its subnets are, to be compared with them, or None. `equal_cost` is
+    the main network on the validation images when its training had cost as much as the cheapest of all runs, or None.
     """
 
     label: str
@@ -78,6 +85,7 @@ class MethodRow:
     worst_top1: Spread
     cost: Spread
     flops: Spread
+    equal_cost: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -92,13 +100,15 @@ class SizeRow:
 
 def method_rows(runs: Sequence[MethodRun]) -> list[MethodRow]:
     """One row for each method, over its seeds, in the order in which the methods first appear."""
-    return [_method_row(label, group) for label, group in _by_label(runs).items()]
+    budget = min((run.curve[-1][0] for run in runs if run.curve), default=0.0)
+    return [_method_row(label, group, budget) for label, group in _by_label(runs).items()]
 
 
-def _method_row(label: str, group: Sequence[MethodRun]) -> MethodRow:
+def _method_row(label: str, group: Sequence[MethodRun], budget: float) -> MethodRow:
     tops = [_tops(run.proper_subnets) for run in group]
     mains = [run.main for run in group]
     both = [row for row in mains if row.running is not None]
+    then = [point.value for point in (value_at(run.curve, budget) for run in group) if point is not None]
     return MethodRow(
         label=label,
         main_top1=Spread.of(_tops([row.running or row for row in mains])),
@@ -107,6 +117,7 @@ def _method_row(label: str, group: Sequence[MethodRun]) -> MethodRow:
         worst_top1=Spread.of([min(top) for top in tops]),
         cost=Spread.of([run.cost for run in group]),
         flops=Spread.of([run.flops for run in group]),
+        equal_cost=Spread.of(then) if len(then) == len(group) else None,
     )
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from unloaf.commands.parsing import parse
 from unloaf.commands.tables import show
-from unloaf.files.writing import write_whole
+from unloaf.files.writing import check_writable, write_whole
 from unloaf.printable import printable
 from unloaf.streams import say
 
@@ -32,14 +32,18 @@ class Report:
 def run(words: list[str]) -> int:
     """Prints the comparison, writes the page if asked to."""
     options = parse(Report, words, prog="unloaf report")
-    from unloaf.runs.histories import differences, read_histories, table_of
+    from unloaf.runs.histories import cautions, differences, read_histories, table_of
 
+    if options.output is not None:
+        check_writable(Path(options.output))
     histories = read_histories(options.runs)
     show(*table_of(histories))
     different = differences(histories)
     if different:
         heads = ["settings that differ", *(printable(history.label) for history in histories)]
         show(heads, [[name, *values] for name, values in different.items()])
+    for line in cautions(histories):
+        say(f"note: {line}")
     if options.output is not None:
         from unloaf.pages.runs import runs_page
 

@@ -27,8 +27,10 @@ def load_config(path: str | Path) -> Config:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the configuration {path}: {error}") from error
     try:
-        fault = _fault(yaml.compose(text, Loader=yaml.SafeLoader))
-        entries = None if fault else yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)  # not the one in C, which deep nesting can crash
+        root = loader.get_single_node()
+        fault = _fault(root)
+        entries = None if fault or root is None else loader.construct_document(root)
     except Exception as error:  # not only YAMLError: `!!bool maybe` is a KeyError, `[[[[...` a RecursionError
         reason = " ".join(str(error).split()) if isinstance(error, (yaml.YAMLError, ValueError)) else repr(error)
         raise ValueError(f"{path} is not YAML: {reason[:500]}") from error

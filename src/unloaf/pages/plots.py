@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,7 @@ STYLE: Any = {
     "svg.hashsalt": "unloaf",  # the same rows give the same bytes
     "font.family": ["sans-serif"],
     "font.size": 13,
+    "text.parse_math": False,  # a name may have dollars
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#9a9a9a",
@@ -38,21 +40,6 @@ STYLE: Any = {
     "xtick.color": "#444444",
     "ytick.color": "#444444",
 }
-
-
-# Of pictures inside a page: what its style sheet sets for light and dark; elsewhere the light colour holds.
-_THEME = {"#222222": "--ink", "#444444": "--soft", "#e4e4e4": "--grid", "#ffffff": "--card", "#0072b2": "--blue"}
-
-
-def themed(text: str) -> str:
-    """The colours of a picture by the names that the page gives them.
-
-    >>> themed("stroke: #222222")
-    'stroke: var(--ink, #222222)'
-    """
-    for colour, name in _THEME.items():
-        text = text.replace(colour, f"var({name}, {colour})")
-    return text
 
 
 @matplotlib.rc_context(STYLE)
@@ -100,7 +87,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], *, ylabel: str, 
         if points:
             x, y = zip(*points, strict=True)
             marker = "o" if len(points) == 1 else None
-            axes.plot(x, y, color=colour, linestyle=dashes, linewidth=2, marker=marker, zorder=3)
+            [line] = axes.plot(x, y, color=colour, linestyle=dashes, linewidth=2, marker=marker, zorder=3)
+            line.set_in_layout(False)  # which it does not change, and which would look at every point
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -120,7 +108,7 @@ def key(labels: Sequence[str]) -> list[tuple[str, str]]:
         (
             label,
             '<svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path d="M1 4h26" fill="none" stroke-width="3" '
-            f'style="stroke: {themed(line_look(index)[0])}"{dashes[index // len(_COLOURS) % len(_LINES)]}/></svg>',
+            f'style="stroke: {line_look(index)[0]}"{dashes[index // len(_COLOURS) % len(_LINES)]}/></svg>',
         )
         for index, label in enumerate(labels)
     ]
@@ -266,10 +254,12 @@ def _marker(index: int) -> dict[str, Any]:
 
 
 def svg_of(figure: Figure, *, background: str | None = None, about: str | None = None) -> str:
-    """As SVG. Without a background the page shows through and its theme decides the colours; a file needs one."""
+    """As SVG. A file needs a background; without one the page shows through."""
     buffer = io.StringIO()
     look: Any = {"transparent": True} if background is None else {"facecolor": background}
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": about}, **look)
+    with warnings.catch_warnings():
+        # Names may have letters that matplotlib's own fonts lack; whoever shows the file has others.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": about}, **look)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    return text if background else themed(text)
+    return text[text.index("<svg") :]

@@ -7,16 +7,26 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unloaf.config import Config, load_config
 from unloaf.config.figures import FIGURES, Figures
 from unloaf.engine.run_folder import run_of
+from unloaf.files.lock import is_locked
 from unloaf.files.writing import read_text
 
 _MOST_BYTES = 1 << 30  # a line of metrics.jsonl for each of a million steps has a fifth of it
+
+
+class SubnetFigures(NamedTuple):
+    """The figure that decides, of the subnets that were evaluated after an epoch."""
+
+    epoch: int
+    worst: float
+    mean: float
+    best: float
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,18 @@ class RunHistory:
     epochs: tuple[dict[str, float], ...]  # lines of summary.csv, oldest first; a cell without a number is left out
     result: dict[str, float]  # figures of the finished run, empty before; percent and nats
     environment: dict[str, Any]  # env.json
+    data: dict[str, Any] = field(default_factory=dict)  # data.json
+    training: bool = False  # a process holds its folder
+    subnets: tuple[SubnetFigures, ...] = ()  # oldest first
+    last_subnets: dict[str, float] = field(default_factory=dict)  # the figure of each after the newest evaluation
+    # By the epoch the mean of each loss term over its logged steps, in nats; terms of subnets as "subnets", their sum.
+    terms: dict[int, dict[str, float]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()  # what its files should say and do not
+
+    @property
+    def state(self) -> str:
+        """Whether it is finished, in progress, or neither: then it can be resumed."""
+        return "finished" if self.result else "in progress" if self.training else "stopped"
 
     def curve(self, column: str) -> list[tuple[float, float]]:
         """(epoch, value) where summary.csv has a value."""
@@ -37,6 +59,16 @@ class RunHistory:
         """The newest value."""
         values = self.curve(column)
         return values[-1][1] if values else None
+
+    @property
+    def seconds(self) -> list[tuple[int, float]]:
+        """(epoch, seconds of training up to its end), as far as no epoch is missing; validation not included."""
+        found: list[tuple[int, float]] = []
+        for number, row in enumerate(self.epochs, 1):
+            if row["epoch"] != number or "time" not in row:
+                break
+            found.append((number, row["time"] + (found[-1][1] if found else 0.0)))
+        return found
 
 
 def read_histories(runs: Sequence[str | Path]) -> list[RunHistory]:
@@ -53,7 +85,33 @@ def read_histories(runs: Sequence[str | Path]) -> list[RunHistory]:
     if len(tasks) > 1:
         found = ", ".join(f"{label} ({task})" for task, label in tasks.items())
         raise ValueError(f"the runs are of several tasks, whose figures cannot be compared: {found}; give those of one")
+    for history in histories[1:]:
+        _check_same_data(histories[0], history)
     return histories
+
+
+def _check_same_data(first: RunHistory, other: RunHistory) -> None:
+    recorded = bool(first.data and other.data)  # of a run that has just begun there is nothing yet
+    pairs = zip(_data_of(first, recorded=recorded), _data_of(other, recorded=recorded), strict=True)
+    for name, (mine, others) in zip(("data set", "classes"), pairs, strict=True):
+        if mine != others:
+            raise ValueError(
+                f"{first.label} has {name} {_in_short(mine)}, {other.label} {_in_short(others)}: their figures cannot "
+                "be compared; give runs of the same data"
+            )
+
+
+def _data_of(history: RunHistory, *, recorded: bool) -> tuple[Any, Any]:
+    """Name and classes of its data."""
+    if not recorded:
+        return history.config.dataset, history.config.num_classes
+    names, count = history.data.get("class_names"), history.data.get("num_classes")
+    return history.data.get("dataset"), names if isinstance(names, list) else count
+
+
+def _in_short(value: Any) -> str:
+    text = f"{len(value)} ({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _runs_in(path: Path) -> list[Path]:
@@ -68,14 +126,93 @@ def _runs_in(path: Path) -> list[Path]:
 
 def _read(path: Path, label: str) -> RunHistory:
     config = load_config(path / "args.yaml")
+    training = is_locked(path)
+    rows, missing = _epochs(path, training=training)
+    events, cut = _events(path, training=training)
+    last = [event for event in events if event.get("event") == "result"][-1:]
+    result = {name: float(value) for event in last for name, value in event.items() if isinstance(value, (int, float))}
+    environment, data = (_event("".join(_lines(path / name))) for name in ("env.json", "data.json"))
+    missing += cut + ([] if environment else ["env.json: command, hardware and versions are not known"])
+    if result and len(rows) < config.epochs:
+        missing.append(f"summary.csv: {len(rows)} of the {config.epochs} epochs of a finished run")
+    figures = FIGURES[config.task]
+    each = [(event["epoch"], values) for event in events if (values := _subnet_values(event, figures.decisive))]
+    return RunHistory(
+        label=label,
+        config=config,
+        epochs=rows,
+        result=result,
+        environment=environment,
+        data=data,
+        training=training,
+        subnets=tuple(_subnet_figures(epoch, values, figures) for epoch, values in each),
+        last_subnets=each[-1][1] if each else {},
+        terms=_terms(events),
+        missing=tuple(missing),
+    )
+
+
+def _epochs(path: Path, *, training: bool) -> tuple[tuple[dict[str, float], ...], list[str]]:
+    """The lines of summary.csv that are whole, and what is missing of the others."""
     try:
-        epochs = tuple(filter(None, map(_numbers, csv.DictReader(_lines(path / "summary.csv")))))
+        found = list(map(_numbers, csv.DictReader(_lines(path / "summary.csv"))))
     except csv.Error as error:
         raise ValueError(f"cannot read {path / 'summary.csv'}: {error}") from error
-    events = [event for event in map(_event, _lines(path / "metrics.jsonl")) if event.get("event") == "result"]
-    last = events[-1] if events else {}
-    result = {name: float(value) for name, value in last.items() if isinstance(value, (int, float))}
-    return RunHistory(label, config, epochs, result, _event("".join(_lines(path / "env.json"))))
+    rows = tuple(filter(None, found))
+    bad = [number for number, row in enumerate(found, 2) if not row]
+    if training and bad and bad[-1] == len(found) + 1:
+        bad.pop()  # it is being written
+    missing = [f"summary.csv: line {_listed(bad)} cannot be read"] if bad else []
+    numbers = {int(row["epoch"]) for row in rows}
+    gaps = sorted(set(range(1, max(numbers, default=0))) - numbers)
+    return rows, missing + ([f"summary.csv: epoch {_listed(gaps)} is missing"] if gaps else [])
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")
+
+
+def _events(path: Path, *, training: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    lines = _lines(path / "metrics.jsonl")
+    events = list(map(_event, lines))
+    bad = [number for number, event in enumerate(events, 1) if not event]
+    if training and bad and bad[-1] == len(lines):
+        bad.pop()
+    return events, [f"metrics.jsonl: line {_listed(bad)} cannot be read"] if bad else []
+
+
+def _subnet_values(event: Mapping[str, Any], decisive: str) -> dict[str, float]:
+    """Of an evaluation of subnets, those whose figure is a number; nothing of another event."""
+    if event.get("event") != "subnets" or not isinstance(event.get("epoch"), int):
+        return {}
+    found = event.get(decisive)
+    if not isinstance(found, dict):
+        return {}
+    return {name: float(value) for name, value in found.items() if type(value) in (float, int)}
+
+
+def _subnet_figures(epoch: int, values: Mapping[str, float], figures: Figures) -> SubnetFigures:
+    low, high, mean = min(values.values()), max(values.values()), math.fsum(values.values()) / len(values)
+    worst, best = (high, low) if figures.lower_is_better else (low, high)
+    return SubnetFigures(epoch, worst, mean, best)
+
+
+def _terms(events: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    steps: dict[int, list[dict[str, float]]] = {}
+    for event in events:
+        epoch, terms = event.get("epoch"), event.get("terms")
+        if event.get("event") != "step" or not isinstance(epoch, int) or not isinstance(terms, dict):
+            continue
+        known = {name: value for name, value in terms.items() if isinstance(value, (int, float))}
+        if len(known) == len(terms) and known:  # a step that is not finite has null
+            step = {"main": float(known["main"])} if "main" in known else {}
+            if len(known) > len(step):
+                step["subnets"] = math.fsum(value for name, value in known.items() if name != "main")
+            steps.setdefault(epoch, []).append(step)
+    return {
+        epoch: {name: statistics.fmean(step[name] for step in found if name in step) for name in found[0]}
+        for epoch, found in sorted(steps.items())
+    }
 
 
 def _lines(path: Path) -> list[str]:
@@ -111,33 +248,35 @@ def _is_number(text: str) -> bool:
 
 
 def table_of(histories: Sequence[RunHistory]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the comparison, accuracies in percent; columns that no run has are left out.
+    """Heads and cells of the comparison, accuracies in percent; columns that no run has are left out, and the
+    state where all are finished.
 
     >>> epochs = ({"epoch": 1.0, "eval_top1": 91.5, "time": 3.25}, {"epoch": 2.0, "eval_top1": 90.0})
     >>> table_of([RunHistory("a", Config(model="cifar/resnet20"), epochs, {}, {})])[1]
-    [['a', 'cifar/resnet20', 'st', '2/30', '91.50 (1)', '90.00', '3.2']]
+    [['a', 'cifar/resnet20', 'st', 'stopped', '2/30', '91.50 (1)', '90.00', '3.2']]
     """
     lines = [_cells(history) for history in histories]
-    shown = [head for head in lines[0] if any(line[head] != "–" for line in lines)]
+    shown = [head for head in lines[0] if any(line[head] not in ("–", "finished") for line in lines)]
     return shown, [[line[head] for head in shown] for line in lines]
 
 
 def _cells(history: RunHistory) -> dict[str, str]:
     figures = FIGURES[history.config.task]
-    chief, unit = figures.decisive, figures.unit
+    chief, unit = figures.decisive, figures.head
     tops, times = history.curve(f"eval_{chief}"), [seconds for _, seconds in history.curve("time")]
     epoch, best = max(tops, key=lambda pair: figures.score(pair[1])) if tops else (0, None)
     newest = {
         f"last val\n{unit}": f"eval_{chief}",
         f"EMA val\n{unit}": f"ema_{chief}",
-        f"mean\nsubnet {unit}": f"subnets_{chief}_mean",
-        f"worst\nsubnet {unit}": f"subnets_{chief}_{figures.worst_of}",
-        f"main re-\nestimated {unit}": f"main_{chief}_reestimated",
+        f"mean subnet\n{unit}": f"subnets_{chief}_mean",
+        f"worst subnet\n{unit}": f"subnets_{chief}_{figures.worst_of}",
+        f"main re-estimated\n{unit}": f"main_{chief}_reestimated",
     }
     cells = {
         "run": history.label,
         "model": history.config.model,
         "method": history.config.method,
+        "state": history.state,
         "epochs": f"{history.last('epoch') or 0:.0f}/{history.config.epochs}",
         f"best val\n{unit} (epoch)": "–" if best is None else f"{figures.cell(best)} ({epoch:.0f})",
         f"last val\n{unit}": "",
@@ -167,3 +306,33 @@ def _text(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return " ".join(map(str, value)) or "–"
     return "–" if value is None else str(value)
+
+
+def cautions(histories: Sequence[RunHistory]) -> list[str]:
+    """What a reader may not miss, a line each: runs that are not finished, records with gaps, other images.
+
+    >>> cautions([RunHistory("a", Config(epochs=9), ({"epoch": 1.0},), {}, {}, training=True)])
+    ['a is in progress: 1 of 9 epochs so far']
+    """
+    found = []
+    for history in histories:
+        done, asked = f"{history.last('epoch') or 0:.0f}", history.config.epochs
+        if history.state == "in progress":
+            found.append(f"{history.label} is in progress: {done} of {asked} epochs so far")
+        elif history.state == "stopped":
+            found.append(f"{history.label} is not finished: it stopped after {done} of {asked} epochs")
+        found += [f"{history.label}: {line}" for line in history.missing]
+    sums: dict[str, list[str]] = {}
+    for history in histories:
+        if checksum := _checksum(history):
+            sums.setdefault(checksum, []).append(history.label)
+    if len(sums) > 1:
+        listed = "; ".join(", ".join(labels) for labels in sums.values())
+        found.append(f"the validation images are not the same in all runs, but in each of these groups: {listed}")
+    return found
+
+
+def _checksum(history: RunHistory) -> str:
+    splits = history.data.get("splits")
+    val = splits.get("val") if isinstance(splits, dict) else None
+    return str(val.get("sha256", "")) if isinstance(val, dict) and val.get("images") else ""

@@ -1,0 +1,63 @@
+"""What methods, rows and columns of the pages mean, a line each. Imports nothing."""
+
+from __future__ import annotations
+
+# By the flag of `unloaf train --method`.
+METHOD_MEANINGS = {
+    "common": "Common training: the main network alone on the labels; the baseline.",
+    "stochastic-depth": "Stochastic depth: each step skips some blocks at random, the deeper the more often "
+    "(Huang et al. 2016).",
+    "st": "Stimulative training: a drawn subnet also learns the main network's prediction, by KL divergence "
+    "(Ye et al. 2022).",
+    "st++": "ST++: stimulative training with several subnets, smaller inputs for them and a loss that leaves the size "
+    "of the logits alone, KL- (Ye et al. 2023).",
+    "gkt": "Group knowledge training: subnets in groups by size, each taught by the group above it (Tang et al. 2023).",
+    "st-star": "ST*: subnets learn the targets themselves, for tasks without logits to imitate.",
+}
+
+# Of the demo, by the label of a method there.
+COMPARISON_WORDS = {
+    "main network": "The network with all its blocks; as trained: with the batch-norm statistics of its training; "
+    "re-estimated: with statistics estimated anew, as its subnets have them.",
+    "mean subnet, worst subnet": "Mean and lowest accuracy of all other ordered subnets: the first blocks of each "
+    "stage and no others.",
+    "measured cost": "Time of a training step over that of common training.",
+    "FLOPs limit": "The same for its arithmetic, no block computed twice: the least that the method can cost.",
+    "at equal cost": "The main network on the validation images when its training had cost as much as the cheapest "
+    "method's whole training: in the middle of a schedule made for more epochs. What a method reaches at a cost that "
+    "it is trained for may be more.",
+}
+
+_RUN_WORDS = {
+    "run": "Name of the run's folder, or its path where two have the same.",
+    "state": "Finished; in progress: a process trains it now; stopped: neither, `unloaf train --resume` continues it.",
+    "epochs": "Done, of those that were asked for.",
+    "best val": "Best value on the validation images, and after which epoch.",
+    "last val": "The newest value on the validation images.",
+    "test": "On the test images, after the last epoch; nothing was chosen by it.",
+    "EMA val": "Of the moving average of the weights.",
+    "mean subnet": "Mean over the subnets that were evaluated, with re-estimated batch-norm statistics.",
+    "worst subnet": "The worst of them.",
+    "main re-estimated": "The main network with batch-norm statistics re-estimated as its subnets have them.",
+    "s per epoch": "Median seconds of an epoch, validation not included.",
+    "training time": "All epochs so far, validation not included.",
+}
+
+
+def method_words(flags: list[str]) -> dict[str, str]:
+    """The methods of a page.
+
+    >>> list(method_words(["st", "st"]))
+    ['st']
+    """
+    return {flag: METHOD_MEANINGS[flag] for flag in METHOD_MEANINGS if flag in flags}
+
+
+def run_words(heads: list[str]) -> dict[str, str]:
+    r"""The columns of the table of runs, those that it has.
+
+    >>> list(run_words(["run", "best val\nmAP % (epoch)"]))
+    ['run', 'best val']
+    """
+    flat = [" ".join(head.split()) for head in heads]
+    return {word: text for word, text in _RUN_WORDS.items() if any(head.startswith(word) for head in flat)}
