@@ -1,5 +1,6 @@
 """What the checkpoint tests share: a small run, and a forger who knows the format."""
 
+import csv
 import hashlib
 import json
 import zipfile
@@ -19,6 +20,21 @@ STATE = {
     "position": {"epoch": 2, "batch": 5},
 }
 WEIGHTS = {"model": {"fc.weight": torch.arange(6.0).reshape(2, 3), "fc.bias": torch.ones(2)}}
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a finished run leaves, without times."""
+    last, best = load_checkpoint(run / "last"), load_checkpoint(run / "model_best")
+    state = {key: value for key, value in last.state.items() if key != "files"}  # sizes: the times are in the files
+    state["position"] = {key: value for key, value in state["position"].items() if key != "seconds"}
+    rows = list(csv.DictReader((run / "summary.csv").read_text().splitlines()))
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for entry in [*rows, *events]:
+        entry.pop("time", None)
+    return {
+        "step": last.step, "weights": last.weights, "state": state, "summary": rows, "metrics": events,
+        "best step": best.step, "best weights": best.weights,
+    }  # fmt: skip
 
 
 def save_tiny(run: Path, step: int = 7) -> Path:

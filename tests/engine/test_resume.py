@@ -1,6 +1,5 @@
 """A run that is killed and resumed is the run that was never killed, to the last bit."""
 
-import csv
 import json
 import os
 import random
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from checkpoint_tools import as_format_1
+from checkpoint_tools import as_format_1, outcome
 from unloaf.config import Config, load_config
 from unloaf.engine.checkpoint import load_checkpoint, save_checkpoint
 from unloaf.runs.judge import judge_run
@@ -27,21 +26,6 @@ from unloaf.tasks import classification
 MATRIX = [
     (method, workers, opt) for method in ("st", "st++", "gkt") for workers in (0, 2) for opt in ("sgd", "adamw")
 ]  # fmt: skip
-
-
-def outcome(run: Path) -> dict[str, Any]:
-    """All that a finished run leaves, without times."""
-    last, best = load_checkpoint(run / "last"), load_checkpoint(run / "model_best")
-    state = {key: value for key, value in last.state.items() if key != "files"}  # sizes: the times are in the files
-    state["position"] = {key: value for key, value in state["position"].items() if key != "seconds"}
-    rows = list(csv.DictReader((run / "summary.csv").read_text().splitlines()))
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for entry in [*rows, *events]:
-        entry.pop("time", None)
-    return {
-        "step": last.step, "weights": last.weights, "state": state, "summary": rows, "metrics": events,
-        "best step": best.step, "best weights": best.weights,
-    }  # fmt: skip
 
 
 def settings(output: Path, method: str, workers: int, opt: str) -> Config:
