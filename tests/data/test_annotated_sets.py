@@ -10,11 +10,11 @@ from PIL import Image
 import annotated_files as files
 from unloaf.commands.main import main
 from unloaf.config import Config
+from unloaf.data.annotated.segmentations import segmentation_text
+from unloaf.data.annotated.targets import masks_of
 from unloaf.data.annotated_sets import load_annotated
 from unloaf.data.changed_images import check_resumed
 from unloaf.data.fingerprint import listing, read_listing, record_of
-from unloaf.data.segmentations import segmentation_text
-from unloaf.data.targets import masks_of
 
 
 def opened(folder, dataset="coco", *, masks=False, **settings):

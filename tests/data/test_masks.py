@@ -13,9 +13,9 @@ from unloaf.commands import main as cli
 from unloaf.config import Config
 from unloaf.data.changed_images import check_resumed
 from unloaf.data.fingerprint import listing, read_listing, record_of
-from unloaf.data.mask_batches import MaskEvalBatches, MaskTrainBatches, augmented, window
-from unloaf.data.mask_sets import load_masked
-from unloaf.data.masks import decode_mask
+from unloaf.data.masks.batches import MaskEvalBatches, MaskTrainBatches, augmented, window
+from unloaf.data.masks.images import decode_mask
+from unloaf.data.masks.sets import load_masked
 
 CPU = torch.device("cpu")
 

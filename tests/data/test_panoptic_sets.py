@@ -9,11 +9,11 @@ import annotated_files
 import panoptic_files as files
 from unloaf.commands.main import main
 from unloaf.config import Config
+from unloaf.data.annotated.targets import mirrored, resized
 from unloaf.data.annotated_sets import load_annotated
 from unloaf.data.fingerprint import record_of
 from unloaf.data.images import BadImageError
-from unloaf.data.panoptic_batches import PanopticEvalBatches, PanopticTrainBatches
-from unloaf.data.targets import mirrored, resized
+from unloaf.data.panoptic.batches import PanopticEvalBatches, PanopticTrainBatches
 
 HERE = {"device": torch.device("cpu"), "rank": 0, "world": 1}
 

@@ -11,11 +11,11 @@ import tiny
 from annotated_files import changed as rewritten
 from unloaf.commands.main import main
 from unloaf.config import Config
+from unloaf.data.annotated_sets import load_people, mirrored_order
 from unloaf.data.changed_images import check_resumed
-from unloaf.data.crops import Window, cut_out, mapped, width_of, window_of
 from unloaf.data.fingerprint import listing, record_of
-from unloaf.data.people_batches import PeopleEvalBatches, PeopleTrainBatches, changed
-from unloaf.data.people_sets import load_people, mirrored_order
+from unloaf.data.people.batches import PeopleEvalBatches, PeopleTrainBatches, changed
+from unloaf.data.people.crops import Window, cut_out, mapped, width_of, window_of
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ import tiny
 import unloaf
 from unloaf.commands.main import main
 from unloaf.config import Config
-from unloaf.data.annotated_batches import AnnotatedEvalBatches, AnnotatedTrainBatches
+from unloaf.data.annotated.batches import AnnotatedEvalBatches, AnnotatedTrainBatches
+from unloaf.data.annotated.targets import mirrored, resized
 from unloaf.data.annotated_sets import load_annotated
 from unloaf.data.sets import IMAGENET_MEAN, IMAGENET_STD
-from unloaf.data.targets import mirrored, resized
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.loop import prepare, train_step
 from unloaf.engine.run import train

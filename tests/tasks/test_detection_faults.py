@@ -5,7 +5,7 @@ import torch
 
 import annotated_files as files
 from unloaf.config import Config
-from unloaf.data.annotated_batches import AnnotatedEvalBatches
+from unloaf.data.annotated.batches import AnnotatedEvalBatches
 from unloaf.data.annotated_sets import load_annotated
 from unloaf.engine.loop import prepare, train_epoch
 from unloaf.errors import NonFiniteLossError

@@ -16,8 +16,8 @@ import tiny
 import unloaf
 from unloaf.commands.main import main
 from unloaf.config import Config
-from unloaf.data.text import ByteTokenizer, load_text
-from unloaf.data.token_sequences import packed
+from unloaf.data.text.files import ByteTokenizer, load_text
+from unloaf.data.text.sequences import packed
 from unloaf.engine import loop
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.loop import prepare, train_step

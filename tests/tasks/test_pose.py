@@ -19,8 +19,8 @@ import unloaf
 from annotated_files import changed as rewritten
 from unloaf.commands.main import main
 from unloaf.config import Config
-from unloaf.data.people_batches import PeopleEvalBatches
-from unloaf.data.people_sets import load_people
+from unloaf.data.annotated_sets import load_people
+from unloaf.data.people.batches import PeopleEvalBatches
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.loop import prepare, train_epoch, train_step
 from unloaf.engine.run import train

@@ -1,26 +1,28 @@
-"""Sets of annotated images: COCO's and VOC's layouts, their splits and classes."""
+"""Sets of annotated images, of objects, of segments or of people: their splits and classes, checked before training."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from unloaf.config import Config
-from unloaf.data.coco import AnnotationsError, open_coco_split
+from unloaf.data.annotated.coco import AnnotationsError, open_coco_split
+from unloaf.data.annotated.voc import open_voc_split
 from unloaf.data.consistency import some
-from unloaf.data.images import Images, Split
-from unloaf.data.in_memory import SPLIT_SEED
-from unloaf.data.keypoints import open_people_split
-from unloaf.data.panoptic_files import open_panoptic_split
-from unloaf.data.people import PeopleImages
+from unloaf.data.images import Split
+from unloaf.data.in_memory import hold_out_some, share_of
+from unloaf.data.panoptic.files import open_panoptic_split
+from unloaf.data.people.images import PeopleImages
+from unloaf.data.people.joints import mirrored_order
+from unloaf.data.people.keypoints import open_people_split
 from unloaf.data.sets import IMAGENET_MEAN, IMAGENET_STD, Data
-from unloaf.data.voc import open_voc_split
 from unloaf.printable import printable
 
-_I = TypeVar("_I", bound=Images)
 DEFAULT_SIDE = 800
+DEFAULT_HEIGHT = 256
 _EXPECTED = {
     "coco": "annotations/instances_{split}.json (or instances_{split}.json) and the images in {split}/",
     "panoptic": "panoptic_{split}.json (or annotations/panoptic_{split}.json), its PNGs in {split}/panoptic/ and the "
@@ -81,6 +83,20 @@ def load_annotated(config: Config, *, masks: bool) -> Data:
     )
 
 
+def load_people(config: Config) -> Data:
+    """Opens the set that a configuration names; its classes are the joints.
+
+    Raises:
+        ValueError: files are missing, or do not fit each other or the configuration; images are to be mirrored, and it
+            is not known which joints then change places.
+    """
+    data = load_annotated(config, masks=False)
+    if config.hflip:
+        mirrored_order(data.class_names)
+    height = config.img_size or DEFAULT_HEIGHT
+    return replace(data, augment="scale-turn-flip", img_size=height, train_img_size=config.train_img_size or height)
+
+
 def _splits(config: Config, *, masks: bool) -> tuple[Split, Split | None, Split | None, list[str]]:
     def opened(split: str, *, like: Split | None = None, needed: bool = False) -> Split | None:
         found = _opened(config, split, masks=masks, like=like, needed=needed)
@@ -100,12 +116,6 @@ def _splits(config: Config, *, masks: bool) -> tuple[Split, Split | None, Split 
     if val is None and test is not None and config.val_split is None:
         val = test
     return train, val, test, notes
-
-
-def hold_out_some(images: _I, count: int) -> tuple[_I, _I]:
-    """So many images held out, the same ones in every run, whatever is in them."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
 
 
 def _hold_out(images: Any, share: float) -> tuple[Any, Any]:
@@ -185,14 +195,3 @@ def _shared(train: Split | None, other: Split) -> list[str]:
     known = set(ours.files)
     both = [name for name in theirs.files if name in known]
     return [f"{len(both)} of these images are training images too: {printable(some(both, 3))}"] if both else []
-
-
-def share_of(images: _I, count: int) -> _I:
-    """So many of the images, the same ones in every run.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if not 1 <= count <= len(images):
-        raise ValueError(f"train_images {count}: give from 1 to {len(images)}, what there is to train on")
-    return hold_out_some(images, count)[1]

@@ -16,7 +16,7 @@ from unloaf.config import Config
 from unloaf.data.consistency import FoundSplits, disagreements, some
 from unloaf.data.images import BadImageError, Encoded, Images, Split, traits
 from unloaf.data.in_memory import hold_out
-from unloaf.data.panoptic import PanopticImages
+from unloaf.data.panoptic.images import PanopticImages
 from unloaf.data.sets import FILE_SETS, find_splits, load_data
 
 
@@ -91,7 +91,7 @@ def _check_annotated(config: Config) -> CheckReport:
 
 def _check_masked(config: Config) -> CheckReport:
     """The same of images with masks, each of which is decoded too; counts the pixels of each class."""
-    from unloaf.data.mask_sets import load_masked
+    from unloaf.data.masks.sets import load_masked
 
     try:  # what cannot be read is listed below, not refused at the first
         data = load_masked(replace(config, bad_images="skip"))

@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unloaf.data.annotated import AnnotatedImages
+from unloaf.data.annotated.images import AnnotatedImages
 from unloaf.data.folders import ImageFiles
 from unloaf.data.images import Images, ImageSet
 from unloaf.data.listed import ListedImages, checksums
-from unloaf.data.masks import MaskedImages
+from unloaf.data.masks.images import MaskedImages
 from unloaf.data.own import OwnImages
-from unloaf.data.people import PeopleImages
+from unloaf.data.people.images import PeopleImages
 from unloaf.data.rows import ImageRows
 from unloaf.data.sets import Data
 from unloaf.data.tars import ShardMembers
-from unloaf.data.token_sequences import TokenSequences
+from unloaf.data.text.sequences import TokenSequences
 from unloaf.printable import printable
 
 SPLITS = ("train", "val", "test")

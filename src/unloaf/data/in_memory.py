@@ -117,3 +117,20 @@ def _as_image_set(dataset: Any) -> ImageSet:
     pixels = torch.as_tensor(dataset.data)
     images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
     return ImageSet(images.contiguous(), torch.as_tensor(dataset.targets).long())
+
+
+def hold_out_some(images: _I, count: int) -> tuple[_I, _I]:
+    """So many images held out, the same ones in every run, whatever is in them."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
+
+
+def share_of(images: _I, count: int) -> _I:
+    """So many of the images, the same ones in every run.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if not 1 <= count <= len(images):
+        raise ValueError(f"train_images {count}: give from 1 to {len(images)}, what there is to train on")
+    return hold_out_some(images, count)[1]

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from unloaf.config import Config
-from unloaf.data.annotated_sets import hold_out_some, share_of
 from unloaf.data.consistency import some
 from unloaf.data.images import NO_IMAGES, Images, ImageSet
-from unloaf.data.in_memory import MemorySplits, hold_out, take_share
+from unloaf.data.in_memory import MemorySplits, hold_out, hold_out_some, share_of, take_share
 from unloaf.data.listed import open_list
 from unloaf.data.own import OwnSplits, load_own
 from unloaf.data.sets import Data, files_data, memory_data

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unloaf.data.text import ByteTokenizer, Tokenizer
+from unloaf.data.text.files import ByteTokenizer, Tokenizer
 from unloaf.errors import in_one_line
 from unloaf.models.hf import check_size, config_class
 from unloaf.models.offline import is_of_hub, offline

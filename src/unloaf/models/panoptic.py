@@ -26,7 +26,7 @@ MOST_HIDDEN = 0.5  # share of an instance that others of a higher score may cove
 class PanopticFPN(MaskRCNN):
     """torchvision's Mask R-CNN and a semantic branch, whose first class is *other*: all pixels of things.
 
-    In training it takes images and segments, as `unloaf.data.panoptic_batches` gives them, and returns losses;
+    In training it takes images and segments, as `unloaf.data.panoptic.batches` gives them, and returns losses;
     evaluated, for each image `segments`, int64 (H, W), with the number of each pixel's segment, -1 for none, and of the
     segments `labels`, classes from 0 on, and `scores`, NaN of stuff.
 

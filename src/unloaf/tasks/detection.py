@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from unloaf.config import Config
 from unloaf.config.figures import FIGURES
 from unloaf.data import Batch, Data
-from unloaf.data.annotated_batches import LONGEST, AnnotatedEvalBatches, AnnotatedTrainBatches
+from unloaf.data.annotated.batches import LONGEST, AnnotatedEvalBatches, AnnotatedTrainBatches
+from unloaf.data.annotated.targets import resized
 from unloaf.data.annotated_sets import DEFAULT_SIDE, load_annotated
-from unloaf.data.targets import resized
 from unloaf.evaluation import Reduction
 from unloaf.inputs import SmallerInputs
 from unloaf.methods.ground_truth import GroundTruthTraining

@@ -14,8 +14,8 @@ from torch import nn
 from unloaf.config import Config
 from unloaf.config.figures import FIGURES
 from unloaf.data import Batch, Data
-from unloaf.data.text import TextData, load_text
-from unloaf.data.token_sequences import TokenEvalBatches, TokenTrainBatches
+from unloaf.data.text.files import TextData, load_text
+from unloaf.data.text.sequences import TokenEvalBatches, TokenTrainBatches
 from unloaf.evaluation import Reduction
 from unloaf.language.losses import (
     IGNORED,

@@ -12,7 +12,7 @@ from unloaf.config import Config
 from unloaf.config.figures import FIGURES
 from unloaf.data import Batch, Data
 from unloaf.data.annotated_sets import load_annotated
-from unloaf.data.panoptic_batches import PanopticEvalBatches, PanopticTrainBatches
+from unloaf.data.panoptic.batches import PanopticEvalBatches, PanopticTrainBatches
 from unloaf.evaluation import Reduction
 from unloaf.models.backbones import start_of
 from unloaf.models.panoptic import build_panoptic

@@ -15,9 +15,9 @@ from unloaf.config import Config
 from unloaf.config.figures import FIGURES
 from unloaf.config.task_checks import POSE_SIDES
 from unloaf.data import Batch, Data
-from unloaf.data.crops import mapped, width_of
-from unloaf.data.people_batches import PeopleEvalBatches, PeopleTrainBatches
-from unloaf.data.people_sets import DEFAULT_HEIGHT, load_people
+from unloaf.data.annotated_sets import DEFAULT_HEIGHT, load_people
+from unloaf.data.people.batches import PeopleEvalBatches, PeopleTrainBatches
+from unloaf.data.people.crops import mapped, width_of
 from unloaf.evaluation import Reduction
 from unloaf.inputs import SmallerInputs, resize
 from unloaf.methods.ground_truth import GroundTruthTraining

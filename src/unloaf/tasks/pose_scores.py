@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from unloaf.data.people import Marked, Person
+from unloaf.data.people.images import Marked, Person
 
 # How exactly COCO's annotators agree on a joint, as a share of the root of the person's area, by its name without side.
 _SIGMAS = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from unloaf.config import Config
 from unloaf.config.figures import FIGURES
 from unloaf.data import Batch, Data
-from unloaf.data.mask_batches import MaskEvalBatches, MaskTrainBatches
-from unloaf.data.mask_sets import load_masked
-from unloaf.data.masks import VOID
+from unloaf.data.masks.batches import MaskEvalBatches, MaskTrainBatches
+from unloaf.data.masks.images import VOID
+from unloaf.data.masks.sets import load_masked
 from unloaf.evaluation import Reduction
 from unloaf.inputs import SmallerInputs, resize
 from unloaf.methods.ground_truth import GroundTruthTraining

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from unloaf.config import Config
 from unloaf.data.batches import Batch, EvalBatches, TrainBatches
-from unloaf.data.crops import Window, cut_out, inverse, mapped, width_of, window_of
 from unloaf.data.images import as_pixels
-from unloaf.data.people import Marked, PeopleImages, Person
-from unloaf.data.people_sets import mirrored_order
+from unloaf.data.people.crops import Window, cut_out, inverse, mapped, width_of, window_of
+from unloaf.data.people.images import Marked, PeopleImages, Person
+from unloaf.data.people.joints import mirrored_order
 from unloaf.data.reading import BadImagesError, Chunk, Failure, Keys, readable
 from unloaf.data.sets import Data
 from unloaf.seeds import seed_host

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from unloaf.config import Config
-from unloaf.data.annotated_sets import hold_out_some, share_of
 from unloaf.data.consistency import some
-from unloaf.data.mask_files import MaskSplit, open_mask_split
-from unloaf.data.masks import VOID
+from unloaf.data.in_memory import hold_out_some, share_of
+from unloaf.data.masks.files import MaskSplit, open_mask_split
+from unloaf.data.masks.images import VOID
 from unloaf.data.sets import IMAGENET_MEAN, IMAGENET_STD, Data
 from unloaf.files.writing import read_text
 from unloaf.printable import printable

@@ -13,7 +13,7 @@ import torch
 from unloaf.config import Config
 from unloaf.data.in_memory import SPLIT_SEED
 from unloaf.data.sets import Data
-from unloaf.data.token_sequences import packed
+from unloaf.data.text.sequences import packed
 from unloaf.files.writing import read_text
 from unloaf.printable import printable
 

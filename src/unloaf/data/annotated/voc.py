@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import torch
 
 from unloaf.config.checks import brief
-from unloaf.data.annotated import AnnotatedImages
-from unloaf.data.coco import LONGEST_SIDE, AnnotationsError, Notes, box_object, first_twice, pack
+from unloaf.data.annotated.coco import LONGEST_SIDE, AnnotationsError, Notes, box_object, first_twice, pack
+from unloaf.data.annotated.images import AnnotatedImages
 from unloaf.data.consistency import some
 from unloaf.data.images import Split
 from unloaf.files.writing import read_text

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unloaf.data.images import BadImageError, Encoded, read_image_file
-from unloaf.data.masks import mask_size, sizes_differ
+from unloaf.data.masks.images import mask_size, sizes_differ
 
 if TYPE_CHECKING:
     from PIL.Image import Image

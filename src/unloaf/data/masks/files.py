@@ -15,7 +15,7 @@ import torch
 from unloaf.config import Config
 from unloaf.data.consistency import some
 from unloaf.data.images import BadImageError, read_image_file
-from unloaf.data.masks import MaskedImages, decode_mask, image_size, mask_size, sizes_differ
+from unloaf.data.masks.images import MaskedImages, decode_mask, image_size, mask_size, sizes_differ
 from unloaf.data.walk import is_image
 from unloaf.printable import printable
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from unloaf.config import Config
-from unloaf.data.annotated_batches import LONGEST, placed
+from unloaf.data.annotated.batches import LONGEST, placed
+from unloaf.data.annotated.targets import Target, mirrored, resized, side_size
 from unloaf.data.batches import Batch, EvalBatches, TrainBatches
 from unloaf.data.images import as_pixels
-from unloaf.data.mask_batches import Pairs
+from unloaf.data.masks.batches import Pairs
 from unloaf.data.reading import BadImagesError, Chunk, Failure, Keys, readable
 from unloaf.data.sets import Data
-from unloaf.data.targets import Target, mirrored, resized, side_size
 from unloaf.seeds import seed_host
 
 

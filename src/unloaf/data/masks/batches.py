@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unloaf.config import Config
+from unloaf.data.annotated.targets import mirrored, resized
 from unloaf.data.batches import Batch, EvalBatches, TrainBatches
 from unloaf.data.images import as_pixels
-from unloaf.data.masks import VOID, MaskedImages
+from unloaf.data.masks.images import VOID, MaskedImages
 from unloaf.data.reading import BadImagesError, Chunk, Failure, Keys, readable
 from unloaf.data.sets import Data
-from unloaf.data.targets import mirrored, resized
 from unloaf.seeds import seed_host
 
 SCALES = (0.5, 2.0)  # between which a training image is resized, as in the usual settings for street scenes

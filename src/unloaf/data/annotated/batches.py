@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from unloaf.config import Config
-from unloaf.data.annotated import AnnotatedImages
+from unloaf.data.annotated.images import AnnotatedImages
+from unloaf.data.annotated.targets import Target, masks_of, mirrored, resized, side_size
 from unloaf.data.batches import Batch, EvalBatches, TrainBatches
 from unloaf.data.images import as_pixels
 from unloaf.data.reading import BadImagesError, Chunk, Failure, Keys, readable
 from unloaf.data.sets import Data
-from unloaf.data.targets import Target, masks_of, mirrored, resized, side_size
 from unloaf.seeds import seed_host
 
 LONGEST = 1333 / 800  # of the shorter side: how long an image may become, in the usual settings for COCO

@@ -10,11 +10,21 @@ from typing import Any, NamedTuple
 import torch
 
 from unloaf.config.checks import brief
-from unloaf.data.coco import AnnotationsError, Notes, box_object, is_whole, json_of, named, parsed, position_of, root_of
+from unloaf.data.annotated.coco import (
+    AnnotationsError,
+    Notes,
+    box_object,
+    is_whole,
+    json_of,
+    named,
+    parsed,
+    position_of,
+    root_of,
+)
+from unloaf.data.annotated.segmentations import is_number
 from unloaf.data.consistency import some
 from unloaf.data.images import Split
-from unloaf.data.people import Marked, PeopleImages
-from unloaf.data.segmentations import is_number
+from unloaf.data.people.images import Marked, PeopleImages
 from unloaf.printable import printable
 
 _LARGEST_AREA = 1e10  # square pixels; COCO's evaluation leaves out what is larger
@@ -36,7 +46,7 @@ def open_people_split(folder: Path, split: str, *, max_pixels: int) -> Split | N
     """The people of a split, with the names of the joints as classes; None where there is no JSON file of that name.
 
     The file is person_keypoints_SPLIT.json or person_keypoints_SPLIT2017.json, in the folder or in annotations/, the
-    images are where `unloaf.data.coco.open_coco_split` looks for them.
+    images are where `unloaf.data.annotated.coco.open_coco_split` looks for them.
 
     Raises:
         ValueError: the file is no such JSON, an annotation does not fit its image or the joints, or images are not

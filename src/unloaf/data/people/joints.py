@@ -1,32 +1,13 @@
-"""Sets of people with marked joints: their splits, what the joints are called, and which go together."""
+"""What joints are called, and which change places in a mirrored image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from unloaf.config import Config
-from unloaf.data.annotated_sets import load_annotated
 from unloaf.data.consistency import some
-from unloaf.data.sets import Data
 from unloaf.printable import printable
 
-DEFAULT_HEIGHT = 256
 _SIDES = ("left_", "right_")
-
-
-def load_people(config: Config) -> Data:
-    """Opens the set that a configuration names; its classes are the joints.
-
-    Raises:
-        ValueError: files are missing, or do not fit each other or the configuration; images are to be mirrored, and it
-            is not known which joints then change places.
-    """
-    data = load_annotated(config, masks=False)
-    if config.hflip:
-        mirrored_order(data.class_names)
-    height = config.img_size or DEFAULT_HEIGHT
-    return replace(data, augment="scale-turn-flip", img_size=height, train_img_size=config.train_img_size or height)
 
 
 def mirrored_order(names: Sequence[str]) -> list[int]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from unloaf.config.checks import brief
-from unloaf.data.coco import AnnotationsError, Parsed, is_whole, json_of, named, parsed, position_of, root_of
+from unloaf.data.annotated.coco import AnnotationsError, Parsed, is_whole, json_of, named, parsed, position_of, root_of
 from unloaf.data.consistency import some
 from unloaf.data.images import BadImageError, Split
-from unloaf.data.panoptic import PanopticImages, Segments, check_drawn
+from unloaf.data.panoptic.images import PanopticImages, Segments, check_drawn
 from unloaf.printable import printable
 
 _READERS = 4  # threads that look at the files

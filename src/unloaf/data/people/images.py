@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from unloaf.data.annotated import check_size
+from unloaf.data.annotated.images import check_size
 from unloaf.data.images import Encoded, decode, read_image_file
 
 if TYPE_CHECKING:

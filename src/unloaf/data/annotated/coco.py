@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from unloaf.config.checks import brief
-from unloaf.data.annotated import AnnotatedImages, Objects
+from unloaf.data.annotated.images import AnnotatedImages, Objects
+from unloaf.data.annotated.segmentations import is_number, segmentation_text
 from unloaf.data.consistency import some
 from unloaf.data.images import Split
-from unloaf.data.segmentations import is_number, segmentation_text
 from unloaf.files.writing import read_text
 from unloaf.printable import printable
 

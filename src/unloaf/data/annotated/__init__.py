@@ -1,0 +1,1 @@
+"""Images with objects: boxes, classes, masks; the layouts of COCO and VOC."""

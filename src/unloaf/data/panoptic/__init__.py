@@ -1,0 +1,1 @@
+"""Images with segments, things and stuff; COCO's panoptic layout."""

@@ -1,0 +1,1 @@
+"""Images with people, whose joints are marked; COCO's layout of keypoints."""

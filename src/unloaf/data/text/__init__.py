@@ -1,0 +1,1 @@
+"""Texts, read as sequences of tokens."""
