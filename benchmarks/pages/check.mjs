@@ -66,7 +66,7 @@ for (const file of pages) {
       else console.log(`${name}: ${one.impact}: ${one.id}, ${one.nodes.length} times: ${one.nodes[0].html.slice(0, 150)}`);
     }
     console.log(`${name}: ${found.violations.length} of axe-core, ${told.length} wrong`);
-    for (const line of told) console.log(`  ${line}`);
+    for (const line of told) console.log(`  ${line.slice(0, 300)}`);
     bad += told.length;
     await page.close();
   }

@@ -404,3 +404,14 @@ def _letters():
     import tokenizers
 
     return tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+
+
+def test_blocks_of_a_language_model_are_deleted_and_nats_are_told(run, capsys, tmp_path):
+    assert main(["damage", str(run), "--most", "1", "--device", "cpu", "--plot", str(tmp_path / "d.svg")]) == 0
+    out = capsys.readouterr().out
+    judged = judge_run(run, device="cpu").main["val"].loss
+    assert out.split()[:3] == ["deleted", "networks", "run"]
+    [line] = [line.split() for line in out.splitlines() if line.split()[:2] == ["0", "1"]]
+    assert line == ["0", "1", f"{judged:.4f}"]
+    assert "nats per token, mean" in out
+    assert ">nats per token<" in (tmp_path / "d.svg").read_text()

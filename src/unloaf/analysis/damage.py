@@ -26,7 +26,7 @@ class DamageRow:
         method: how it was trained.
         deleted: number of blocks that are deleted.
         blocks: which, by their names in the network.
-        value: the figure that decides in the task, in percent.
+        value: the figure that decides in the task, in its unit: percent of accuracy, nats of a language model.
     """
 
     run: str
@@ -144,8 +144,10 @@ def _figure(run: OpenedRun, subnet: Subnet, *, split: str, recalibrate: bool) ->
         return task.figures.decide(task.evaluate(model, batches, training.data, reduce=None))
 
 
-def damage_table(rows: Sequence[DamageRow]) -> tuple[list[str], list[list[str]]]:
+def damage_table(rows: Sequence[DamageRow], *, figure: str = "", digits: int = 1) -> tuple[list[str], list[list[str]]]:
     """Heads and cells: mean and standard deviation for each number of deleted blocks, a column for each run.
+
+    The figure is named by what stands beside the table; its values have so many digits.
 
     >>> row = DamageRow("a", "ST", 1, ("layer1.1",), 90.25)
     >>> damage_table([DamageRow("a", "ST", 0, (), 92.0), row])
@@ -156,7 +158,7 @@ def damage_table(rows: Sequence[DamageRow]) -> tuple[list[str], list[list[str]]]
     for count in sorted({row.deleted for row in rows}):
         values = {run: [row.value for row in rows if (row.run, row.deleted) == (run, count)] for run in runs}
         sizes = {len(found) for found in values.values() if found}
-        cells = [str(_spread(found)) if found else "" for found in values.values()]
+        cells = [_spread(found).text(digits=digits) if found else "" for found in values.values()]
         lines.append([str(count), "/".join(map(str, sorted(sizes))), *cells])
     return ["deleted", "networks", *runs], lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from unloaf.printable import printable
 from unloaf.streams import say, standard_error
 
 if TYPE_CHECKING:
+    from unloaf.pages.analysis_sections import Analysis
     from unloaf.runs.opened import OpenedRun
 
 
@@ -70,10 +72,12 @@ def give(
     table: Callable[[Sequence[Any]], tuple[list[str], list[list[str]]]],
     picture: Callable[[], str],
     leave_out: Collection[str] = (),
+    analysis: Analysis | None = None,
 ) -> None:
     """Prints the rows, as a table or as JSON, and writes the files that were asked for.
 
-    What is `leave_out` has no place in a CSV file.
+    What is `leave_out` has no place in a CSV file. With an `analysis` of the same rows --output may be a .json file,
+    for `unloaf report --analysis`, or an .html page.
     """
     records = [asdict(row) for row in rows]
     if options.json:
@@ -82,7 +86,10 @@ def give(
         show(*table(rows))
         for note in notes:
             say(note)
-    if options.output is not None:
+    if options.output is not None and analysis is not None and Path(options.output).suffix in (".html", ".json"):
+        _write(Path(options.output), analysis, options.runs)
+        _tell(options, f"{'page' if options.output.endswith('.html') else 'analysis'}: {options.output}")
+    elif options.output is not None:
         from unloaf.measure.costs import write_csv
 
         flat = [{name: _cell(v) for name, v in r.items() if name not in leave_out} for r in records]
@@ -91,6 +98,39 @@ def give(
     if options.plot is not None:
         write_whole(Path(options.plot), picture(), advice="give another file")
         _tell(options, f"picture: {options.plot}")
+
+
+def _write(path: Path, analysis: Analysis, runs: Sequence[str]) -> None:
+    from unloaf.pages.analysis_sections import section_of, text_of
+    from unloaf.pages.runs import analysis_page
+    from unloaf.runs.histories import read_histories
+
+    if path.suffix == ".json":
+        write_whole(path, text_of(analysis))
+    else:
+        write_whole(path, analysis_page(section_of(analysis), read_histories(runs)))
+
+
+def analysis_of(
+    name: str, rows: Sequence[Any], notes: Sequence[str], opened: Sequence[OpenedRun], **options: Any
+) -> Analysis:
+    """What a command found, with where and on what; `options` are what its picture and table need."""
+    from unloaf.environment import environment
+    from unloaf.pages.analysis_sections import Analysis
+
+    first = opened[0]
+    env, data = environment(device=first.training.device), first.training.data
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items() if version)
+    facts = {
+        "command": shlex.join(env["command"]),
+        "networks": "; ".join(f"{run.run.resolve().name}: {run.weights} after epoch {run.epoch}" for run in opened),
+        "hardware": env["hardware"],
+        "versions": f"{versions}, python {env['python']}",
+        **({"revision": env["revision"]} if env["revision"] else {}),
+        "date": env["started"],
+    }
+    found = {"dataset": data.name, "num_classes": data.num_classes}
+    return Analysis(name, rows, notes, facts, found, options)
 
 
 def _cell(value: Any) -> Any:

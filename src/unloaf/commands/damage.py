@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from unloaf.commands.analyses import bar, give, opened_runs
+from unloaf.commands.analyses import analysis_of, bar, give, opened_runs
 from unloaf.commands.options import check_least
 from unloaf.commands.parsing import parse
 from unloaf.config.checks import check_device
@@ -50,7 +51,8 @@ class Damage:
     json: bool = False
     """Print everything as JSON."""
     output: str | None = None
-    """Write a line for each damaged network to this CSV file; its folder is made."""
+    """Write a line for each damaged network to this CSV file, all to a .json file for `unloaf report --analysis`, or a
+    page to an .html file; its folder is made."""
     plot: str | None = None
     """Write a picture of accuracy over the number of deleted blocks to this SVG file."""
 
@@ -76,10 +78,19 @@ def run(words: list[str]) -> int:
             opened, **given, split=options.split, recalibrate=options.recalibrate,
             on_row=lambda row: display.advance(f"{row.run}, {row.deleted} deleted"),
         )  # fmt: skip
-    figure = opened[0].training.task.figures.chief.label
+    figures = opened[0].training.task.figures
+    figure = f"{figures.chief.label}, %" if figures.unit == "%" else figures.chief.label
+    shown: Any = {"figure": figure, "digits": 1 if figures.unit == "%" else 4}
     notes = [
-        f"{figure} in percent, mean and standard deviation over the networks that lack so many blocks; "
+        f"{figure}, mean and standard deviation over the networks that lack so many blocks; "
         f"batch-norm statistics {'re-estimated' if options.recalibrate else 'as in training'}"
     ]
-    give(options, rows, notes=notes, table=damage_table, picture=lambda: damage_picture(rows, figure=figure))
+    give(
+        options,
+        rows,
+        notes=notes,
+        table=partial(damage_table, **shown),
+        picture=partial(damage_picture, rows, **shown),
+        analysis=analysis_of("damage", rows, notes, opened, **shown),
+    )
     return 0

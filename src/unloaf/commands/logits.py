@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from unloaf.commands.analyses import bar, give, opened_runs
+from unloaf.commands.analyses import analysis_of, bar, give, opened_runs
 from unloaf.commands.options import check_least, check_subnets
 from unloaf.commands.parsing import parse
 from unloaf.config.checks import check_device
@@ -47,7 +47,8 @@ class Logits:
     json: bool = False
     """Print everything as JSON."""
     output: str | None = None
-    """Write the table to this CSV file too; its folder is made."""
+    """Write the table to this CSV file, all to a .json file for `unloaf report --analysis`, or a page to an .html file;
+    its folder is made."""
     plot: str | None = None
     """Write a picture of accuracy over the size of the logits to this SVG file."""
 
@@ -82,5 +83,6 @@ def run(words: list[str]) -> int:
         "magnitude: L2 norm of an image's logits, mean and standard deviation over the images; confidence: highest "
         "probability; batch-norm statistics of subnets re-estimated"
     ]
-    give(options, rows, notes=notes, table=logits_table, picture=lambda: logits_picture(rows))
+    found = analysis_of("logits", rows, notes, opened)
+    give(options, rows, notes=notes, table=logits_table, picture=lambda: logits_picture(rows), analysis=found)
     return 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import tyro
 
-from unloaf.commands.analyses import bar, give, opened_runs
+from unloaf.commands.analyses import analysis_of, bar, give, opened_runs
 from unloaf.commands.options import check_depths, check_least
 from unloaf.commands.parsing import parse
 from unloaf.config.checks import check_device
@@ -49,7 +50,8 @@ class ReceptiveField:
     json: bool = False
     """Print everything as JSON, the contribution of each pixel too."""
     output: str | None = None
-    """Write the table to this CSV file too; its folder is made."""
+    """Write the table to this CSV file, all to a .json file for `unloaf report --analysis`, or a page to an .html file;
+    its folder is made."""
     plot: str | None = None
     """Write a picture of the receptive fields to this SVG file."""
 
@@ -85,7 +87,7 @@ def run(words: list[str]) -> int:
     notes = [
         "area of the smallest square around the centre that holds so much of all contributions, in percent of the image"
     ]
-    give(
-        options, rows, notes=notes, table=field_table, picture=lambda: field_picture(rows), leave_out=("contributions",)
-    )
+    found = analysis_of("receptive-field", rows, notes, opened)
+    draw = partial(field_picture, rows)
+    give(options, rows, notes=notes, table=field_table, picture=draw, leave_out=("contributions",), analysis=found)
     return 0

@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from unloaf.analysis.receptive_field import ReceptiveField
     from unloaf.inspection import LayoutRow
 
-_LEGEND: Any = {"frameon": False, "fontsize": 11, "loc": "outside lower center", "ncols": 2}
+
+def _legend(picture: Figure) -> None:
+    """Below the picture, in two columns where the names are short."""
+    names = [text for axes in picture.axes for text in axes.get_legend_handles_labels()[1]]
+    columns = 2 if max(map(len, names), default=0) <= 30 else 1
+    picture.legend(frameon=False, fontsize=11, loc="outside lower center", ncols=columns)
 
 
 @matplotlib.rc_context(STYLE)
-def damage_picture(rows: Sequence[DamageRow], *, figure: str) -> str:
-    """Accuracy over the number of deleted blocks, as SVG: each damaged network a dot, a line through the means."""
+def damage_picture(rows: Sequence[DamageRow], *, figure: str, digits: int = 1) -> str:
+    """A figure over the number of deleted blocks, as SVG: each damaged network a dot, a line through the means."""
     picture = Figure(figsize=(7.2, 5.0), layout="constrained")
     axes: Any = picture.subplots()
     runs = list(dict.fromkeys(row.run for row in rows))
@@ -37,9 +42,9 @@ def damage_picture(rows: Sequence[DamageRow], *, figure: str) -> str:
         axes.plot(counts, means, color=colour, linestyle=dashes, linewidth=2, label=_name(run, mine[0].method))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("blocks deleted")
-    axes.set_ylabel(f"{figure}, %")
+    axes.set_ylabel(figure)
     axes.grid(axis="y")
-    picture.legend(**_LEGEND)
+    _legend(picture)
     return svg_of(picture, background="white")
 
 
@@ -63,7 +68,7 @@ def logits_picture(rows: Sequence[LogitsRow]) -> str:
     axes.set_xlabel("L2 norm of an image's logits\nmean, and standard deviation over the images")
     axes.set_ylabel("top-1 accuracy, %")
     axes.grid()
-    picture.legend(**_LEGEND)
+    _legend(picture)
     return svg_of(picture, background="white")
 
 
@@ -129,5 +134,6 @@ def layout_picture(rows: Sequence[LayoutRow]) -> str:
 
 def _name(run: str, method: str) -> str:
     """A run's name with its method, if it does not say it; a name that begins with "_" would have no legend."""
-    text = run if run in (method, method.lower()) else f"{run} ({method})"
+    short = run if len(run) <= 40 else f"{run[:18]}...{run[-19:]}"
+    text = short if run in (method, method.lower()) else f"{short} ({method})"
     return f" {text}" if text.startswith("_") else text

@@ -114,7 +114,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     for name, section in shown.items():
         text, pictures = _section(section, name, pictures)
         pieces.append(text)
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_digest(SCRIPT)}'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_digest(SCRIPT)}'"
     return "\n".join(
         [
             "<!doctype html>",

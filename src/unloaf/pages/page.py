@@ -77,14 +77,14 @@ def language_report(
 def _results(rows: Sequence[MethodRow]) -> Table:
     both = any(row.main_reestimated for row in rows)
     mains = ["main network\nas trained, %", "main network\nre-estimated, %"] if both else ["main network\ntop-1, %"]
-    equal = all(row.equal_cost for row in rows)
+    equal = any(row.equal_cost for row in rows)
     heads = ["method", *mains, "mean subnet\ntop-1, %", "worst subnet\ntop-1, %", "measured cost\nof a step",
              "its FLOPs\nlimit", *["at equal cost\nval top-1, %"] * equal]  # fmt: skip
     lines = []
     for row in rows:
         tops = (row.main_top1, *[row.main_reestimated or "–"] * both, row.mean_top1, row.worst_top1)
         costs = [f"{spread.text(digits=2)} ×" for spread in (row.cost, row.flops)]
-        lines.append([row.label, *map(str, tops), *costs, *[str(row.equal_cost)] * equal])
+        lines.append([row.label, *map(str, tops), *costs, *[str(row.equal_cost or "–")] * equal])
     return Table("Results of each method", heads, lines)
 
 
@@ -98,6 +98,6 @@ def settings_parts(settings: Mapping[str, Mapping[str, str]]) -> list[str | Tabl
     return [f"All methods: {everyone}.", Table("Settings of each method", ["setting", *settings], lines, "settings")]
 
 
-def facts_table(facts: Mapping[str, str]) -> Table:
+def facts_table(facts: Mapping[str, str], *, name: str = "Command, hardware and versions") -> Table:
     """Names and values, without heads."""
-    return Table("Command, hardware and versions", [], [[name, value] for name, value in facts.items()], "facts")
+    return Table(name, [], [[name, value] for name, value in facts.items()], "facts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+
+from unloaf.printable import printable
 
 if TYPE_CHECKING:
     from unloaf.analysis.comparison import MethodRun, SizeRow
@@ -262,4 +265,8 @@ def svg_of(figure: Figure, *, background: str | None = None, about: str | None =
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Description": about}, **look)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return _UNSEEN.sub(lambda letter: printable(letter[0]), text[text.index("<svg") :])
+
+
+# In a name: what no reader shows, or what turns the direction of reading.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")

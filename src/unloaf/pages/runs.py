@@ -42,28 +42,49 @@ def runs_page(histories: Sequence[RunHistory], analyses: Sequence[Section] = ())
     """The page, HTML; it needs no other file. Sections of analyses come after those of the runs."""
     figures = FIGURES[histories[0].config.task]
     legend = key([history.label for history in histories])
-    heads, lines = table_of(histories)
     title = "Runs side by side" if len(histories) > 1 else f"Run {histories[0].label}"
-    runs = Table("The runs", heads, lines, "results runs", words=range(1, 1 + heads.index("epochs")))
-    notes = [Note(f"{line}.") for line in cautions(histories)]
     subnets, left_out = subnet_pictures(histories, figures)
     return page(
         title,
         "",
         [
-            Section("Runs", [*notes, runs, *_over_seeds(histories, figures)]),
+            _runs(histories, figures),
             Section("Over epochs", _figure(epoch_pictures(histories, figures), _EPOCHS, legend)),
             Section("Over measured training time", _figure(cost_pictures(histories, figures), _COSTS, legend)),
             Section("At equal cost", _equal_cost(histories, figures)),
             Section("Subnets", _figure(subnets, _SUBNETS + left_out, legend)),
             Section("Loss terms", _figure(term_pictures(histories), _TERMS, legend)),
             *analyses,
-            Section("What the words mean", [Words(_words(histories, heads))]),
-            Section("Settings", _settings(histories)),
-            Section("Data", [Table("Data of each run", *_data(histories), "settings")]),
-            Section("Where they ran", [facts_table({h.label: _facts(h) for h in histories})]),
+            *_about(histories),
         ],
     )
+
+
+def analysis_page(analysis: Section, histories: Sequence[RunHistory]) -> str:
+    """The page of an analysis: what it found, and what the runs are that it looked at."""
+    figures = FIGURES[histories[0].config.task]
+    cost = Section("At equal cost", _equal_cost(histories, figures))
+    return page(
+        analysis.heading, "", [analysis._replace(heading="Found"), _runs(histories, figures), cost, *_about(histories)]
+    )
+
+
+def _runs(histories: Sequence[RunHistory], figures: Figures) -> Section:
+    heads, lines = table_of(histories)
+    runs = Table("The runs", heads, lines, "results runs", words=range(1, 1 + heads.index("epochs")))
+    notes = [Note(f"{line}.") for line in cautions(histories)]
+    return Section("Runs", [*notes, runs, *_over_seeds(histories, figures)])
+
+
+def _about(histories: Sequence[RunHistory]) -> list[Section]:
+    """What words, settings and data are."""
+    methods = method_words([history.config.method for history in histories])
+    return [
+        Section("What the words mean", [Words(methods | run_words(table_of(histories)[0]))]),
+        Section("Settings", _settings(histories)),
+        Section("Data", [Table("Data of each run", *_data(histories), "settings")]),
+        Section("Where they ran", [facts_table({h.label: _facts(h) for h in histories})]),
+    ]
 
 
 def _figure(pictures: Any, caption: str, legend: Sequence[tuple[str, str]]) -> list[Figure]:
@@ -127,11 +148,6 @@ def _cost_table(rows: Sequence[EqualCostRow], figures: Figures) -> Table:
         for row in rows
     ]  # fmt: skip
     return Table("Runs at equal cost", heads, lines, words=(1,))
-
-
-def _words(histories: Sequence[RunHistory], heads: Sequence[str]) -> dict[str, str]:
-    methods = method_words([history.config.method for history in histories])
-    return methods | run_words(list(heads))
 
 
 def _settings(histories: Sequence[RunHistory]) -> list[str | Table]:

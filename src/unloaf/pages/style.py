@@ -106,7 +106,7 @@ figure { margin: 1rem 0 0; display: grid; gap: 1rem;
          grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); }
 figure > .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0;
                  padding: .9rem .7rem .5rem; display: flex; flex-direction: column; }
-.card.broad { grid-column: 1 / -1; }
+.card.broad { grid-column: 1 / -1; } .card.broad svg { max-width: 46rem; }
 h3 { margin: 0 .3rem .3rem; font-size: .95rem; font-weight: 600; }
 figure svg { width: 100%; height: auto; display: block; margin: auto 0; }
 svg text { font-family: inherit !important; fill: var(--ink); }
