@@ -23,7 +23,8 @@ from unloaf.config import Config, load_config
 from unloaf.data import load_data
 from unloaf.engine.checkpoint import load_checkpoint
 from unloaf.engine.checkpoint.saver import Saver
-from unloaf.engine.loop import Training, fit, prepare, train_epoch
+from unloaf.engine.log_lines import step_line
+from unloaf.engine.loop import StepRow, Training, fit, prepare, train_epoch
 from unloaf.engine.run import Run, train
 from unloaf.errors import CheckpointError
 from unloaf.tasks.methods import check_classes
@@ -408,3 +409,11 @@ def test_saving_costs_at_most_two_percent_of_an_epoch(tmp_path, monkeypatch):
     ratio = sorted(spent)[len(spent) // 2] / epochs[len(epochs) // 2]
     print(f"saving takes {100 * ratio:.2f} % of an epoch")
     assert ratio <= 0.02
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(5.2, "0.77 images/s"), (0.5, "8 images/s"), (0.016, "250 images/s")])
+def test_a_slow_step_has_a_rate_too(seconds, told):
+    """Of batches of four."""
+    training = prepare(replace(NAMED, batch_size=4))
+    row = StepRow(step=1, epoch=1, loss=2.0, terms={}, subnets=(), lr=0.1, made=True)
+    assert step_line(row, training, seconds).endswith(told)

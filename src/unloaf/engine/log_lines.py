@@ -48,11 +48,12 @@ def step_line(row: StepRow, training: Training, seconds: float) -> str:
     """A step as a line of text; seconds are for one step, images per second over all devices."""
     config, position = training.config, training.position
     world = training.accelerator.num_processes
-    images = config.batch_size * world * config.accumulation(world)
+    rate = config.batch_size * world * config.accumulation(world) / seconds
+    told = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
     return (
         f"train {row.epoch}/{config.epochs} [{position.step}/{training.steps_per_epoch}]  "
         f"loss {row.loss:.4f} ({position.mean_loss:.4f})  lr {row.lr:.3g}  "
-        f"{seconds:.3f} s/step  {images / seconds:.0f} {training.data.unit}/s"
+        f"{seconds:.3f} s/step  {told} {training.data.unit}/s"
     )
 
 
