@@ -165,3 +165,21 @@ def test_observers_do_not_move_while_a_model_is_judged():
     stages = unloaf.find_stages(model, 10 * x)
     unloaf.evaluate_subnets(model, stages, [(10 * x, y)], subnets=2)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_weights_of_a_model_of_transformers_are_not_copied(monkeypatch):
+    """It has a `train` of its own, which changes none of them; copies would cost more than a token does."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config.vocab_size = 16
+    model, copied, clone = transformers.LlamaForCausalLM(config), set(), torch.Tensor.clone
+
+    def noted(tensor, **options):
+        copied.add(tensor.data_ptr())
+        return clone(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "clone", noted)
+    with evaluating(model):
+        assert not model.lm_head.training
+    assert model.lm_head.training
+    assert not copied & {weight.data_ptr() for weight in model.parameters()}

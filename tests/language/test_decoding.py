@@ -12,6 +12,7 @@ import unloaf
 from decoders import FAMILIES, VOCAB, decoder, prompts
 from unloaf.language import generate
 from unloaf.language.draft_length import DraftLength
+from unloaf.language.slots import Slots
 
 NEW = 16
 
@@ -114,6 +115,36 @@ def runs(model, work):
     for handle in handles:
         handle.remove()
     return made, tokens, calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "windows", "expected"), [([[1, 1]], (None,), True), ([[0, 1]], (None,), False), ([[1, 1]], (1,), False)]
+)
+def test_a_token_needs_no_mask_where_it_sees_all(rows, windows, expected):
+    slots = Slots(torch.tensor(rows), windows, torch.float32)
+    assert slots.last_sees_all is expected
+    slots.append(1)
+    nothing_hidden = bool((slots.mask(1) if len(set(windows)) == 1 else None).eq(0).all())
+    assert nothing_hidden is expected
+
+
+def test_rows_that_part_need_a_mask(llama):
+    slots = Slots(torch.ones(2, 3), (None,), torch.float32)
+    slots.append(2)
+    slots.drop([0, 1])
+    assert not slots.last_sees_all
+    slots.keep(torch.tensor([0]))
+    assert slots.last_sees_all
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_single_row_without_padding_gives_the_same_tokens(attention):
+    model, (ids, _) = decoder("Llama"), prompts(1)
+    model.set_attn_implementation(attention)
+    stages, draft = first(model, 2)
+    for count in (1, 3):
+        tokens = generate(model, stages, ids, draft=draft, max_new_tokens=NEW, draft_tokens=count)
+        assert torch.equal(tokens, plain(model, ids))
 
 
 def test_no_layer_runs_twice_for_a_token(llama):

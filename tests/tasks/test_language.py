@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import signal
 from dataclasses import replace
 from itertools import pairwise
 
@@ -299,6 +301,39 @@ def test_a_run_with_lora_that_is_stopped_continues_to_the_bit(texts, tmp_path, m
     moved = {name for name, value in begun.items() if not torch.equal(value, start[name])}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+def killed_before_step(number, settings):
+    """A run in a process of its own, which kills itself."""
+    if (child := os.fork()) == 0:
+        step, made = loop.train_step, []
+
+        def die(*args):
+            made.append(None)
+            if len(made) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(*args)
+
+        try:
+            loop.train_step = die
+            train(settings, console=tiny.quiet())
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+
+def test_a_run_that_is_killed_continues_to_the_bit(texts, tmp_path):
+    settings = config(texts, method="st", eval_subnets=1, output=str(tmp_path), name="whole", checkpoint_interval=1)
+    whole = train(settings, console=tiny.quiet())
+    other = replace(settings, name="killed")
+    killed_before_step(4, other)
+    assert 1 <= load_checkpoint(tmp_path / "killed" / "last").step < 4
+    again = train(other, console=tiny.quiet(), resume="auto")
+    ends = [load_checkpoint(result.path / "last") for result in (whole, again)]
+    assert tiny.same(dict(ends[0].weights["model"]), dict(ends[1].weights["model"]))
+    assert ends[0].step == ends[1].step
+    assert again.test == whole.test
 
 
 @pytest.fixture(scope="module")

@@ -165,6 +165,8 @@ class Decoder:
         self.partial, self.depth, self.length, self.choice = partial, depth, length, choice
         self.last_position = None if context is None else context - 1
         self.windows = sliding_windows(partial.model)
+        # With eager attention the model makes a mask then, as wide as the cache of the first layer is.
+        self.takes_no_mask = getattr(partial.model.config, "_attn_implementation", None) == "sdpa"
 
     def run(
         self,
@@ -214,9 +216,11 @@ class Decoder:
 
     def _call(self, tokens: Tensor, positions: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """A part of the model on the last slots; positions that a row never reaches may lie beyond the context."""
+        count = tokens.shape[1]
+        maskless = count == 1 and self.takes_no_mask and self.slots.last_sees_all
         return self.partial(
             tokens,
-            mask=self.slots.mask(tokens.shape[1]),
+            mask=None if maskless else self.slots.mask(count),
             position_ids=positions.clamp(max=self.last_position),
             past_key_values=self.slots.cache,
             use_cache=True,

@@ -45,6 +45,7 @@ class Slots:
     Attributes:
         cache: transformers' own; layers append to it.
         positions: (rows, slots), the number of the token within its row, or -1.
+        last_sees_all: whether the last token of every row may attend to all slots, so that it needs no mask.
 
     >>> slots = Slots(torch.tensor([[0, 1, 1], [1, 1, 1]]), (None, 2), torch.float32)
     >>> slots.positions
@@ -60,6 +61,7 @@ class Slots:
         self.cache: Any = DynamicCache()
         self.positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, -1)
         self._windows, self._dtype = windows, dtype
+        self._note_gaps()
 
     @property
     def lengths(self) -> Tensor:
@@ -71,6 +73,9 @@ class Slots:
         new = self.lengths[:, None] + torch.arange(count, device=self.positions.device)
         self.positions = torch.cat([self.positions, new], dim=1)
         return new
+
+    def _note_gaps(self) -> None:
+        self.last_sees_all = not any(self._windows) and bool((self.positions >= 0).all())
 
     def mask(self, count: int) -> Tensor | Mapping[str, Tensor]:
         """What the last ``count`` tokens may attend to: 0, or the lowest number where they may not.
@@ -117,6 +122,7 @@ class Slots:
         positions = self.positions.gather(1, sources.clamp(min=0)).masked_fill(sources < 0, -1)
         used = int((positions >= 0).any(0).int().argmax())  # slots before are empty in all rows
         sources, self.positions = sources[:, used:].clamp(min=0), positions[:, used:]
+        self._note_gaps()
         index = sources[:, None, :, None]
         for layer in self.cache.layers:
             layer.keys, layer.values = (
@@ -128,3 +134,4 @@ class Slots:
         """Forgets all rows but these."""
         self.cache.batch_select_indices(rows)
         self.positions = self.positions[rows]
+        self._note_gaps()

@@ -27,15 +27,21 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
         for module, training in switched:  # outer ones first: each switches what it holds, which is switched again
             module.train(training)
         for module, training in flags:
-            module.training = training
+            if module.training != training:
+                module.training = training
         for parameter, before in weights.items():
             _undo_rounding(parameter, before)
 
 
 def _has_own_train(module: nn.Module) -> bool:
-    # Those of torch.nn, DistributedDataParallel's say, change nothing of what they hold.
+    # Those of torch.nn, DistributedDataParallel's say, change nothing of what they hold; that of transformers' models
+    # only asks for other kernels, where they use such.
     function = getattr(module.train, "__func__", None)
-    return function is not nn.Module.train and not getattr(function, "__module__", "").startswith("torch.nn.")
+    if function is nn.Module.train:
+        return False
+    home = getattr(function, "__module__", "")
+    plain = home == "transformers.modeling_utils" and not getattr(module, "use_kernels", False)
+    return not (plain or home.startswith("torch.nn."))
 
 
 def _undo_rounding(parameter: Tensor, before: Tensor) -> None:
@@ -52,7 +58,8 @@ def _undo_rounding(parameter: Tensor, before: Tensor) -> None:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients or autocast; modes and buffers are put back, whatever happens."""
     with modes_kept(model), buffers_kept(model):
-        model.eval()
+        if any(module.training for module in model.modules()):
+            model.eval()
         with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
 
