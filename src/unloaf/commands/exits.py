@@ -83,14 +83,14 @@ def run(words: list[str]) -> int:
     """Prints the table, writes it to a file if asked to."""
     options = parse(Exits, words, prog="unloaf exits")
     from unloaf.measure.costs import write_csv
-    from unloaf.runs.exits import judge_exits_of
+    from unloaf.runs.exits import ExitsSettings, judge_exits_of
 
     if options.output is not None:
         check_writable(Path(options.output))
     names = ("depths", "seq_len", "tokens", "prompts", "new_tokens", "repeats", "early_exit", "tokenizer")
     names += ("checkpoint", "ema", "data_dir", "run_own_code", "device")
     given = {name: getattr(options, name) for name in names}
-    judgement = judge_exits_of(Path(options.source), Path(options.text), **given)
+    judgement = judge_exits_of(Path(options.source), Path(options.text), ExitsSettings(**given))
     if options.json:
         print(json.dumps(asdict(judgement) | _as_records(judgement), indent=2))
     else:

@@ -65,30 +65,11 @@ class _Opened:
     notes: tuple[str, ...] = ()
 
 
-def judge_exits_of(
-    source: Path,
-    text: Path,
-    *,
-    depths: Sequence[int] = (),
-    seq_len: int = 128,
-    tokens: int = 8192,
-    prompts: int = 4,
-    prompt_tokens: int = 16,
-    new_tokens: int = 64,
-    repeats: int = 3,
-    early_exit: bool = False,
-    tokenizer: str = "auto",
-    checkpoint: str = "last",
-    ema: bool = False,
-    data_dir: str | None = None,
-    run_own_code: bool = False,
-    device: str = "auto",
-) -> ExitsJudgement:
-    """Perplexity, agreement and expected speed of each exit on a text, and how fast it decodes.
+@dataclass(frozen=True, kw_only=True)
+class ExitsSettings:
+    """How exits are judged.
 
-    Args:
-        source: a run of task language, or a folder with a model of transformers.
-        text: a file of text that neither was trained on.
+    Attributes:
         depths: which exits; default: all of up to 8, or 8 of them.
         seq_len: tokens of a sequence; each is predicted from those before it in its sequence.
         tokens: how many tokens of the text are read at most, from its beginning.
@@ -103,44 +84,67 @@ def judge_exits_of(
         data_dir: of a run: where its texts are now.
         run_own_code: of a run: import and run the user's own functions that it names.
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+    """
+
+    depths: Sequence[int] = ()
+    seq_len: int = 128
+    tokens: int = 8192
+    prompts: int = 4
+    prompt_tokens: int = 16
+    new_tokens: int = 64
+    repeats: int = 3
+    early_exit: bool = False
+    tokenizer: str = "auto"
+    checkpoint: str = "last"
+    ema: bool = False
+    data_dir: str | None = None
+    run_own_code: bool = False
+    device: str = "auto"
+
+
+def judge_exits_of(source: Path, text: Path, settings: ExitsSettings) -> ExitsJudgement:
+    """Perplexity, agreement and expected speed of each exit on a text, and how fast it decodes.
+
+    Args:
+        source: a run of task language, or a folder with a model of transformers.
+        text: a file of text that neither was trained on.
+        settings: see there.
 
     Raises:
         ValueError: no such folder or text, a text shorter than one sequence, or a model that cannot stop in the middle.
     """
     words = _read(text)
-    if (source / "args.yaml").is_file():
-        how = {"checkpoint": checkpoint, "ema": ema, "data_dir": data_dir, "run_own_code": run_own_code}
-        opened = _open_run(source, tokenizer, device=device, **how)
-    else:
-        opened = _open_folder(source, tokenizer, seq_len, device)
-    rows = _sequences(opened, words, text, seq_len, tokens)
+    opened = _open_run(source, settings) if (source / "args.yaml").is_file() else _open_folder(source, settings)
+    rows = _sequences(opened, words, text, settings)
     main = sum(stage.depth for stage in opened.stages)
-    chosen = checked_depths(depths or _spread(main), main)
-    batches = rows.split(max(1, 1024 // seq_len))
+    chosen = checked_depths(settings.depths or _spread(main), main)
+    batches = rows.split(max(1, 1024 // settings.seq_len))
     judged = judge_exits(opened.model, opened.stages, batches, chosen)
-    ways: list[DecodingRow] = []
-    if repeats:
-        drafts = [_ordered(opened.stages, depth) for depth in chosen[:-1]]
-        starts = [row[None, :prompt_tokens] for row in rows[:: max(1, len(rows) // prompts)][:prompts]]
-        ways = measure_decoding(
-            opened.model,
-            opened.stages,
-            starts,
-            drafts,
-            max_new_tokens=new_tokens,
-            repeats=repeats,
-            early_exit=early_exit,
-        )
+    ways = _decoded(opened, rows, chosen[:-1], settings) if settings.repeats else []
     return ExitsJudgement(
         name=source.name,
         text=text.name,
-        tokens=rows.shape[0] * (seq_len - 1),
+        tokens=rows.shape[0] * (settings.seq_len - 1),
         rows=tuple(judged),
         ways=tuple(ways),
         advice=advice(judged, ways),
         device=str(opened.device),
         threads=torch.get_num_threads(),
         notes=opened.notes,
+    )
+
+
+def _decoded(opened: _Opened, rows: Tensor, depths: Sequence[int], settings: ExitsSettings) -> list[DecodingRow]:
+    """Beginnings of sequences from all over the text, continued without a draft and with each of these."""
+    every = max(1, len(rows) // settings.prompts)
+    return measure_decoding(
+        opened.model,
+        opened.stages,
+        [row[None, : settings.prompt_tokens] for row in rows[::every][: settings.prompts]],
+        [_ordered(opened.stages, depth) for depth in depths],
+        max_new_tokens=settings.new_tokens,
+        repeats=settings.repeats,
+        early_exit=settings.early_exit,
     )
 
 
@@ -174,30 +178,32 @@ def _read(text: Path) -> str:
     return words
 
 
-def _open_run(source: Path, tokenizer: str, **options: Any) -> _Opened:
-    if tokenizer != "auto":
-        raise ValueError(f"tokenizer {tokenizer}: a run has its own; leave --tokenizer out")
-    run = open_trained(source, **options)
+def _open_run(source: Path, settings: ExitsSettings) -> _Opened:
+    if settings.tokenizer != "auto":
+        raise ValueError(f"tokenizer {settings.tokenizer}: a run has its own; leave --tokenizer out")
+    names = ("checkpoint", "ema", "data_dir", "run_own_code", "device")
+    run = open_trained(source, **{name: getattr(settings, name) for name in names})
     if run.config.task != "language":
         raise ValueError(f"{source}: exits are for language models; this run is of task {run.config.task}")
     data: Any = run.training.data
     return _Opened(run.network, run.training.stages, data.tokenizer, run.training.device, run.notes)
 
 
-def _open_folder(source: Path, tokenizer: str, seq_len: int, device: str) -> _Opened:
+def _open_folder(source: Path, settings: ExitsSettings) -> _Opened:
     if not source.is_dir():
         raise ValueError(f"{printable(source)}: no such folder; give a run, or a model that save_pretrained wrote")
     name = f"hf/{source}"
-    words = tokenizer_of(name, tokenizer)
-    model = build_language_model(name, words, seq_len=seq_len, arguments={}, pretrained=True)
-    place = usable_device(device)
+    words = tokenizer_of(name, settings.tokenizer)
+    model = build_language_model(name, words, seq_len=settings.seq_len, arguments={}, pretrained=True)
+    place = usable_device(settings.device)
     model = model.eval().to(place)
     stages = find_stages(model, {"input_ids": torch.arange(16, device=place)[None] % words.size})
     return _Opened(model, stages, words, place)
 
 
-def _sequences(opened: _Opened, words: str, text: Path, length: int, most: int) -> Tensor:
+def _sequences(opened: _Opened, words: str, text: Path, settings: ExitsSettings) -> Tensor:
     """(sequences, length): the beginning of the text, its last tokens left out that fill no sequence."""
+    length, most = settings.seq_len, settings.tokens
     found = list(opened.tokenizer.encode(words[: most * 40]))[: max(most, length)]
     if len(found) < length:
         raise ValueError(
