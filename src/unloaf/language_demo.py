@@ -36,7 +36,7 @@ from unloaf.subnet import Subnet
 
 _RECIPES = (language.common, language.stimulative)
 _DRAFTS = (1, 2, 4)  # layers
-_EXITS = (1, 2, 3, 4, 6)  # likewise; each costs a pass over the test texts
+_EXITS = (1, 2, 4, 8)  # likewise; each costs a pass over the test texts
 _PROMPTS, _PROMPT, _NEW = 3, 64, 48  # texts, and bytes of each that are given and written
 _REPEATS = 3
 
@@ -78,17 +78,7 @@ def run_language_demo(
         data = next(iter(trainings.values())).data
         facts = facts_of(environment(), data, seeds=1)
         seconds = _train(trainings, console)
-        base = next(iter(seconds.values()))
-        runs = [
-            LanguageRun(
-                label=label,
-                nats=_exits(training),
-                cost=statistics.median(own / common for own, common in zip(seconds[label], base, strict=True)),
-                flops=flops_limit(training),
-                decoding=_decode(training),
-            )
-            for label, training in trainings.items()
-        ]
+        runs = _judge(trainings, seconds, console)
     _write_results(folder, configs, runs, facts)
     write_whole(folder / "report.html", _report(configs, runs, data, facts))
     return runs, folder / "report.html"
@@ -97,14 +87,34 @@ def run_language_demo(
 def _train(trainings: Mapping[str, Training], console: Console) -> dict[str, list[float]]:
     """An epoch of each in turn, so that other load slows all alike; seconds of a step, epoch by epoch."""
     seconds: dict[str, list[float]] = {label: [] for label in trainings}
-    total = sum(training.config.epochs for training in trainings.values())
-    with show_progress(console, total=total, label="training") as show:
+    total = sum(training.config.epochs * training.steps_per_epoch for training in trainings.values())
+    with show_progress(console, total=total, label="training, step", lines=True) as show:
         while not all(training.finished for training in trainings.values()):
             for label, training in trainings.items():
-                row = train_epoch(training)
+                row = train_epoch(training, on_step=lambda step, label=label: show.advance(f"{label}: {step.loss:.2f}"))
                 seconds[label].append(row.seconds / row.steps)
-                show.advance(f"{label}, epoch {row.epoch}")
+                judged = "" if row.eval is None else f", {row.eval.main.loss:.3f} nats per byte of the validation texts"
+                show.line(f"{label}, epoch {row.epoch}{judged}")
     return seconds
+
+
+def _judge(
+    trainings: Mapping[str, Training], seconds: Mapping[str, Sequence[float]], console: Console
+) -> list[LanguageRun]:
+    base, runs = next(iter(seconds.values())), []
+    with show_progress(console, total=len(trainings), label="exits and decoding", lines=True) as show:
+        for label, training in trainings.items():
+            show.line(f"{label}: judging exits, and decoding with them")
+            run = LanguageRun(
+                label=label,
+                nats=_exits(training),
+                cost=statistics.median(own / common for own, common in zip(seconds[label], base, strict=True)),
+                flops=flops_limit(training),
+                decoding=_decode(training),
+            )
+            runs.append(run)
+            show.advance(label)
+    return runs
 
 
 def _exits(training: Training) -> dict[int, float]:

@@ -374,13 +374,13 @@ class Run:
             self.saver.save(self.training.steps_done, weights, state, best=best)
 
     def result(self, path: Path) -> TrainResult:
-        """Judges the finished network."""
+        """Judges the finished network. Who asked for the run says how good it is; here it is only kept."""
         split = "test" if len(self.training.data.test) else "val" if len(self.training.data.val) else "train"
         test = self.training.evaluate(split).main
         figures = self.training.task.figures
         if self.folder is not None:
             self.folder.event("result", {f"{split}_{f.name}": getattr(test, f.name) for f in figures.columns})
-        self.say(f"{split} {figures.chief.text(figures.decide(test))}")
+            self.folder.log(f"{split} {figures.chief.text(figures.decide(test))}")
         return TrainResult(path, split, test)
 
     def say(self, line: str) -> None:
