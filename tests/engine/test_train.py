@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
@@ -357,6 +358,34 @@ def test_tensorboard_gets_the_figures(tmp_path):
     pytest.importorskip("tensorboard")
     path = tiny.run(tiny.config(output=str(tmp_path), name="run", epochs=1, trackers=("tensorboard",))).path
     assert list(path.rglob("events.out.tfevents.*"))
+
+
+def test_trackers_get_every_curve_and_the_training_time_of_a_resumed_run(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: told.append((step, values)))
+    settings = {
+        "output": str(tmp_path),
+        "name": "run",
+        "trackers": ("tensorboard",),
+        "eval_subnets": 2,
+        "log_interval": 1,
+    }
+    path = tiny.run(tiny.config(epochs=1, **settings)).path
+    tiny.run(tiny.config(epochs=2, **settings), resume="auto")
+    rows = list(csv.DictReader((path / "summary.csv").read_text().splitlines()))
+    epochs = [values for _, values in told if "epoch" in values]
+    steps = [values for _, values in told if "epoch" not in values]
+    assert len(epochs) == len(rows) == 2
+    assert [values["train_seconds"] for values in epochs] == pytest.approx(
+        [float(rows[0]["time"]), float(rows[0]["time"]) + float(rows[1]["time"])], abs=2e-3
+    )
+    for values, row in zip(epochs, rows, strict=True):
+        subnets = [value for name, value in values.items() if name.startswith("subnets_top1/")]
+        assert len(subnets) == 2
+        assert sum(subnets) / 2 == pytest.approx(float(row["subnets_top1_mean"]))
+        assert values["eval_top1"] == float(row["eval_top1"])
+    assert all({"train_loss", "lr", "main"} <= set(values) for values in steps)
 
 
 @pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")

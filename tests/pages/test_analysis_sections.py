@@ -7,6 +7,7 @@ import pytest
 from unloaf.analysis.damage import DamageRow
 from unloaf.analysis.logits import LogitsRow
 from unloaf.analysis.receptive_field import ReceptiveField
+from unloaf.analysis.subnets import SubnetAnalysisRow
 from unloaf.commands.main import main
 from unloaf.pages.analysis_sections import Analysis, cells_of, kinds, read_analysis, section_of, text_of
 from unloaf.pages.layout import page
@@ -23,6 +24,15 @@ FOUND = [
     Analysis("logits", [LogitsRow(HOSTILE, "ST", "2-2", True, 90.0, 3.5, 0.5, 80.0, 1.0)], (), {}, DATA),
     Analysis(
         "receptive-field", [ReceptiveField(HOSTILE, "ST", "2", 8, (1.0, 2.0, 3.0, 9.0), ((0.5, 0.5),))], (), {}, DATA
+    ),
+    Analysis(
+        "subnets",
+        [
+            SubnetAnalysisRow(HOSTILE, "ST", "main", "2-2", 90.0, 0.5, 3.0, 100.0, 0.2, 1.5, True, 80.0, None),
+            SubnetAnalysisRow(HOSTILE, "ST", "subnet", "2-1", 80.0, 0.6, 4.0, 70.0, 0.1, None, False, None, None),
+            SubnetAnalysisRow(HOSTILE, "ST", "ensemble", HOSTILE, 91.0, 0.4, 2.0, 95.0, 0.3, None, False, 85.0, 88.0),
+        ],
+        (), {}, DATA,
     ),
 ]  # fmt: skip
 
@@ -45,7 +55,7 @@ def test_a_section_has_the_numbers_and_names_as_text(found):
     assert "<script>alert" not in text
     assert "<b>note" not in text
     assert "\x1b" not in text
-    assert text.count('role="img"') == 1
+    assert text.count('role="img"') == 1 + len(kinds()[found.name].more)
     assert "img-src data:;" in text  # shades of pixels are pictures inside the picture
     assert "alert(1)" in text
     heads, lines = cells_of(found)

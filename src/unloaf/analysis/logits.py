@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unloaf.analysis.runs import label_of, names_of, split_of
 from unloaf.evaluation import choose_subnets
 from unloaf.inputs import to_device
+from unloaf.measure.exits import UNREADABLE
 from unloaf.passes import logits_of
 from unloaf.runs.opened import OpenedRun
 from unloaf.stages import call_model, evaluating
@@ -60,12 +61,13 @@ class Predictions(NamedTuple):
 
 
 def predictions(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> Predictions:
-    """The logits of a classifier for all batches, in evaluation mode."""
+    """The logits of a classifier for all batches, in evaluation mode; images that cannot be read do not count."""
     device, logits, targets = next(model.parameters()).device, [], []
     with evaluating(model):
         for x, y in batches:
-            logits.append(logits_of(call_model(model, to_device(x, device))).double().cpu())
-            targets.append(y.cpu())
+            read = y.cpu() != UNREADABLE
+            logits.append(logits_of(call_model(model, to_device(x, device))).double().cpu()[read])
+            targets.append(y.cpu()[read])
     return Predictions(torch.cat(logits), torch.cat(targets))
 
 

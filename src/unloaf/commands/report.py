@@ -29,7 +29,8 @@ class Report:
     output: str | None = None
     """Write a page with the curves of the runs to this .html file."""
     analysis: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...")] = ()
-    """Analyses that the page has too: .json files that damage, logits or receptive-field wrote with --output."""
+    """Analyses that the page has too: .json files that damage, logits, receptive-field or subnets --all wrote with
+    --output."""
 
     def __post_init__(self) -> None:
         if not self.runs:

@@ -30,6 +30,7 @@ class Subnets:
 
     option_groups = (
         ("subnets", "which subnets"),
+        ("all", "all of a classifier"),
         ("latency", "time"),
         ("checkpoint", "of a run"),
         ("img_size", "of a model"),
@@ -40,12 +41,23 @@ class Subnets:
     """Folder of a run, or a network as for train."""
     subnets: Annotated[str, tyro.conf.arg(metavar="all|pareto|N")] = "16"
     """All ordered ones, a number of them beside the main network, or, of a run, pareto: the Pareto front."""
+    all: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Of a run: calibration, agreement with the main network, latency and the ensemble of all ordered subnets too."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="DATASET|FOLDER")] = None
+    """all: images that the network does not know, a data set as for train or a folder with train and val in it: how
+    well they are told by low confidence and by disagreement."""
+    against_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """all: folder of that data set; default: that of the run's."""
+    json: bool = False
+    """all: print everything as JSON."""
+    plot: str | None = None
+    """all: write a picture of accuracy, calibration and agreement over cost to this SVG file."""
     latency: bool = False
     """Measure how long a forward pass takes."""
     batch_size: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["-b"])] = (1, 32)
     """Images in a measured pass, one number or several."""
     repeats: int = 30
-    """Passes that are timed, of each subnet and batch size."""
+    """Passes that are timed, of each subnet and batch size; with --all 0 measures no time."""
     device: str = "auto"
     """auto takes an accelerator when there is one; or cpu, cuda, cuda:1, mps."""
     run_own_code: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -63,14 +75,25 @@ class Subnets:
     num_classes: int | None = None
     """Classes of the head; default: 1000, 10 for cifar/."""
     output: str | None = None
-    """Write the table to this CSV file too; its folder is made."""
+    """Write the table to this CSV file too; of all also a .json file for `unloaf report --analysis` or an .html page;
+    its folder is made."""
 
     def __post_init__(self) -> None:
         check_subnets(self.subnets)
         if not self.batch_size or min(self.batch_size) < 1:
             raise ValueError(f"batch_size {self.batch_size}: give one or more numbers of at least 1")
         check_device(self.device)
-        check_least(self, repeats=1, img_size=1, num_classes=1)
+        check_least(self, repeats=0 if self.all else 1, img_size=1, num_classes=1)
+        for name in ("against", "against_dir", "json", "plot"):
+            if getattr(self, name) and not self.all:
+                raise ValueError(f"{name.replace('_', '-')} is for all subnets of a run; give --all with it")
+        if self.all and not _is_run(self.source):
+            raise ValueError(f"{self.source} is a model; --all is for a run, which is trained")
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """As the other analyses have them."""
+        return (self.source,)
 
     @property
     def timed(self) -> tuple[int, ...]:
@@ -81,6 +104,10 @@ class Subnets:
 def run(words: list[str]) -> int:
     """Prints the table, writes it to a file if asked to."""
     options = parse(Subnets, words, prog="unloaf subnets", former={"--num": "--subnets"})
+    if options.all:
+        from unloaf.commands.all_subnets import run_all
+
+        return run_all(options)
     from unloaf.measure.costs import write_csv
     from unloaf.measure.pareto import pareto_front
     from unloaf.measure.records import cost_records, cost_table

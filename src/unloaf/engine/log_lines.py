@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from unloaf.config import Config
@@ -33,6 +34,21 @@ def summary(row: EpochRow, config: Config) -> dict[str, Any]:
             f"main_{name}_reestimated": figures.decide(found.reestimated) if found and found.reestimated else None,
         }
     return values
+
+
+def tracked(row: EpochRow, config: Config, values: Mapping[str, Any], *, seconds: float) -> dict[str, float]:
+    """An epoch as trackers have it: its line of summary.csv, each evaluated subnet, and the training time so far.
+
+    Args:
+        row: the epoch.
+        config: of the run.
+        values: its line of summary.csv.
+        seconds: of training until its end.
+    """
+    figures = FIGURES[config.task]
+    judged = row.eval.subnets if row.eval else ()
+    subnets = {f"subnets_{figures.decisive}/{one.subnet}": figures.decide(one) for one in judged}
+    return {name: value for name, value in {**values, **subnets, "train_seconds": seconds}.items() if value is not None}
 
 
 def _columns(of: str, figures: Figures, found: Any | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from unloaf.engine.checkpoint import Checkpoint, load_checkpoint, newest_checkpo
 from unloaf.engine.checkpoint.capture import capture, restore
 from unloaf.engine.checkpoint.saver import Saver
 from unloaf.engine.devices import find_devices, on_all, total
-from unloaf.engine.log_lines import epoch_line, resumed_lines, step_line, summary
+from unloaf.engine.log_lines import epoch_line, resumed_lines, step_line, summary, tracked
 from unloaf.engine.loop import EpochRow, StepRow, Training, prepare, train_epoch
 from unloaf.engine.optimizer import learning_rate_advice
 from unloaf.engine.run_folder import RunFolder, open_run
@@ -177,7 +177,7 @@ class Run:
             self.saver = Saver(folder, keep=self.config.checkpoint_hist, metadata=metadata)
             stack.callback(self.saver.close)
         self.since, self.steps_since = time.perf_counter(), 0
-        self.judged_batches = 0
+        self.judged_batches, self.trained = 0, 0.0
         self.told_bad: set[str] = set()
 
     def begin(self, checkpoint: Checkpoint | None, notes: Sequence[str]) -> None:
@@ -199,6 +199,7 @@ class Run:
             if checkpoint is not None and (before := self.folder.epochs_before) and before < config.epochs:
                 self.folder.grow(config, before=before, epoch=training.position.epoch)
             notes = [*notes, *self.folder.cut_back(checkpoint.state["files"] if checkpoint else None)]
+            self.trained = self.folder.trained_seconds()
             total_steps = config.epochs * training.steps_per_epoch
             progress = show_progress(
                 self.console, total=total_steps, done=training.steps_by_epochs, label=config.method
@@ -346,7 +347,8 @@ class Run:
             self._tell_bad_images(f"epoch {row.epoch} took the neighbours of", replaced, row.epoch)
             if row.eval is not None:
                 self._tell_bad_images("validation left out", row.eval.bad_images, row.epoch)
-        self.track({key: value for key, value in values.items() if value is not None}, self.training.steps_done)
+        self.trained += row.seconds
+        self.track(tracked(row, self.config, values, seconds=self.trained), self.training.steps_done)
         self.save(best=best)
         self.since, self.steps_since = time.perf_counter(), 0
         if not self.training.finished:

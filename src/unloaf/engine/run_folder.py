@@ -123,6 +123,15 @@ class RunFolder:
         self._append("summary.csv", lines.getvalue())
         self.event("epoch", values)
 
+    def trained_seconds(self) -> float:
+        """How long the epochs in summary.csv took, validation not included; epochs without a time count as nothing."""
+        try:
+            text = read_text(self.path / "summary.csv", limit=_MOST_BYTES)
+        except (OSError, ValueError):
+            return 0.0
+        times = (row.get("time") or "" for row in csv.DictReader(io.StringIO(text, newline="")))
+        return math.fsum(float(text) for text in times if re.fullmatch(r"\d+(\.\d+)?", text))
+
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         line = json.dumps({"event": kind, **_json(values)}, allow_nan=False)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from unloaf.files.writing import read_text
 from unloaf.pages.layout import Cells, Figure, Picture, Section, Table, Words
 from unloaf.pages.page import facts_table
+from unloaf.pages.words import ANALYSIS_PICTURES, ANALYSIS_WORDS
 
 _MOST_BYTES = 1 << 28
 
@@ -40,23 +41,21 @@ class Kind(NamedTuple):
 
     Attributes:
         title: heading of its section.
-        about: what the picture shows, in a sentence.
         row: their class.
         table: heads and cells of rows, likewise.
         picture: from rows, and the options of the analysis as keywords, to SVG.
-        words: what heads of the table mean.
         leave_out: fields that have no place in a CSV file.
         columns: numbers of columns of the table, beside the first, that hold words.
+        more: further pictures of the same rows, by their headings.
     """
 
     title: str
-    about: str
     row: type
     table: Callable[..., tuple[list[str], list[list[str]]]]
     picture: Callable[..., str]
-    words: Mapping[str, str]
     leave_out: Sequence[str] = ()
     columns: Sequence[int] = ()
+    more: Mapping[str, Callable[[Sequence[Any]], str]] = {}
 
 
 def kinds() -> dict[str, Kind]:
@@ -64,70 +63,50 @@ def kinds() -> dict[str, Kind]:
     from unloaf.analysis.damage import DamageRow, damage_table
     from unloaf.analysis.logits import LogitsRow, logits_table
     from unloaf.analysis.receptive_field import ReceptiveField, field_table
+    from unloaf.analysis.subnets import SubnetAnalysisRow, subnet_analysis_table
     from unloaf.pages.analyses import damage_picture, field_picture, logits_picture
+    from unloaf.pages.subnets import depth_maps, subnet_analysis_picture
 
     return {
-        "damage": Kind(
-            "Blocks deleted at test time",
-            "The figure that decides over the number of deleted blocks: each damaged network a dot, a line "
-            "through the means.",
-            DamageRow,
-            damage_table,
-            damage_picture,
-            {"deleted": "How many blocks were deleted.", "networks": "How many networks lack so many blocks."},
-        ),
-        "logits": Kind(
-            "Size of the logits",
-            "Accuracy over the mean L2 norm of the logits: main networks large, with the standard deviation over the "
-            "images, their subnets small.",
-            LogitsRow,
-            logits_table,
-            logits_picture,
-            {
-                "depths": "Blocks that are kept in each stage.",
-                "magnitude, sd": "L2 norm of an image's logits, mean and standard deviation over the images.",
-                "confidence": "The highest probability, mean over the images.",
-                "cosine to main": "Between an image's logits and those of the main network, mean over the images.",
-            },
-            columns=(1, 2),
-        ),
+        "damage": Kind("Blocks deleted at test time", DamageRow, damage_table, damage_picture),
+        "logits": Kind("Size of the logits", LogitsRow, logits_table, logits_picture, columns=(1, 2)),
         "receptive-field": Kind(
-            "Effective receptive fields",
-            "How much each pixel contributes to the centre of the last features: the darker, the more.",
-            ReceptiveField,
-            field_table,
-            field_picture,
-            {
-                "depths": "Blocks that are kept in each stage.",
-                "side": "Shorter side of the images.",
-                "50 % in": "Area of the smallest square around the centre that holds so much of all contributions, in "
-                "percent of the image; so the others.",
-            },
-            ("contributions",),
-            (1, 2),
+            "Effective receptive fields", ReceptiveField, field_table, field_picture, ("contributions",), (1, 2)
+        ),
+        "subnets": Kind(
+            "All subnets",
+            SubnetAnalysisRow,
+            subnet_analysis_table,
+            subnet_analysis_picture,
+            columns=(1,),
+            more={"Mean accuracy by the depths of two stages": depth_maps},
         ),
     }
 
 
 def section_of(analysis: Analysis) -> Section:
     """Its picture, its table and how they are read."""
-    kind = kinds()[analysis.name]
+    kind, about = kinds()[analysis.name], ANALYSIS_PICTURES[analysis.name]
     heads, lines = kind.table(analysis.rows, **analysis.options)
     picture = Picture(
         heading=kind.title,
         svg=kind.picture(analysis.rows, **analysis.options),
-        alt=f"{kind.about} The table below has the numbers.",
+        alt=f"{about} The table below has the numbers.",
         data=cells_of(analysis),
         broad=True,
     )
+    others = [
+        Picture(heading, draw(analysis.rows), f"{heading}. The table below has the numbers.", None, broad=True)
+        for heading, draw in kind.more.items()
+    ]
     facts = [facts_table(analysis.facts, name=f"Command, hardware and versions of {analysis.name}")]
     return Section(
         kind.title,
         [
-            Figure([picture], kind.about),
+            Figure([picture, *others], about),
             Table(kind.title, heads, lines, words=kind.columns),
             *(f"{note[:1].upper()}{note[1:]}." for note in analysis.notes),
-            Words(kind.words),
+            Words(ANALYSIS_WORDS[analysis.name]),
             *(facts if analysis.facts else []),
         ],
     )

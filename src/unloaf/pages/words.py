@@ -28,6 +28,42 @@ COMPARISON_WORDS = {
     "it is trained for may be more.",
 }
 
+# By the name of a command: what its picture shows, and what the heads of its table mean.
+ANALYSIS_PICTURES = {
+    "damage": "The figure that decides over the number of deleted blocks: each damaged network a dot, a line through "
+    "the means.",
+    "logits": "Accuracy over the mean L2 norm of the logits: main networks large, with the standard deviation over the "
+    "images, their subnets small.",
+    "receptive-field": "How much each pixel contributes to the centre of the last features: the darker, the more.",
+    "subnets": "Accuracy over GMACs and, where it was measured, latency; calibration error and agreement over GMACs: a "
+    "dot for each subnet, a square for the main network, a line through the Pareto front, a dashed one at the "
+    "ensemble.",
+}
+ANALYSIS_WORDS = {
+    "damage": {"deleted": "How many blocks were deleted.", "networks": "How many networks lack so many blocks."},
+    "logits": {
+        "depths": "Blocks that are kept in each stage.",
+        "magnitude, sd": "L2 norm of an image's logits, mean and standard deviation over the images.",
+        "confidence": "The highest probability, mean over the images.",
+        "cosine to main": "Between an image's logits and those of the main network, mean over the images.",
+    },
+    "receptive-field": {
+        "depths": "Blocks that are kept in each stage.",
+        "side": "Shorter side of the images.",
+        "50 % in": "Area of the smallest square around the centre that holds so much of all contributions, in percent "
+        "of the image; so the others.",
+    },
+    "subnets": {
+        "depths": "Blocks that are kept in each stage; ensemble: the mean of the probabilities of all networks.",
+        "ECE": "Expected calibration error: how far confidence is from accuracy, a mean over 15 bins of confidence.",
+        "agreement": "Images on which a network gives the class that the main network gives.",
+        "ms": "Median milliseconds of a forward pass of one image.",
+        "unknown": "Area under the ROC curve of telling images of another data set by a low highest probability; 50 "
+        "says nothing.",
+        "by disagreement": "The same by how much the networks disagree: their mean KL divergence from their mean.",
+    },
+}
+
 _RUN_WORDS = {
     "run": "Name of the run's folder, or its path where two have the same.",
     "state": "Finished; in progress: a process trains it now; stopped: neither, `unloaf train --resume` continues it.",
