@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from unloaf.files.writing import read_text
 from unloaf.pages.layout import Cells, Figure, Picture, Section, Table, Words
@@ -183,6 +183,10 @@ def _value(hint: Any, value: Any) -> Any:
     if get_origin(hint) is dict:
         kind, of = get_args(hint)
         return {kind(key): _value(of, part) for key, part in value.items()}
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise TypeError(f"{' or '.join(get_args(hint))} is expected, not {value!r:.40}")
+        return value
     allowed = get_args(hint) or (hint,)
     if value is None and type(None) in allowed:
         return None

@@ -199,13 +199,18 @@ def _word(index: int, words: set[int]) -> str:
 def _figure(figure: Figure, first: int) -> str:
     marks = "".join(f"<li>{themed(svg)}{_text(label)}</li>" for label, svg in figure.legend)
     cards = "".join(
-        f'<div class="card{" broad" * picture.broad}"><h3>{_text(picture.heading)}</h3>'
+        f'<div class="card"{_broad(picture) if picture.broad else ""}><h3>{_text(picture.heading)}</h3>'
         f"{inline(picture, number)}{_link(picture)}</div>"
         for number, picture in enumerate(figure.pictures, first)
     )
     legend = f'<ul class="legend">{marks}</ul>' if marks else ""
     caption = f"<figcaption>{_text(figure.caption)}</figcaption>" if figure.caption else ""
     return f"{legend}<figure>{cards}{caption}</figure>"
+
+
+def _broad(picture: Picture) -> str:
+    """On a phone it scrolls sideways, as its letters would be too small, and so takes the focus."""
+    return f' tabindex="0" role="group" aria-label="{_text(picture.heading)}" data-broad'
 
 
 _ID = re.compile(r' id="([^"<>]*)"')

@@ -106,7 +106,7 @@ figure { margin: 1rem 0 0; display: grid; gap: 1rem;
          grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr)); }
 figure > .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; min-width: 0;
                  padding: .9rem .7rem .5rem; display: flex; flex-direction: column; }
-.card.broad { grid-column: 1 / -1; } .card.broad svg { max-width: 46rem; }
+.card[data-broad] { grid-column: 1 / -1; } .card[data-broad] svg { max-width: 46rem; }
 h3 { margin: 0 .3rem .3rem; font-size: .95rem; font-weight: 600; }
 figure svg { width: 100%; height: auto; display: block; margin: auto 0; }
 svg text { font-family: inherit !important; fill: var(--ink); }
@@ -124,13 +124,15 @@ dd { margin: 0; color: var(--soft); overflow-wrap: anywhere; min-width: 0; }
   th, td { padding: .4rem .5rem; font-size: .84rem; } thead th { font-size: .76rem; }
   .results tbody th { min-width: 6.5rem; max-width: 9rem; }
   dl { grid-template-columns: 1fr; gap: .1rem; } dd { margin-bottom: .5rem; }
+  .card[data-broad] { overflow-x: auto; } .card[data-broad] svg { min-width: 36rem; }
   .noscript .hint { display: block; } }
 @media print { body { background: none; font-size: 10pt; } main { max-width: none; padding: 0; }
   .scroll, .long { overflow: visible; max-height: none; background: none; } .hint, nav, .save { display: none; }
   .box.wide { left: 0; transform: none; width: auto; max-width: none; } thead button::after { content: none; }
   th, td { white-space: normal; padding: .2rem .35rem; font-size: 8pt; overflow-wrap: anywhere;
            min-width: 0 !important; }
-  .card, tr, figcaption { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+  .card[data-broad] svg { min-width: 0; } .card, tr, figcaption { break-inside: avoid; }
+  h2, h3 { break-after: avoid; } }
 """
 )
 
