@@ -82,3 +82,13 @@ def test_a_model_that_transformers_cannot_leave_early_is_decoded_here():
     rows = measure_decoding(model, stages, [text], [draft], max_new_tokens=4, repeats=0)
     assert rows[1].same == 1.0
     assert rows[2].note.startswith("transformers cannot: IndexError")
+
+
+def test_a_model_that_is_being_trained_is_measured_without_its_dropout():
+    model, (ids, _) = decoder("Llama", attention_dropout=0.5), prompts(1)
+    stages = unloaf.find_stages(model, {"input_ids": ids})
+    model.train()
+    draft = unloaf.Subnet.from_depths(stages, (2,))
+    rows = measure_decoding(model, stages, [ids], [draft], max_new_tokens=8, repeats=0, early_exit=False)
+    assert [row.same for row in rows] == [1.0, 1.0]
+    assert model.training

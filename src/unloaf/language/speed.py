@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unloaf.language.decoding import Round, generate
-from unloaf.stages import Stage, inner_module
+from unloaf.stages import Stage, evaluating, inner_module
 from unloaf.stages.stage import stream_of
 from unloaf.subnet import Subnet, check_stages
 
@@ -95,7 +95,7 @@ def measure_decoding(
     All ways decode one prompt after another in this process, in turns, so that a machine which slows down slows all.
 
     Args:
-        model: a causal language model of transformers, in eval mode.
+        model: a causal language model of transformers; it is put into eval mode for the time of the call.
         stages: they hold all its layers.
         prompts: (1, length) each, on the model's device.
         drafts: ordered subnets.
@@ -123,12 +123,13 @@ def measure_decoding(
     blocks = list(check_stages(inner, stages).values())
     ways = _ways(inner, stages, drafts, max_new_tokens, draft_tokens)
     ways = [way for way in ways if early_exit or way.decoder != "transformers"]
-    for way in ways:
-        way.count(blocks, prompts)
-    running = [way for way in ways if not way.note]
-    for _ in range(repeats):
-        for way in running:
-            way.time(prompts)
+    with evaluating(inner):  # transformers decodes in the mode that the model is in, with dropout while it is trained
+        for way in ways:
+            way.count(blocks, prompts)
+        running = [way for way in ways if not way.note]
+        for _ in range(repeats):
+            for way in running:
+                way.time(prompts)
     return [_row(way, ways[0], prompts, len(blocks)) for way in ways]
 
 
