@@ -72,7 +72,8 @@ class Anytime:
     json: bool = False
     """Print everything as JSON."""
     output: str | None = None
-    """Write the tables to this CSV file too; its folder is made."""
+    """Write the tables to this CSV file too, or a page with them and the picture to an .html file; its folder is
+    made."""
     plot: str | None = None
     """Write a picture of accuracy over mean GMACs to this SVG file."""
     export: str | None = None
@@ -120,7 +121,14 @@ def run(words: list[str]) -> int:
         print(json.dumps(json_records(judgements), indent=2))
     else:
         _show(judgements)
-    if options.output is not None:
+    if options.output is not None and options.output.endswith(".html"):
+        from unloaf.pages.cascades import cascades_section
+        from unloaf.pages.runs import analysis_page
+        from unloaf.runs.histories import read_histories
+
+        write_whole(Path(options.output), analysis_page(cascades_section(judgements), read_histories(options.runs)))
+        _tell(options, f"page: {options.output}")
+    elif options.output is not None:
         write_csv(csv_records(judgements), Path(options.output))
         _tell(options, f"table: {options.output}")
     if options.plot is not None:

@@ -1,4 +1,4 @@
-"""A picture of cascades: accuracy over mean cost. Computes nothing; returns SVG text, writes no file."""
+"""Cascades as a picture, accuracy over mean cost, and as a section of a page. Computes nothing, writes no file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from unloaf.pages.layout import Figure as Pictures
+from unloaf.pages.layout import Picture, Section, Table, Words
 from unloaf.pages.plots import STYLE, line_look, svg_of
 
 if TYPE_CHECKING:
@@ -46,3 +48,38 @@ def accuracy_over_gmacs(judgements: Sequence[AnytimeJudgement]) -> str:
         handles, [*names, "threshold set", "subnet alone", "main network"], loc="best", frameon=False, fontsize=11
     )
     return svg_of(figure, background="white")
+
+
+_ABOUT = (
+    "Accuracy over the mean GMACs of an image: a line for each run joins its thresholds, a filled dot is the one that "
+    "was set on validation images; hollow dots are subnets that run alone, squares main networks."
+)
+_WORDS = {
+    "main network": "As it was trained; re-estimated: with statistics estimated anew, as the exits have them.",
+    "best subnet alone": "The one that the same validation images choose for the same target.",
+    "exit alone": "A subnet of the cascade that answers every image itself.",
+    "Anytime": "The cascade: each image is answered by the first exit that is sure.",
+    "of main": "Mean GMACs over those of the main network.",
+    "left at each exit": "Share of the images that were answered there.",
+}
+
+
+def cascades_section(judgements: Sequence[AnytimeJudgement]) -> Section:
+    """What `unloaf anytime` found, with the points of the curves as the data of the picture."""
+    from unloaf.runs.anytime_records import csv_records, curve_table, network_table, said_of
+
+    records = csv_records(judgements)
+    heads = list(records[0])
+    data = heads, [[record[head] for head in heads] for record in records]
+    picture = Picture("Accuracy over mean cost", accuracy_over_gmacs(judgements), f"{_ABOUT} The tables below have the "
+                      "numbers.", data, broad=True)  # fmt: skip
+    return Section(
+        "Cascades that answer early",
+        [
+            Pictures([picture], _ABOUT),
+            Table("Networks and cascades", *network_table(judgements), words=(1,)),
+            Table("Cascades at other thresholds", *curve_table(judgements)),
+            *(f"{line}." for judgement in judgements for line in said_of(judgement)),
+            Words(_WORDS),
+        ],
+    )
