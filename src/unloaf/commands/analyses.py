@@ -77,7 +77,7 @@ def give(
     """Prints the rows, as a table or as JSON, and writes the files that were asked for.
 
     What is `leave_out` has no place in a CSV file. With an `analysis` of the same rows --output may be a .json file,
-    for `unloaf report --analysis`, or an .html page.
+    for --analysis of report, or an .html page.
     """
     records = [asdict(row) for row in rows]
     if options.json:

@@ -51,7 +51,7 @@ class Damage:
     json: bool = False
     """Print everything as JSON."""
     output: str | None = None
-    """Write a line for each damaged network to this CSV file, all to a .json file for `unloaf report --analysis`, or a
+    """Write a line for each damaged network to this CSV file, all to a .json file for --analysis of report, or a
     page to an .html file; its folder is made."""
     plot: str | None = None
     """Write a picture of accuracy over the number of deleted blocks to this SVG file."""

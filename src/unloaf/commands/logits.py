@@ -47,7 +47,7 @@ class Logits:
     json: bool = False
     """Print everything as JSON."""
     output: str | None = None
-    """Write the table to this CSV file, all to a .json file for `unloaf report --analysis`, or a page to an .html file;
+    """Write the table to this CSV file, all to a .json file for --analysis of report, or a page to an .html file;
     its folder is made."""
     plot: str | None = None
     """Write a picture of accuracy over the size of the logits to this SVG file."""

@@ -50,7 +50,7 @@ class ReceptiveField:
     json: bool = False
     """Print everything as JSON, the contribution of each pixel too."""
     output: str | None = None
-    """Write the table to this CSV file, all to a .json file for `unloaf report --analysis`, or a page to an .html file;
+    """Write the table to this CSV file, all to a .json file for --analysis of report, or a page to an .html file;
     its folder is made."""
     plot: str | None = None
     """Write a picture of the receptive fields to this SVG file."""

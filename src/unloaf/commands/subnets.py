@@ -75,7 +75,7 @@ class Subnets:
     num_classes: int | None = None
     """Classes of the head; default: 1000, 10 for cifar/."""
     output: str | None = None
-    """Write the table to this CSV file too; of all also a .json file for `unloaf report --analysis` or an .html page;
+    """Write the table to this CSV file too; of all also a .json file for --analysis of report or an .html page;
     its folder is made."""
 
     def __post_init__(self) -> None:
