@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import unloaf
+import unloaf.analysis.grids
+import unloaf.analysis.loafing
 import unloaf.analysis.runs
 import unloaf.bench
 import unloaf.commands.train
@@ -79,6 +81,9 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         (unloaf.runs.anytime, "judge_anytime"),
         (unloaf.runs.exits, "judge_exits_of"),
         (unloaf.analysis.runs, "open_alike"),
+        (unloaf.analysis.loafing, "subnets_to_compare"),
+        (unloaf.analysis.loafing, "untrained"),
+        (unloaf.analysis.grids, "own_grid"),
         (unloaf.runs.histories, "read_histories"),
         (unloaf.runs.probe, "probe_run"),
         (unloaf.data, "check_images"),

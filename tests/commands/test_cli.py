@@ -110,9 +110,9 @@ def test_help_and_config_errors_import_no_torch_and_take_at_most_400_ms(words, b
         (["demo", "--seeds", "0"], "seeds 0: give at least 1"),
         (
             ["trian"],
-            "unknown command 'trian'; give demo, train, recipes, eval, subnets, anytime, exits, logits, "
-            "receptive-field, damage, inspect, predict, probe, export, report, check-data, bench, or --help; did you "
-            "mean train?",
+            "unknown command 'trian'; give demo, train, recipes, eval, subnets, anytime, exits, loafing, ablate, "
+            "logits, receptive-field, damage, bound, inspect, predict, probe, export, report, check-data, bench, or "
+            "--help; did you mean train?",
         ),
         (["check_data", "d"], "or --help; did you mean check-data?"),
         (["evaluate", "r"], "or --help; did you mean eval?"),

@@ -9,7 +9,7 @@ import tyro
 
 from unloaf.commands.parsing import parse
 from unloaf.config import Config
-from unloaf.config.fields import Dataset
+from unloaf.config.choices import Dataset
 from unloaf.streams import say
 
 if TYPE_CHECKING:

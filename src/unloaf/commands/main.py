@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 
 from unloaf import __version__
 from unloaf.commands import (
+    ablate,
     anytime,
     bench,
+    bound,
     check_data,
     damage,
     demo,
@@ -20,6 +22,7 @@ from unloaf.commands import (
     exits,
     export,
     inspect,
+    loafing,
     logits,
     predict,
     probe,
@@ -143,12 +146,15 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "subnets": (subnets.run, "What the subnets of a run or of a model cost."),
     "anytime": (anytime.run, "Judge a run as a cascade that answers easy images early (classifiers only)."),
     "exits": (exits.run, "Judge the exits of a language model, and which one drafts best."),
+    "loafing": (loafing.run, "Compare subnets inside a network with the same ones alone (classifiers only)."),
+    "ablate": (ablate.run, "Train the rows of a grid of settings, compare them (classifiers only)."),
     "logits": (logits.run, "Compare the size of the logits of networks and of their subnets (classifiers only)."),
     "receptive-field": (
         receptive_field.run,
         "Compare which part of an image networks look at (classifiers only).",
     ),
     "damage": (damage.run, "Delete blocks of trained networks and evaluate what is left."),
+    "bound": (bound.run, "Cross-entropies of subnets and main network beside the bound (classifiers only)."),
     "inspect": (inspect.run, "Look a model over: stages, subnets, what a step would cost."),
     "predict": (predict.run, "The classes of images, by a run or a subnet of it (classifiers only)."),
     "probe": (probe.run, "A linear classifier on an encoder that learned without labels."),

@@ -67,6 +67,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "amplitude": (_TINY, _LARGEST, "a finite number above 0, or auto"),
     "eps": _ABOVE_ZERO,
     "min_ratio": (_TINY, 1, "a share above 0, up to 1"),
+    "max_ratio": (1, 4, "a multiple from 1 to 4"),
+    "space": (1, 10_000, "numbers of depths, at least 1"),
     "sides": (1, 4096, "sides from 1 to 4096 pixels"),
     "groups": (1, 10_000, "at least 1"),
     "loops": (1, 10_000, "at least 1"),
@@ -171,11 +173,14 @@ def check_together(config: Config) -> None:
             f"decay_epochs {config.decay_epochs:g}: --sched wsd has {left} epochs after those of --warmup-epochs; give "
             f"--decay-epochs {left} at most, or a share of them such as 0.2"
         )
-    if config.subnet_inputs == "smaller" and config.method not in ("st", "st++", "st-star"):
+    if config.subnet_inputs not in ("auto", "same") and config.method not in ("st", "st++", "st-star"):
+        kind = "smaller" if config.subnet_inputs == "smaller" else "other"
         raise ValueError(
-            f"subnet_inputs smaller: method {config.method} gives its subnets no smaller images; leave it out, or give "
-            "--method st, st++ or st-star"
+            f"subnet_inputs {config.subnet_inputs}: method {config.method} gives its subnets no {kind} images; leave "
+            "it out, or give --method st, st++ or st-star"
         )
+    if config.depths is not None and not re.fullmatch("[0-9]{1,4}([-,][0-9]{1,4})*", config.depths):
+        raise ValueError(f"depths {brief(config.depths)}: give a number for each stage, as in 3-3-5-3")
     if config.head_init is not None and config.pretrained:
         raise ValueError("head_init redraws the classifier that pretrained has learned; give one of the two")
     if config.fsdp:

@@ -8,18 +8,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from unloaf.config.checks import check_ranges, check_together, check_types, keyword_arguments
+from unloaf.config.choices import Dataset, Method, Sampler, Schedule, SubnetInputs, Task, Tracker
 from unloaf.config.task_checks import check_task
-
-Task = Literal["classification", "multilabel", "regression", "masked", "detection", "instance", "semantic", "panoptic",
-               "pose", "language"]  # fmt: skip
-Dataset = Literal[
-    "digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder", "hf", "webdataset", "csv", "coco", "voc", "masks",
-    "text",
-]  # fmt: skip
-Method = Literal["common", "stochastic-depth", "st", "st++", "gkt", "st-star"]
-Sampler = Literal["auto", "ordered", "inter-stage", "exponential-decay", "stochastic"]
-Schedule = Literal["cosine", "constant", "step", "multistep", "poly", "tanh", "wsd"]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +166,8 @@ class Config:
     """Let --initial-checkpoint fill a part of the model, and leave what does not fit random."""
     lora_rank: int | None = None
     """language: train low-rank changes of the linear layers alone (LoRA, by peft); with --pretrained."""
+    depths: str | None = None
+    """Train a subnet as a network of its own, by its depths as in 1-1-1: the blocks beyond are not there."""
     head_init: float | None = None
     """Standard deviation of the classifier's first weights, with biases of 0; default: what the model has. Not with
     --pretrained."""
@@ -209,6 +201,8 @@ class Config:
     with the main network, so it is cheaper only where they share little, as with smaller images."""
     sampler: Sampler = "auto"
     """How subnets are drawn; auto: ordered for st, inter-stage for st++ and st-star, exponential-decay for gkt."""
+    space: tuple[int, ...] = ()
+    """inter-stage: how many depths of each stage are drawn, its largest ones, as in 1 2 4 1; default: see the docs."""
     subnet_loss: Literal["auto", "kl", "kl-"] = "auto"
     """auto: kl- (KL without magnitude) for st++, kl otherwise."""
     amplitude: float | Literal["auto"] = "auto"
@@ -217,11 +211,14 @@ class Config:
     """kl-: added to the variance of the logits; larger values tame the gradients of small logits."""
     main_logits: Literal["auto", "raw", "direction"] = "auto"
     """What the cross-entropy of st, st++ and gkt sees; auto: the direction with kl-, raw otherwise."""
-    subnet_inputs: Literal["auto", "same", "smaller"] = "auto"
+    subnet_inputs: SubnetInputs = "auto"
     """st, st++, st-star: what subnets see; auto: for st++ and st-star randomly smaller images, of the sides that the
-    network takes (the same images, with a warning, if it takes no smaller ones), the same images otherwise."""
+    network takes (the same images, with a warning, if it takes no smaller ones), the same images otherwise. larger,
+    crop (randomly cropped, at the same side), flip and jitter (contrast and brightness) are there to be compared."""
     min_ratio: float = 0.43
-    """Smallest side of the smaller images, as a share of the full side."""
+    """Smallest side of the smaller images, or of the part that crop keeps, as a share of the full side."""
+    max_ratio: float = 1.5
+    """--subnet-inputs larger: the largest side, as a multiple of the full side."""
     sides: tuple[int, ...] = ()
     """Sides in pixels that the smaller images may have; default: all that --min-ratio allows. pose: widths, multiples
     of 12."""

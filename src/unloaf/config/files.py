@@ -22,10 +22,24 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ValueError: the file cannot be read, is no mapping, or holds an unknown or illegal entry.
     """
+    return _from_entries(read_mapping(path, what="configuration", form="epochs: 30"), source=str(path))
+
+
+def read_mapping(path: str | Path, *, what: str, form: str) -> dict[Any, Any]:
+    """Reads a YAML mapping in which nothing is hidden: no entry twice, no references.
+
+    Args:
+        path: the file.
+        what: it is, for errors.
+        form: of a line in it, for errors.
+
+    Raises:
+        ValueError: the file cannot be read, or is no such mapping.
+    """
     try:
         text = read_text(Path(path), limit=_MOST_BYTES)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the configuration {path}: {error}") from error
+        raise ValueError(f"cannot read the {what} {path}: {error}") from error
     try:
         loader = yaml.SafeLoader(text)  # not the one in C, which deep nesting can crash
         root = loader.get_single_node()
@@ -37,8 +51,8 @@ def load_config(path: str | Path) -> Config:
     if fault:
         raise ValueError(f"{path}, {fault}")
     if not isinstance(entries, dict):
-        raise ValueError(f"{path}: give lines of the form 'epochs: 30', not {type(entries).__name__}")
-    return _from_entries(entries, source=str(path))
+        raise ValueError(f"{path}: give lines of the form '{form}', not {type(entries).__name__}")
+    return entries
 
 
 def _fault(root: yaml.Node | None) -> str | None:
@@ -65,7 +79,19 @@ def _fault(root: yaml.Node | None) -> str | None:
     return None
 
 
-def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
+def with_entries(config: Config, entries: dict[Any, Any], *, source: str) -> Config:
+    """A configuration with some fields changed, by their names as in a file.
+
+    Raises:
+        ValueError: an entry is unknown or not allowed; the message begins with the source.
+
+    >>> with_entries(Config(), {"lr": 0.2, "sides": [8, 16]}, source="row a").sides
+    (8, 16)
+    """
+    return _from_entries(entries, source=source, base=config)
+
+
+def _from_entries(entries: dict[Any, Any], *, source: str, base: Config | None = None) -> Config:
     try:
         entries = current_names(entries)
     except ValueError as error:
@@ -78,7 +104,7 @@ def _from_entries(entries: dict[Any, Any], *, source: str) -> Config:
             raise ValueError(f"{source}: unknown entry {brief(key)}; {hint}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
     try:
-        return Config(**values)
+        return Config(**values) if base is None else dataclasses.replace(base, **values)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

@@ -26,7 +26,7 @@ _CLASSIFICATION = (
     "input_key", "target_key", "device_data", "crop_pct", "augment", "scale", "interpolation", "color_jitter",
     "lighting", "lighting_unit", "aa", "aug_repeats", "reprob", "remode", "mixup", "cutmix", "mixup_prob",
     "mixup_switch_prob", "mixup_off_epoch", "smoothing", "bce_loss", "width", "model_kwargs", "head_init", "drop",
-    "drop_path", "fsdp",
+    "drop_path", "fsdp", "depths",
 )  # fmt: skip
 # Settings of methods that teach: of every task whose network has one output that it can teach.
 _TEACHING = ("subnet_batch_fraction", "groups", "loops", "group_ema", "teacher", "final_survival")
@@ -41,6 +41,7 @@ _OF_ONE_TASK = {
     "regression_loss": "regression",
     "mask_ratio": "masked",
     "norm_pix_loss": "masked",
+    "depths": "classification",
     "stuff_area": "panoptic",
 }
 # What a masked autoencoder has no use for: its side and its batches are one, and it has no head.
@@ -171,6 +172,10 @@ def check_task(config: Config) -> None:
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise ValueError(f"{flags}: without effect in task {config.task}; leave it out")
+    if config.task not in ("classification", *COLUMNS) and config.subnet_inputs not in ("auto", "same", "smaller"):
+        raise ValueError(
+            f"subnet_inputs {config.subnet_inputs}: task {config.task} has auto, same and smaller; give one"
+        )
     if config.task in ("classification", "masked", *COLUMNS):
         _check_images(config)
         return

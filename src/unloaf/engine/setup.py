@@ -31,6 +31,7 @@ from unloaf.engine.devices import (
 from unloaf.engine.optimizer import build_average, build_optimizer, build_schedule
 from unloaf.errors import NonFiniteWeightsError
 from unloaf.evaluation import SubnetRow
+from unloaf.export import export_subnet, parse_subnet
 from unloaf.models.build import load_initial_weights
 from unloaf.stages import Stage, inner_module
 from unloaf.subnet import Subnet
@@ -252,6 +253,9 @@ def prepare(
     set_seed(config.seed, deterministic=config.deterministic)
     model, opening = _with_weights(config, task, data, model, resumed=resumed)
     stages = task.find_stages(config, model, data)
+    if config.depths is not None:
+        model = export_subnet(model, stages, parse_subnet(stages, config.depths))
+        stages = task.find_stages(config, model, data)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     model = share_model(accelerator, config, model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,10 +18,11 @@ class _Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut: Any = None  # where `active_subnet` puts what runs on the skip connection of raw subnets
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(out + self._shortcut(x))
+        return F.relu(out + (self._shortcut(x) if self.shortcut is None else self.shortcut(x)))
 
     def _shortcut(self, x: Tensor) -> Tensor:
         if self.stride == 1 and self.added == 0:

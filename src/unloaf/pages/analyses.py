@@ -39,7 +39,7 @@ def damage_picture(rows: Sequence[DamageRow], *, figure: str, digits: int = 1) -
         axes.scatter([r.deleted + shift for r in mine], [r.value for r in mine], s=12, color=colour, alpha=0.4, lw=0)
         counts = sorted({row.deleted for row in mine})
         means = [statistics.fmean(row.value for row in mine if row.deleted == count) for count in counts]
-        axes.plot(counts, means, color=colour, linestyle=dashes, linewidth=2, label=_name(run, mine[0].method))
+        axes.plot(counts, means, color=colour, linestyle=dashes, linewidth=2, label=run_label(run, mine[0].method))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("blocks deleted")
     axes.set_ylabel(figure)
@@ -60,7 +60,7 @@ def logits_picture(rows: Sequence[LogitsRow]) -> str:
         axes.scatter([r.magnitude for r in subnets], [r.top1 for r in subnets], s=26, color=colour, alpha=0.6, lw=0)
         for row in mine:
             if row.main:
-                label = _name(run, row.method)
+                label = run_label(run, row.method)
                 axes.errorbar(
                     row.magnitude, row.top1, xerr=row.magnitude_sd, fmt="o", markersize=10, color=colour, capsize=3,
                     markeredgecolor="white", label=label,
@@ -132,7 +132,7 @@ def layout_picture(rows: Sequence[LayoutRow]) -> str:
     return svg_of(picture, background="white")
 
 
-def _name(run: str, method: str) -> str:
+def run_label(run: str, method: str) -> str:
     """A run's name with its method, if it does not say it; a name that begins with "_" would have no legend."""
     short = run if len(run) <= 40 else f"{run[:18]}...{run[-19:]}"
     text = short if run in (method, method.lower()) else f"{short} ({method})"

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Literal
 
 from unloaf.config import Config
-from unloaf.config.fields import Method
+from unloaf.config.choices import Method
 from unloaf.recipes.entry import Recipe
 
 CifarSet = Literal["cifar10", "cifar100"]

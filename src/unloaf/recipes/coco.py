@@ -20,7 +20,7 @@ from functools import partial
 from itertools import product
 
 from unloaf.config import Config
-from unloaf.config.fields import Task
+from unloaf.config.choices import Task
 from unloaf.recipes.entry import Recipe
 
 _TASKS: dict[str, Task] = {"mask-rcnn": "instance", "panoptic-fpn": "panoptic"}

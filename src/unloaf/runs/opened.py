@@ -72,6 +72,11 @@ class OpenedRun:
                 f"{self.run}: its network is made by {config.model}, which no other file holds; give --format pt2 or "
                 "onnx, which need no code"
             )
+        if config.depths is not None:
+            raise ValueError(
+                f"{self.run}: its network is the subnet {config.depths} of {config.model}, which no library builds by "
+                "name; give --format pt2 or onnx, which need no code"
+            )
         settings = {"name": config.model, "num_classes": data.num_classes, "in_chans": data.in_chans}
         settings |= {"img_size": data.img_size, "width": config.width}
         if config.model_kwargs and not config.model.startswith("hf/"):
@@ -211,6 +216,17 @@ def open_trained(
         recalibrate=config.recalibrate if recalibrate is None else recalibrate,
         notes=tuple(notes),
     )
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The folders of the checkpoints that a run kept, oldest first; `load_checkpoint` reads one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not checkpoints_in_sight(run):
+        raise ValueError(f"{run} has no checkpoint yet; the first is written at the end of an epoch")
+    return sorted((run / "checkpoints").glob("step-*"))
 
 
 def checkpoint_of(run: Path, which: str) -> tuple[Checkpoint, list[str]]:

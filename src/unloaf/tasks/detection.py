@@ -143,7 +143,7 @@ class Detection(Task):
             model,
             stages,
             losses,
-            sampler=sampler_of(config),
+            sampler=sampler_of(config, stages),
             num_subnets=config.num_subnets_or_default,
             subnet_weight=drawn_weight(config, steps_per_epoch, batches_per_step),
             shrink=SmallerImages.of(config),

@@ -123,7 +123,7 @@ class Masked(Classification):
                 model,
                 stages,
                 reconstruction_loss,
-                sampler=sampler_of(config),
+                sampler=sampler_of(config, stages),
                 num_subnets=config.num_subnets_or_default,
                 subnet_weight=drawn_weight(config, steps_per_epoch, batches_per_step),
                 seed=config.seed,

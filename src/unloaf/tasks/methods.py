@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from unloaf.config import Config
 from unloaf.inputs import SmallerInputs, fitting_inputs
 from unloaf.losses import check_two_classes, direction, direction_kl_loss, kl_loss, resolve_amplitude
+from unloaf.methods.changed_inputs import InputRule
+from unloaf.methods.input_rules import CroppedInputs, FlippedInputs, JitteredInputs, LargerInputs
 from unloaf.methods.step import Criterion, Weight
 from unloaf.methods.table import METHODS
 from unloaf.methods.terms import DirectionCriterion, Distance
-from unloaf.sampling import ExponentialDecaySampler, InterStageSampler, OrderedSampler, StochasticSampler
+from unloaf.sampling import ExponentialDecaySampler, InterStageSampler, OrderedSampler, RawSampler, StochasticSampler
 from unloaf.stages import NoResidualBlocksError, Stage, find_stages
 
 
@@ -70,7 +73,7 @@ def method_options(
         options["final_survival"] = config.final_survival
     if config.num_subnets_or_default:
         weight = drawn_weight(config, steps_per_epoch, batches_per_step)
-        options |= {"sampler": sampler_of(config), "subnet_weight": weight}
+        options |= {"sampler": sampler_of(config, stages), "subnet_weight": weight}
         if config.method == "st-star":
             options["check_finite"] = False  # the engine has a rule for it, which all processes must come to
         else:
@@ -136,12 +139,30 @@ def drawn_weight(config: Config, steps_per_epoch: int | None, batches_per_step: 
     )
 
 
-def sampler_of(config: Config) -> Any:
-    """The rule that draws subnets."""
+def sampler_of(config: Config, stages: Sequence[Stage]) -> Any:
+    """The rule that draws subnets of these stages."""
     rule = config.sampler_or_default
     if rule == "exponential-decay":
         return ExponentialDecaySampler(base=config.decay_base)
-    return {"ordered": OrderedSampler, "inter-stage": InterStageSampler, "stochastic": StochasticSampler}[rule]()
+    if rule == "inter-stage" and config.space:
+        return InterStageSampler(_largest_depths(config.space, stages))
+    rules = {"ordered": OrderedSampler, "inter-stage": InterStageSampler, "stochastic": StochasticSampler}
+    return (rules | {"raw": RawSampler})[rule]()
+
+
+def _largest_depths(space: Sequence[int], stages: Sequence[Stage]) -> tuple[tuple[int, ...], ...]:
+    """So many depths of each stage, its largest ones: the numbers by which table II of ST++ names a space.
+
+    >>> _largest_depths((1, 2), (Stage("a", ("a.0", "a.1"), (False, True)), Stage("b", ("b.0", "b.1"), (False, True))))
+    ((2,), (1, 2))
+    """
+    most = [len(stage.legal_depths) for stage in stages]
+    if len(space) != len(stages) or any(count > there for count, there in zip(space, most, strict=True)):
+        raise ValueError(
+            f"space {' '.join(map(str, space))}: the network has {len(stages)} stages with {' '.join(map(str, most))} "
+            "depths; give a number for each stage, up to these"
+        )
+    return tuple(stage.legal_depths[-count:] for count, stage in zip(space, stages, strict=True))
 
 
 def _losses(config: Config, label: Criterion) -> dict[str, Any]:
@@ -173,6 +194,18 @@ def _normalises_main_logits(config: Config) -> bool:
     return config.main_logits == "direction" or automatic
 
 
+def scaled_logits(config: Config, logits: Tensor) -> Tensor:
+    """Logits as the loss on labels takes them: their direction, times the amplitude, where it sees only that.
+
+    >>> import torch
+    >>> scaled_logits(Config(method="st"), torch.tensor([[0.0, 4.0]])).tolist()
+    [[0.0, 4.0]]
+    """
+    if config.num_subnets_or_default and _normalises_main_logits(config):
+        return resolve_amplitude(config.amplitude, logits.shape[-1]) * direction(logits, eps=config.eps)
+    return logits
+
+
 def class_probabilities(config: Config, logits: Tensor) -> Tensor:
     """Probabilities of the classes as the loss of this configuration takes logits, (N, K) both.
 
@@ -183,9 +216,7 @@ def class_probabilities(config: Config, logits: Tensor) -> Tensor:
     >>> class_probabilities(Config(method="common"), torch.tensor([[0.0, 0.0, 1.0986123]]))
     tensor([[0.2000, 0.2000, 0.6000]])
     """
-    logits = logits.float()
-    if config.num_subnets_or_default and _normalises_main_logits(config):
-        logits = resolve_amplitude(config.amplitude, logits.shape[-1]) * direction(logits, eps=config.eps)
+    logits = scaled_logits(config, logits.float())
     return logits.sigmoid() if config.bce_loss or config.task == "multilabel" else logits.softmax(-1)
 
 
@@ -203,8 +234,16 @@ def _label_loss(config: Config) -> Criterion:
     return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
 
-def _subnet_inputs(config: Config, model: nn.Module, stages: tuple[Stage, ...]) -> SmallerInputs | None:
+def _subnet_inputs(config: Config, model: nn.Module, stages: tuple[Stage, ...]) -> SmallerInputs | InputRule | None:
     rule = config.subnet_inputs
+    if rule in ("larger", "crop", "flip", "jitter"):
+        rules = {
+            "larger": LargerInputs(config.max_ratio, per=config.per),
+            "crop": CroppedInputs(config.min_ratio, per=config.per),
+            "flip": FlippedInputs(per=config.per),
+            "jitter": JitteredInputs(per=config.per),
+        }
+        return rules[rule]
     if config.task == "language":
         return None
     if rule == "same" or (rule == "auto" and config.method not in ("st++", "st-star")):

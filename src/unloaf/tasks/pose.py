@@ -148,7 +148,7 @@ class Pose(Task):
                 model,
                 stages,
                 joint_loss,
-                sampler=sampler_of(config),
+                sampler=sampler_of(config, stages),
                 num_subnets=config.num_subnets_or_default,
                 subnet_weight=drawn_weight(config, steps_per_epoch, batches_per_step),
                 shrink=None if smaller is None else SmallerPeople(smaller),

@@ -133,7 +133,7 @@ class Semantic(Task):
                 model,
                 stages,
                 pixel_loss,
-                sampler=sampler_of(config),
+                sampler=sampler_of(config, stages),
                 num_subnets=config.num_subnets_or_default,
                 subnet_weight=drawn_weight(config, steps_per_epoch, batches_per_step),
                 shrink=SmallerMasks.of(config),
