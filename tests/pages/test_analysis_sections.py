@@ -4,7 +4,10 @@ import json
 
 import pytest
 
+from unloaf.analysis.ablation import AblationRow
+from unloaf.analysis.bound import BoundRow
 from unloaf.analysis.damage import DamageRow
+from unloaf.analysis.loafing import LoafingRow
 from unloaf.analysis.logits import LogitsRow
 from unloaf.analysis.receptive_field import ReceptiveField
 from unloaf.analysis.subnets import SubnetAnalysisRow
@@ -34,6 +37,12 @@ FOUND = [
         ],
         (), {}, DATA,
     ),
+    Analysis("loafing", [LoafingRow(HOSTILE, HOSTILE, False, 0, 60.0, 95.0, 35.0)], (), {}, DATA),
+    Analysis(
+        "ablate", [AblationRow(HOSTILE, HOSTILE, 1.0, 0, 98.0, None, 95.0, 1.5, 38, 97.5, 3.0, "")], (), {}, DATA,
+        {"axis": "epochs"},
+    ),
+    Analysis("bound", [BoundRow(HOSTILE, "ST", 1.0, "1-1", 0.1, 0.4, 0.3, 0.05, 0.35, 0.2, 0.25)], (), {}, DATA),
 ]  # fmt: skip
 
 

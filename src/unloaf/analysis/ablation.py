@@ -117,8 +117,8 @@ def column(rows: Sequence[AblationRow], name: str) -> Spread | None:
     return Spread.of(values) if values else None
 
 
-def ablation_table(rows: Sequence[AblationRow]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells: a line for each row of the grid, means and deviations over seeds.
+def ablation_table(rows: Sequence[AblationRow], *, axis: str = "") -> tuple[list[str], list[list[str]]]:
+    """Heads and cells: a line for each row of the grid, means and deviations over seeds; the picture alone has an axis.
 
     >>> row = AblationRow("ordered", "", 0, 0, 98.0, 97.0, 95.0, 1.5, 38, 97.5, 3.0, "")
     >>> ablation_table([row, AblationRow(*("ordered", "", 0, 1, 99.0, 97.0, 95.0, 1.5, 38, 98.5, 3.0, ""))])[1]

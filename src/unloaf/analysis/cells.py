@@ -77,6 +77,7 @@ class Judged:
         step_flops: FLOPs of one image in a step of common training.
         seconds: time spent training.
         failed: how the run diverged; empty if it did not.
+        data: name of its data set, and the number of classes.
         environment: hardware, threads and versions with which it was trained.
     """
 
@@ -90,6 +91,7 @@ class Judged:
     step_flops: float
     seconds: float
     failed: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -221,6 +223,7 @@ class Store:
         return Judged(
             cell, path, **judged, seconds=trained["seconds"], failed=trained["failed"],
             environment=trained["environment"],
+            data={key: record["identity"]["data"][key] for key in ("num_classes",)} | {"dataset": cell.config.dataset},
         )  # fmt: skip
 
     def _judgement(self) -> str:

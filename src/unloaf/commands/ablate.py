@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from unloaf.analysis.grids import Grid
 
 PROG = "unloaf ablate"
-_WORDS = {
-    "main": "The network with all its blocks, with the batch-norm statistics of its training.",
-    "mean subnet, worst subnet": "Of the subnets that are evaluated, with re-estimated batch-norm statistics.",
-    "cost": "FLOPs of the training over those of common training for the first row's epochs, no block computed twice.",
-    "common training at this cost": "The main network after common training for as many epochs as cost what the row "
-    "costs, with the row's other settings.",
-}
 NAMES = ("sampling", "losses", "inputs", "spaces", "components", "epochs")
 _TAKEN = {
     "--name": "runs get names of their own; leave it out",
@@ -110,6 +103,7 @@ def run(words: list[str]) -> int:
     from unloaf.analysis.ablation import ablation_rows, ablation_table
     from unloaf.analysis.cells import Store
     from unloaf.analysis.grids import own_grid
+    from unloaf.pages.analysis_sections import Analysis
 
     named = options.grid in NAMES
     grid = own_grid(Path(options.grid), base) if not named else None
@@ -123,7 +117,8 @@ def run(words: list[str]) -> int:
     facts = studies.facts_of(judged, seeds=seeds)
     notes = _notes(grid, judged[0].split)
     shown = _shown(grid, rows, facts, notes)
-    studies.write_results(folder, stem, rows, facts=facts, **shown)
+    found = Analysis("ablate", rows, notes, facts, judged[0].data, {"axis": grid.axis})
+    studies.write_results(folder, stem, found, **shown)
     page = folder / f"{stem}.html"
     studies.tell(rows, as_json=options.json, table=lambda: ablation_table(rows), notes=notes, page=page)
     return 0
@@ -155,6 +150,7 @@ def _shown(grid: Grid, rows: list[AblationRow], facts: dict[str, str], notes: li
     from unloaf.analysis.ablation import ablation_table
     from unloaf.pages.layout import Picture
     from unloaf.pages.studies import ablation_picture, data_of, study_page
+    from unloaf.pages.words import ANALYSIS_WORDS
 
     source = f" The comparison is that of {grid.source}, on this network and these images." if grid.source else ""
     page = study_page(
@@ -178,7 +174,7 @@ def _shown(grid: Grid, rows: list[AblationRow], facts: dict[str, str], notes: li
             "the row costs, rounded up. Measured times have overhead that FLOPs have not; they are in the CSV file.",
             "Settings that a row does not name are the same in all rows; none was tuned for a single row.",
         ],
-        words=_WORDS,
+        words=ANALYSIS_WORDS["ablate"],
         settings=studies.settings_that_differ({row.label: row.config for row in grid.rows}),
         facts=facts,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from unloaf.commands.analyses import bar, give, opened_runs
+from unloaf.commands.analyses import analysis_of, bar, give, opened_runs
 from unloaf.commands.options import check_least
 from unloaf.commands.parsing import parse
 from unloaf.config.checks import check_device
@@ -46,7 +46,8 @@ class Bound:
     json: bool = False
     """Print everything as JSON."""
     output: str | None = None
-    """Write a line for each subnet and checkpoint to this CSV file; its folder is made."""
+    """Write a line for each subnet and checkpoint to this CSV file, all to a .json file for `unloaf report --analysis`,
+    or a page to an .html file; its folder is made."""
     plot: str | None = None
     """Write a picture of gap and bound over the epochs to this SVG file."""
 
@@ -84,5 +85,6 @@ def run(words: list[str]) -> int:
         "image; bound: the largest that its KL and the main network's cross-entropy allow",
         *missing,
     ]
-    give(options, rows, notes=notes, table=bound_table, picture=lambda: bound_picture(rows))
+    found = analysis_of("bound", rows, notes, opened)
+    give(options, rows, notes=notes, table=bound_table, picture=lambda: bound_picture(rows), analysis=found)
     return 0

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from unloaf.analysis.loafing import LoafingRow
 
 PROG = "unloaf loafing"
-_WORDS = {
-    "alone": "The architecture of the subnet, trained as a network of its own by common training.",
-    "inside": "The subnet of the network that was trained by this method, trained no further.",
-    "gap": "Points that the subnet loses inside the network: alone minus inside.",
-}
 _TAKEN = {
     "--method": "give --methods, of which common comes first",
     "--name": "runs get names of their own; leave it out",
@@ -108,6 +103,7 @@ def run(words: list[str]) -> int:
     check_allowed(own_settings(configs["common"]), allowed=options.run_own_code)
     from unloaf.analysis.cells import Store
     from unloaf.analysis.loafing import loafing_cells, loafing_rows, loafing_table, subnets_to_compare
+    from unloaf.pages.analysis_sections import Analysis
 
     subnets, main = subnets_to_compare(configs["common"], options.subnets)
     first = configs["common"].seed
@@ -119,8 +115,9 @@ def run(words: list[str]) -> int:
     judged = store.results(loafing_cells(configs, subnets, seeds))
     rows = loafing_rows(judged, subnets, main)
     facts = studies.facts_of(judged, seeds=seeds)
-    studies.write_results(folder, "loafing", rows, facts=facts, **_shown(rows, configs, facts, judged))
     notes = _notes(rows, judged[0].split)
+    found = Analysis("loafing", rows, notes, facts, judged[0].data)
+    studies.write_results(folder, "loafing", found, **_shown(rows, configs, facts, judged))
     studies.tell(
         rows, as_json=options.json, table=lambda: loafing_table(rows), notes=notes, page=folder / "loafing.html"
     )
@@ -144,7 +141,7 @@ def _shown(rows: list[LoafingRow], configs: dict[str, Config], facts: dict[str, 
     from unloaf.methods.table import METHODS
     from unloaf.pages.layout import Picture
     from unloaf.pages.studies import data_of, loafing_picture, study_page
-    from unloaf.pages.words import METHOD_MEANINGS
+    from unloaf.pages.words import ANALYSIS_WORDS, METHOD_MEANINGS
 
     gaps, model = mean_gaps(rows), configs["common"].model
     parts = [f"{gap} points after {method}" for method, gap in gaps.items()]
@@ -174,7 +171,7 @@ def _shown(rows: list[LoafingRow], configs: dict[str, Config], facts: dict[str, 
             "compares it with that of common training.",
             "The networks alone are trained for the same epochs, at their lower cost; they were not tuned one by one.",
         ],
-        words={METHODS[name].label: METHOD_MEANINGS[name] for name in configs} | _WORDS,
+        words={METHODS[name].label: METHOD_MEANINGS[name] for name in configs} | ANALYSIS_WORDS["loafing"],
         settings=studies.settings_that_differ({METHODS[name].label: config for name, config in configs.items()}),
         facts=facts,
     )

@@ -20,6 +20,7 @@ from unloaf.streams import say, standard_error
 
 if TYPE_CHECKING:
     from unloaf.analysis.cells import Judged
+    from unloaf.pages.analysis_sections import Analysis
 
 SETTINGS = "Beside these it takes the settings of `unloaf train`, such as --dataset, --data-dir, --model or --epochs."
 
@@ -73,23 +74,15 @@ def check_folder(folder: Path, names: Collection[str]) -> None:
         check_writable(folder / name)
 
 
-def write_results(
-    folder: Path, stem: str, rows: Sequence[Any], *, facts: Mapping[str, Any], picture: str, page: str
-) -> None:
-    """STEM.csv, .json, .svg and .html, each of them whole."""
+def write_results(folder: Path, stem: str, found: Analysis, *, picture: str, page: str) -> None:
+    """STEM.csv, .json, which `unloaf report --analysis` reads, .svg and .html, each of them whole."""
     from unloaf.measure.costs import write_csv
+    from unloaf.pages.analysis_sections import text_of
 
-    records = [{name: cell(value) for name, value in asdict(row).items()} for row in rows]
-    write_csv(records, folder / f"{stem}.csv")
-    text = json.dumps({"facts": facts, "rows": [asdict(row) for row in rows]}, indent=1)
-    write_whole(folder / f"{stem}.json", text + "\n")
+    write_csv([asdict(row) for row in found.rows], folder / f"{stem}.csv")
+    write_whole(folder / f"{stem}.json", text_of(found))
     write_whole(folder / f"{stem}.svg", picture)
     write_whole(folder / f"{stem}.html", page)
-
-
-def cell(value: Any) -> Any:
-    """A value of a row in a CSV file."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def tell(

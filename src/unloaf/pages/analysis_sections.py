@@ -60,11 +60,15 @@ class Kind(NamedTuple):
 
 def kinds() -> dict[str, Kind]:
     """All that a page can show, by the name of the command."""
+    from unloaf.analysis.ablation import AblationRow, ablation_table
+    from unloaf.analysis.bound import BoundRow, bound_table
     from unloaf.analysis.damage import DamageRow, damage_table
+    from unloaf.analysis.loafing import LoafingRow, loafing_table
     from unloaf.analysis.logits import LogitsRow, logits_table
     from unloaf.analysis.receptive_field import ReceptiveField, field_table
     from unloaf.analysis.subnets import SubnetAnalysisRow, subnet_analysis_table
     from unloaf.pages.analyses import damage_picture, field_picture, logits_picture
+    from unloaf.pages.studies import ablation_picture, bound_picture, loafing_picture
     from unloaf.pages.subnets import depth_maps, subnet_analysis_picture
 
     return {
@@ -81,6 +85,9 @@ def kinds() -> dict[str, Kind]:
             columns=(1,),
             more={"Mean accuracy by the depths of two stages": depth_maps},
         ),
+        "loafing": Kind("Loafing", LoafingRow, loafing_table, loafing_picture),
+        "ablate": Kind("Settings compared", AblationRow, ablation_table, ablation_picture),
+        "bound": Kind("Cross-entropies of subnets and their bound", BoundRow, bound_table, bound_picture, columns=(1,)),
     }
 
 

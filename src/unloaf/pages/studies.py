@@ -35,7 +35,8 @@ def loafing_picture(rows: Sequence[LoafingRow], *, background: str | None = "whi
     """
     shown = [row for row in rows if not row.main]
     methods, subnets = (list(dict.fromkeys(getattr(row, name) for row in shown)) for name in ("method", "depths"))
-    colours = {method.label: method.colour for method in METHODS.values()}
+    known = {method.label: method.colour for method in METHODS.values()}
+    colours = {method: known.get(method, _GREY) for method in methods}
     picture = figure.Figure(figsize=(6.6, 1.6 + len(subnets) * (0.34 * len(methods) + 0.3)), layout="constrained")
     axes: Any = picture.subplots()
     ticks, place = [], 0.0
@@ -59,7 +60,7 @@ def loafing_picture(rows: Sequence[LoafingRow], *, background: str | None = "whi
                 )  # fmt: skip
             place += 1
         place += 0.9
-    axes.set_yticks(ticks, subnets)
+    axes.set_yticks(ticks, [_cut(subnet) for subnet in subnets])
     axes.set_ylim(place - 1.2, -0.8)
     axes.margins(x=0.14)
     axes.set_ylabel("depths of the subnet")
@@ -69,7 +70,7 @@ def loafing_picture(rows: Sequence[LoafingRow], *, background: str | None = "whi
     marks += [
         Line2D([], [], color="#777777", marker="o", linestyle="", markersize=8, fillstyle=f) for f in ("none", "full")
     ]
-    names = [*methods, "trained alone", "inside the network"]
+    names = [*map(_cut, methods), "trained alone", "inside the network"]
     picture.legend(marks, names, ncols=min(3, len(names)), **_LEGEND)
     return svg_of(picture, background=background)
 

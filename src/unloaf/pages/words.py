@@ -38,6 +38,11 @@ ANALYSIS_PICTURES = {
     "subnets": "Accuracy over GMACs and, where it was measured, latency; calibration error and agreement over GMACs: a "
     "dot for each subnet, a square for the main network, a line through the Pareto front, a dashed one at the "
     "ensemble.",
+    "loafing": "Accuracy of subnets trained alone, hollow, and inside the network, filled; means over seeds.",
+    "ablate": "Accuracy of main networks, filled, and of their mean subnets, hollow, and of common training of the "
+    "same cost, a bar or a cross; means over seeds.",
+    "bound": "Distance of a subnet's cross-entropy from the main network's, a line, and the bound on it, dashes, over "
+    "the epochs; medians over images, means over subnets.",
 }
 ANALYSIS_WORDS = {
     "damage": {"deleted": "How many blocks were deleted.", "networks": "How many networks lack so many blocks."},
@@ -61,6 +66,25 @@ ANALYSIS_WORDS = {
         "unknown": "Area under the ROC curve of telling images of another data set by a low highest probability; 50 "
         "says nothing.",
         "by disagreement": "The same by how much the networks disagree: their mean KL divergence from their mean.",
+    },
+    "loafing": {
+        "alone": "The architecture of the subnet, trained as a network of its own by common training.",
+        "inside": "The subnet of the network that was trained by this method, trained no further.",
+        "gap": "Points that the subnet loses inside the network: alone minus inside.",
+    },
+    "ablate": {
+        "main": "The network with all its blocks, with the batch-norm statistics of its training.",
+        "mean subnet, worst subnet": "Of the subnets that are evaluated, with re-estimated batch-norm statistics.",
+        "cost": "FLOPs of the training over those of common training for the first row's epochs, no block "
+        "computed twice.",
+        "common training at this cost": "The main network after common training for as many epochs as cost what the "
+        "row costs, with the row's other settings.",
+    },
+    "bound": {
+        "CE main, CE subnets": "Cross-entropy of the main network and of its subnets.",
+        "KL": "Divergence from the main network's prediction to a subnet's.",
+        "gap": "Distance of the two cross-entropies on an image.",
+        "bound": "The largest distance that the image's KL and the main network's cross-entropy allow.",
     },
 }
 
