@@ -227,6 +227,7 @@ def test_the_demo_gives_the_settings_where_none_are_given():
         (["{tmp}/unknown.yaml"], "row 'a': unknown entry 'learning'"),
         (["{tmp}/value.yaml"], "row 'a': lr -1: give a finite number above 0"),
         (["{tmp}/words.yaml"], "row 'a': give settings, as in {{lr: 0.1}}"),
+        (["{tmp}/late.yaml"], "bad, seed 0: space 9 9 9: the network has 3 stages with 4 4 4 depths"),
         (["{tmp}/values.yaml"], "'lr': give a list of values"),
         (["{tmp}/many.yaml"], "the product has 1000000 rows; give fewer values"),
     ],
@@ -236,7 +237,8 @@ def test_bad_input_is_answered_in_a_line(words, said, capsys, tmp_path):
     many = f"product: {{{listed}}}"
     files = {"empty": "", "list": "rows: [1]", "both": "{rows: {a: {}}, product: {lr: [1]}}", "many": many,
              "unknown": "rows: {a: {learning: 1}}", "value": "rows: {a: {lr: -1}}", "words": "rows: {a: 3}",
-             "values": "product: {lr: 1}"}  # fmt: skip
+             "values": "product: {lr: 1}",
+             "late": "rows: {good: {}, bad: {sampler: inter-stage, space: [9, 9, 9]}}"}  # fmt: skip
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     words = [word.format(tmp=tmp_path) for word in words]

@@ -21,6 +21,7 @@ from unloaf.config.without_effect import without_unread
 from unloaf.data.fingerprint import record_of
 from unloaf.engine.loop import one_thread
 from unloaf.engine.run import train
+from unloaf.engine.setup import prepare
 from unloaf.environment import environment
 from unloaf.errors import NonFiniteLossError, NonFiniteWeightsError, StoppedError
 from unloaf.evaluation import choose_subnets
@@ -144,6 +145,7 @@ class Store:
         for name, cell in named.items():
             if name in missing and (why := self._others(name, cell)):
                 self._say(f"{cell.label}: {why}")
+        _check([cell for name, cell in named.items() if name in missing])
         if missing:
             there = f", {len(named) - len(missing)} are there" if len(missing) < len(named) else ""
             self._say(f"{len(missing)} runs to train{there}, in {self.folder / 'runs'}")
@@ -260,6 +262,15 @@ class Store:
 
     def _say(self, line: str) -> None:
         self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """Builds what is to be trained: what cannot be is better known before the first training than after it."""
+    for cell in {replace(cell.config, seed=0): cell for cell in reversed(cells)}.values():
+        try:
+            prepare(cell.config, resumed=True)
+        except ValueError as error:
+            raise ValueError(f"{cell.label}: {error}") from error
 
 
 def judged(opened: OpenedRun, *, asked: Asked, split: str) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def loafing_cells(configs: Mapping[str, Config], subnets: Sequence[str], seeds: 
         for name, config in configs.items():
             cells.append(Cell(f"{METHODS[name].label}, seed {seed}", replace(config, seed=seed)))
         for depths in subnets:
-            alone = replace(configs[COMMON], seed=seed, depths=depths)
+            alone = replace(configs[COMMON], seed=seed, depths=depths, eval_subnets=0)  # it may have none
             cells.append(Cell(f"{depths} alone, seed {seed}", alone))
     return cells
 
