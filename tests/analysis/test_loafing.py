@@ -132,6 +132,18 @@ def test_a_mean_gap_leaves_the_main_network_out():
     assert loafing_table(rows)[1][2] == ["3 (main)", "99.0 ± 0.0", "80.0 ± 0.0", "19.0 ± 0.0"]
 
 
+def test_accuracies_alone_are_spread_over_seeds_not_over_methods():
+    """Rows come seed by seed, the methods of a seed one after another."""
+    rows = [
+        LoafingRow(method, "1", False, seed, 80.0, 90.0 + seed, 10.0 + seed)
+        for seed in (0, 1, 2)
+        for method in ("common training", "ST")
+    ]
+    assert loafing_table(rows)[1] == [
+        ["1", "91.0 ± 1.0", "80.0 ± 0.0", "11.0 ± 1.0", "80.0 ± 0.0", "11.0 ± 1.0"],
+    ]
+
+
 def test_a_run_that_diverged_is_told():
     rows = [LoafingRow("ST", "1", False, 0, None, 90.0, None)]
     assert loafing_table(rows)[1] == [["1", "90.0", "diverged", "diverged"]]

@@ -182,18 +182,14 @@ def loafing_table(rows: Sequence[LoafingRow]) -> tuple[list[str], list[list[str]
     lines = []
     for subnet in depths:
         mine = [row for row in rows if row.depths == subnet]
-        main = mine[0].main
-        line = [f"{subnet} (main)" if main else subnet, _text(spread_of(mine[: _seeds(mine)], "alone"))]
+        main, alone = mine[0].main, [row for row in mine if row.method == mine[0].method]  # the same for all methods
+        line = [f"{subnet} (main)" if main else subnet, _text(spread_of(alone, "alone"))]
         for method in methods:
             found = [row for row in mine if row.method == method]
             baseline = main and method == METHODS[COMMON].label
             line += [_text(spread_of(found, "inside")), "" if baseline else _text(spread_of(found, "gap"))]
         lines.append(line)
     return heads, lines
-
-
-def _seeds(rows: Sequence[LoafingRow]) -> int:
-    return len({row.seed for row in rows})
 
 
 def _text(spread: Spread | None) -> str:

@@ -46,8 +46,8 @@ class Bound:
     json: bool = False
     """Print everything as JSON."""
     output: str | None = None
-    """Write a line for each subnet and checkpoint to this CSV file, all to a .json file for `unloaf report --analysis`,
-    or a page to an .html file; its folder is made."""
+    """Write a line for each subnet and checkpoint to this CSV file, all to a .json file that the report takes, or
+    a page to an .html file; its folder is made."""
     plot: str | None = None
     """Write a picture of gap and bound over the epochs to this SVG file."""
 
