@@ -6,7 +6,7 @@ import transformers
 
 import tiny
 from unloaf.config import Config
-from unloaf.data.text import ByteTokenizer
+from unloaf.data.text.files import ByteTokenizer
 from unloaf.engine.run import train
 from unloaf.models.language import build_language_model
 from unloaf.release.exports import export_run
