@@ -5,7 +5,7 @@
 //
 // Ends with 1 where axe-core finds something serious, the console has an error, a page asks for another file, scrolls
 // sideways as a whole, or a text of a picture is cut or lies on another.
-import { readFileSync } from "node:fs";
+import { mkdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import path from "node:path";
 import { pathToFileURL } from "node:url";
@@ -14,6 +14,7 @@ const require = createRequire(path.join(process.cwd(), "package.json"));
 const puppeteer = require("puppeteer-core");
 const axe = readFileSync(require.resolve("axe-core/axe.min.js"), "utf8");
 const [output, ...pages] = process.argv.slice(2);
+mkdirSync(output, { recursive: true });
 
 const overlaps = () => {
   const found = [];
