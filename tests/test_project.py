@@ -80,3 +80,10 @@ def test_tracked_files_name_no_machine_and_no_package_host():
             text = path.read_bytes().decode("utf-8", errors="ignore")
             found += [f"{name}: {match.group()}" for match in foreign.finditer(text)]
     assert not found
+
+
+def test_a_command_by_python_m_is_told_by_its_name(monkeypatch):
+    from unloaf.environment import environment
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/unloaf/__main__.py", "train", "--epochs", "1"])
+    assert environment()["command"] == ["unloaf", "train", "--epochs", "1"]

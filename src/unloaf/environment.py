@@ -19,8 +19,9 @@ _PACKAGES = ("unloaf", "torch", "torchvision", "timm", "accelerate", "numpy", "s
 
 def environment(*, processes: int = 1, device: torch.device | None = None) -> dict[str, Any]:
     """Command, hardware and versions as plain values for JSON; by default of one process, on a GPU if there is one."""
+    name = Path(sys.argv[0]).name
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["unloaf" if name == "__main__.py" else name, *sys.argv[1:]],  # of `python -m unloaf`
         "hardware": hardware(device),
         "processes": processes,
         "threads": torch.get_num_threads(),

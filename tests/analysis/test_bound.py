@@ -143,6 +143,12 @@ def test_the_command_writes_table_and_picture(run, tmp_path, capsys):
     picture = (tmp_path / "b.svg").read_text()
     ElementTree.fromstring(picture)
     assert all(word in picture for word in ("bound", "gap", "epoch", ">st<"))
+    texts = [
+        "".join(text.itertext()).strip()
+        for text in ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert "1" in texts
+    assert not [text for text in texts if "$" in text]
     code, out, _ = in_process(capsys, *words, "--json")
     assert [row["epoch"] for row in json.loads(out)["rows"]] == [1, 2]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib import figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from unloaf.analysis.ablation import column
 from unloaf.analysis.loafing import spread_of
@@ -231,6 +232,10 @@ def bound_picture(rows: Sequence[BoundRow], *, background: str | None = "white")
             axes.plot(epochs, values, marker="o", markersize=4, linewidth=2, color=colour, **look)
         marks.append(Line2D([], [], color=colour, linewidth=3))
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")  # the usual one writes formulas, which STYLE shows as they are
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("nats, median over images")
     axes.grid(axis="y")
