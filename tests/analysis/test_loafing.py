@@ -16,7 +16,7 @@ from unloaf.analysis import cells
 from unloaf.analysis.cells import Cell, Store
 from unloaf.analysis.loafing import LoafingRow, loafing_table, mean_gaps, spread_depths
 from unloaf.commands import main as cli
-from unloaf.commands.loafing import Loafing
+from unloaf.commands.loafing import Loafing, configs_of
 from unloaf.commands.studies import split_words
 from unloaf.config import Config
 from unloaf.errors import StoppedError
@@ -71,6 +71,14 @@ def accuracy_by_hand(network, run):
     images, labels = zip(*run.training.eval_batches("test"), strict=True)
     with torch.no_grad():
         return 100 * (network.eval()(torch.cat(images)).argmax(1) == torch.cat(labels)).double().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("words", "warmup"), [([], 2), (["--epochs", "2"], 1), (["--epochs=9", "--warmup-epochs=3"], 3)]
+)
+def test_the_warm_up_of_the_demo_is_cut_where_fewer_epochs_are_asked_for(words, warmup):
+    [config] = configs_of(Loafing(methods=("common",)), words).values()
+    assert config.warmup_epochs == warmup
 
 
 def test_the_gap_is_between_a_subnet_and_the_same_network_trained_alone(folder):

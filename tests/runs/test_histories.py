@@ -5,8 +5,9 @@ import json
 import pytest
 
 from unloaf.commands.main import main
+from unloaf.config import Config
 from unloaf.files.lock import lock
-from unloaf.runs.histories import cautions, read_histories
+from unloaf.runs.histories import RunHistory, cautions, read_histories
 from written_runs import write_run
 
 
@@ -80,3 +81,9 @@ def test_terms_and_subnets_of_an_epoch(tmp_path):
     assert history.terms == {1: {"main": 2.0, "subnets": 0.5}}  # 1.0 and 0.25 are written by write_run
     assert history.subnets == ((1, 10.0, 30.0, 60.0),)
     assert history.last_subnets == {"1": 10.0, "2": 20.0, "3": 60.0}
+
+
+def test_a_run_whose_end_was_lost_is_not_said_to_have_stopped_early():
+    ended = RunHistory("a", Config(epochs=2), ({"epoch": 1.0}, {"epoch": 2.0}), {}, {})
+    [line] = cautions([ended])
+    assert line == "a has all its 2 epochs, but no result: what was found at its end is missing"

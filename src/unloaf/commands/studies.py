@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +56,16 @@ def base_settings(words: Sequence[str], *, config: str | None, name: str | None,
 
 
 def with_settings(config: Config, words: Sequence[str], *, prog: str, kind: Any) -> Config:
-    """A configuration with settings that words change."""
-    return parse(Config, list(words), prog=prog, default=config, more=kind)
+    """A configuration with settings that words change; its warm-up is cut where fewer epochs are asked for.
+
+    >>> short = with_settings(Config(warmup_epochs=2), ["--epochs", "1"], prog="unloaf loafing", kind=Config)
+    >>> short.epochs, short.warmup_epochs
+    (1, 0)
+    """
+    if any(word.partition("=")[0].replace("_", "-") == "--warmup-epochs" for word in words):
+        return parse(Config, list(words), prog=prog, default=config, more=kind)
+    found = parse(Config, list(words), prog=prog, default=replace(config, warmup_epochs=0), more=kind)
+    return replace(found, warmup_epochs=min(config.warmup_epochs, found.epochs - 1))
 
 
 def check_settings(words: Sequence[str], taken: Mapping[str, str]) -> None:

@@ -319,6 +319,10 @@ def cautions(histories: Sequence[RunHistory]) -> list[str]:
         done, asked = f"{history.last('epoch') or 0:.0f}", history.config.epochs
         if history.state == "in progress":
             found.append(f"{history.label} is in progress: {done} of {asked} epochs so far")
+        elif history.state == "stopped" and done == str(asked):
+            found.append(
+                f"{history.label} has all its {asked} epochs, but no result: what was found at its end is missing"
+            )
         elif history.state == "stopped":
             found.append(f"{history.label} is not finished: it stopped after {done} of {asked} epochs")
         found += [f"{history.label}: {line}" for line in history.missing]
