@@ -17,7 +17,7 @@ from unloaf.data.consistency import FoundSplits, disagreements, some
 from unloaf.data.images import BadImageError, Encoded, Images, Split, traits
 from unloaf.data.in_memory import hold_out
 from unloaf.data.panoptic.images import PanopticImages
-from unloaf.data.sets import FILE_SETS, find_splits, load_data
+from unloaf.data.sets import FILE_SETS, Data, find_splits, load_data
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def _check_masked(config: Config) -> CheckReport:
         data = load_masked(replace(config, bad_images="skip"))
     except ValueError as error:
         return CheckReport({}, (), (str(error),), (), {})
-    parts = {"train": data.train, "val": data.val, "test": data.test}
-    splits = {name: images for name, images in parts.items() if name != "test" or images is not data.val}
+    splits = _splits_of(data)
     bad, modes, pixels = [], Counter(), {}
     for name, images in splits.items():
         counts = torch.zeros(len(data.class_names), dtype=torch.int64)
@@ -110,6 +109,12 @@ def _check_masked(config: Config) -> CheckReport:
         pixels[name] = dict(zip(data.class_names, counts.tolist(), strict=True))
     entries = {name: {"": len(images)} for name, images in splits.items()}
     return CheckReport(entries, tuple(bad), (), data.notes, dict(modes.most_common()), pixels, "pixels")
+
+
+def _splits_of(data: Data) -> dict[str, Images]:
+    """By name; test images that are the validation images once."""
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    return {name: images for name, images in parts.items() if name != "test" or images is not data.val}
 
 
 def _look_at_mask(images: Any, index: int) -> tuple[_Look, Tensor | None]:
@@ -129,8 +134,7 @@ def _check_columns(config: Config) -> CheckReport:
         data = load_columns(config)
     except ValueError as error:
         return CheckReport({}, (), (str(error),), (), {})
-    parts = {"train": data.train, "val": data.val, "test": data.test}
-    splits = {name: Split(images, None) for name, images in parts.items() if name != "test" or images is not data.val}
+    splits = {name: Split(images, None) for name, images in _splits_of(data).items()}
     looks = _looks({name: split for name, split in splits.items() if len(split.images)}, config.workers)
     bad = tuple(problem for look in looks for problem in look.bad)
     modes = Counter(mode for look in looks for mode in look.modes)

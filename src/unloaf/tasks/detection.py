@@ -22,12 +22,13 @@ from unloaf.evaluation import Reduction
 from unloaf.inputs import SmallerInputs
 from unloaf.methods.ground_truth import GroundTruthTraining
 from unloaf.methods.step import TrainingMethod
-from unloaf.models.backbones import described_backbone, freezes_norms, start_of
+from unloaf.models.backbones import start_of
 from unloaf.models.detectors import build_detector
 from unloaf.models.preprocessing import describe, with_colours_of_backbone
 from unloaf.stages import Stage, evaluating, find_stages, inner_module
 from unloaf.tasks.methods import drawn_weight, sampler_of
-from unloaf.tasks.task import Task, Where
+from unloaf.tasks.on_backbone import OnBackbone
+from unloaf.tasks.task import Where
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class MaskPrecision:
     box_map: float
 
 
-class Detection(Task):
+class Detection(OnBackbone):
     """Boxes: torchvision's Faster R-CNN, FCOS and RetinaNet on COCO's and VOC's layouts."""
 
     figures = FIGURES["detection"]
+    builder = "detector"
     masks = False
 
     def load(self, config: Config, *, resumed: bool) -> tuple[Config, Data, str]:
@@ -78,15 +80,11 @@ class Detection(Task):
         return build_detector(**self._settings(config, data), **start_of(config, resumed=resumed))
 
     def _settings(self, config: Config, data: Data) -> dict[str, Any]:
-        return {
-            "name": config.model,
-            "backbone": config.backbone,
-            "num_classes": data.num_classes,
+        return super()._settings(config, data) | {
             "img_size": data.img_size,
             "longest": round(LONGEST * data.img_size),
             "mean": tuple(value / 255 for value in data.mean),
             "std": tuple(value / 255 for value in data.std),
-            "frozen_norms": freezes_norms(config),
         }
 
     def example(self, data: Data, count: int) -> list[Tensor]:
@@ -97,12 +95,6 @@ class Detection(Task):
         """Images of random pixels, (3, S, S) each."""
         generator = torch.Generator().manual_seed(seed)
         return list(torch.rand(count, 3, data.img_size, data.img_size, generator=generator))
-
-    def architecture(self, config: Config, data: Data) -> dict[str, Any]:
-        """Arguments of `build_detector`."""
-        settings = self._settings(config, data)
-        backbone, arguments = described_backbone(config.backbone)  # a folder may be gone by then
-        return {"builder": "detector", **settings, "backbone": backbone, "backbone_kwargs": arguments}
 
     def usage(self, data: Data) -> tuple[str, ...]:
         """How torchvision's detectors are called."""

@@ -27,6 +27,7 @@ class Panoptic(Detection):
     """Things and stuff: Panoptic FPN on COCO's panoptic layout; images, stages and methods are those of detection."""
 
     figures = FIGURES["panoptic"]
+    builder = "panoptic"
 
     def load(self, config: Config, *, resumed: bool) -> tuple[Config, Data, str]:
         """See `Task.load`."""
@@ -41,10 +42,6 @@ class Panoptic(Detection):
     def _settings(self, config: Config, data: Data) -> dict[str, Any]:
         images: Any = data.train
         return super()._settings(config, data) | {"things": list(images.things), "stuff_area": config.stuff_area}
-
-    def architecture(self, config: Config, data: Data) -> dict[str, Any]:
-        """Arguments of `build_panoptic`."""
-        return super().architecture(config, data) | {"builder": "panoptic"}
 
     def usage(self, data: Data) -> tuple[str, ...]:
         """How the network is called."""

@@ -23,14 +23,15 @@ from unloaf.inputs import SmallerInputs, resize
 from unloaf.methods.ground_truth import GroundTruthTraining
 from unloaf.methods.step import TrainingMethod
 from unloaf.methods.table import METHODS
-from unloaf.models.backbones import described_backbone, freezes_norms, start_of
+from unloaf.models.backbones import start_of
 from unloaf.models.pose import build_pose
 from unloaf.models.preprocessing import describe, with_colours_of_backbone
 from unloaf.stages import Stage, evaluating, inner_module
 from unloaf.tasks.heatmaps import errors_of, heatmap_distance, heatmap_loss, joint_loss, points_of
 from unloaf.tasks.methods import drawn_weight, method_options, sampler_of, stages_for
+from unloaf.tasks.on_backbone import OnBackbone
 from unloaf.tasks.pose_scores import OTHER_SIGMA, Answer, correct_shares, similarity, unknown_to_coco
-from unloaf.tasks.task import Task, Where
+from unloaf.tasks.task import Where
 
 _UNKNOWN = float("nan")
 
@@ -58,10 +59,11 @@ class PoseScores:
     pck50: float
 
 
-class Pose(Task):
+class Pose(OnBackbone):
     """The joints of people in given boxes: SimpleBaseline2D on COCO's keypoint layout."""
 
     figures = FIGURES["pose"]
+    builder = "pose"
 
     def load(self, config: Config, *, resumed: bool) -> tuple[Config, Data, str]:
         """See `Task.load`."""
@@ -81,20 +83,6 @@ class Pose(Task):
     def network(self, config: Config, data: Data, *, resumed: bool) -> tuple[nn.Module, tuple[str, ...]]:
         """A network of the data's joints."""
         return build_pose(**self._settings(config, data), **start_of(config, resumed=resumed))
-
-    def _settings(self, config: Config, data: Data) -> dict[str, Any]:
-        return {
-            "name": config.model,
-            "backbone": config.backbone,
-            "num_classes": data.num_classes,
-            "frozen_norms": freezes_norms(config),
-        }
-
-    def architecture(self, config: Config, data: Data) -> dict[str, Any]:
-        """Arguments of `build_pose`."""
-        backbone, arguments = described_backbone(config.backbone)  # a folder may be gone by then
-        settings = self._settings(config, data) | {"backbone": backbone, "backbone_kwargs": arguments}
-        return {"builder": "pose", **settings}
 
     def usage(self, data: Data) -> tuple[str, ...]:
         """What goes in and out, for the model card."""

@@ -22,12 +22,13 @@ from unloaf.methods.ground_truth import GroundTruthTraining
 from unloaf.methods.step import TrainingMethod
 from unloaf.methods.table import METHODS
 from unloaf.methods.terms import Distance
-from unloaf.models.backbones import described_backbone, freezes_norms, start_of
+from unloaf.models.backbones import start_of
 from unloaf.models.preprocessing import describe, with_colours_of_backbone
 from unloaf.models.segmenters import build_segmenter
 from unloaf.stages import Stage, evaluating, inner_module
 from unloaf.tasks.methods import check_classes, drawn_weight, method_options, sampler_of, stages_for, subnet_distance
-from unloaf.tasks.task import Task, Where
+from unloaf.tasks.on_backbone import OnBackbone
+from unloaf.tasks.task import Where
 
 _UNKNOWN = float("nan")
 
@@ -50,10 +51,11 @@ class PixelScores:
     pixel: float
 
 
-class Semantic(Task):
+class Semantic(OnBackbone):
     """A class for each pixel: semantic FPN on images with masks."""
 
     figures = FIGURES["semantic"]
+    builder = "segmenter"
 
     def load(self, config: Config, *, resumed: bool) -> tuple[Config, Data, str]:
         """See `Task.load`."""
@@ -68,20 +70,6 @@ class Semantic(Task):
     def network(self, config: Config, data: Data, *, resumed: bool) -> tuple[nn.Module, tuple[str, ...]]:
         """A segmenter of the data's classes."""
         return build_segmenter(**self._settings(config, data), **start_of(config, resumed=resumed))
-
-    def _settings(self, config: Config, data: Data) -> dict[str, Any]:
-        return {
-            "name": config.model,
-            "backbone": config.backbone,
-            "num_classes": data.num_classes,
-            "frozen_norms": freezes_norms(config),
-        }
-
-    def architecture(self, config: Config, data: Data) -> dict[str, Any]:
-        """Arguments of `build_segmenter`."""
-        backbone, arguments = described_backbone(config.backbone)  # a folder may be gone by then
-        settings = self._settings(config, data) | {"backbone": backbone, "backbone_kwargs": arguments}
-        return {"builder": "segmenter", **settings}
 
     def usage(self, data: Data) -> tuple[str, ...]:
         """What goes in and out, for the model card."""
